@@ -1,0 +1,79 @@
+"""KVPolicy: which rows of the cache stay. One file below `policies/` per policy.
+
+A policy never touches storage. It says how many rows a layer keeps (from lengths only), which rows of a finished
+prompt to keep, and which rows to overwrite when the budget is full. All decisions are per KV head.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+KeySpace = Literal["rotated", "pre_rope"]
+Evidence = Literal["none", "window_queries", "column_sums"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a policy may look at when a prompt has just ended, for one sequence and one layer.
+
+    Attributes:
+        key: [H_kv, T, D] in the policy's key space, native precision, row index == position.
+        window_query: [H, W, D] rotated queries of the last W = min(window, T) prompt tokens, or None
+            (only with `evidence = "window_queries"`).
+        column_sums: [H_kv, T] fp32, attention mass each row received from all prompt queries, summed over the queries
+            and averaged over the GQA group, or None (only with `evidence = "column_sums"`).
+        scale: softmax scale of the attention.
+    """
+
+    key: Tensor
+    window_query: Tensor | None
+    column_sums: Tensor | None
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Committed rows of B slots of one layer, for deciding what to overwrite.
+
+    Attributes:
+        position: [B, H_kv, R] int32 logical positions, unordered.
+        column: [B, H_kv, R] fp32 accumulated attention mass, or None unless `evidence = "column_sums"`.
+        next_position: [B] position of the first row about to be committed.
+    """
+
+    position: Tensor
+    column: Tensor | None
+    next_position: Tensor
+
+
+class KVPolicy(ABC):
+    """The protocol. Members are frozen dataclasses of knobs; every bounded one has `kv_budget`."""
+
+    key_space: ClassVar[KeySpace] = "rotated"
+    evidence: ClassVar[Evidence] = "none"
+
+    @property
+    def window_tokens(self) -> int:
+        """How many trailing prompt queries `select` wants to see (with `evidence = "window_queries"`)."""
+        return 0
+
+    @abstractmethod
+    def budgets(self, *, num_layers: int, max_model_len: int) -> tuple[int, ...]:
+        """[num_layers] most rows kept per KV head in each layer, each in 1..max_model_len.
+
+        A fraction means that share of `max_model_len`. `capacity(layer, n)` is `min(n, budgets[layer])` for every
+        policy: how many rows exist depends on lengths only.
+        """
+
+    def select(self, prompt: Prompt, num_rows: int) -> Tensor:
+        """[H_kv, num_rows] int64 row indices to keep, ascending and distinct; called only when num_rows < T."""
+        raise NotImplementedError  # an unbounded policy is never asked
+
+    def victims(self, rows: Rows, num_victims: int) -> Tensor:
+        """[B, H_kv, num_victims] int64 indices into R, distinct per head; called only when the budget is full.
+
+        Never names a row newer than the protected recent window of the policy.
+        """
+        raise NotImplementedError  # an unbounded policy is never asked

@@ -1,0 +1,62 @@
+"""Linear: y = x Wᵀ + b behind one interface, whatever the weights are packed as.
+
+A weight format (one file below `formats/`) turns a dense weight into a Linear. Bytes are the bytes of its buffers.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Workspace:
+    """One buffer that every layer of an engine reuses to hold a dequantised weight; at most one layer lives in it."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A view of `shape`; its old content is lost, and so is any earlier view."""
+        count = 1
+        for size in shape:
+            count *= size
+        num_bytes = count * dtype.itemsize
+        if self._buffer is None or self._buffer.numel() < num_bytes or self._buffer.device != device:
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return self._buffer[:num_bytes].view(dtype).view(shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self._buffer is None else self._buffer.numel()
+
+
+class Linear(nn.Module, ABC):
+    """A packed weight [out_features, in_features] that multiplies.
+
+    Attributes:
+        kernel: which kernels run it, by M where that matters, e.g. "aten::_weight_int8pack_mm (M<=4), dequant+mm".
+    """
+
+    in_features: int
+    out_features: int
+    kernel: str
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """[M, in_features] -> [M, out_features], in the dtype of x."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """[out_features, in_features] fp32: the weight that `forward` multiplies with."""
+
+
+class WeightFormat(ABC):
+    """The protocol. Members are frozen dataclasses of knobs."""
+
+    @abstractmethod
+    def pack(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        """Packs one dense weight [out, in] (any float dtype) for activations of `dtype` on the weight's device.
+
+        Raises:
+            ValueError: a shape that the format cannot hold; the text says which sizes it can.
+        """

@@ -1,0 +1,151 @@
+"""TrialRecord: the one immutable document per finished trial. It is the truth; every table and figure derives from it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
+
+from codesign.errors import WorkError
+
+SCHEMA_VERSION = 1
+
+OutcomeKind = Literal[
+    "ok",
+    "oom",
+    "unsupported",
+    "numerical",
+    "cuda_fatal",
+    "hang",
+    "killed_by_os",
+    "crashed",
+    "protocol",
+    "harness",
+]
+Tier = Literal["screen", "confirm", "publish"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a trial ended. Everything but "ok" is a result too: it is shown, and told to the sampler as infeasible.
+
+    `harness` is our own or the machine's fault and says nothing about the configuration.
+    """
+
+    kind: OutcomeKind
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricValue:
+    """One number with what it rests on.
+
+    Attributes:
+        value: in `unit`.
+        statistic: "p50", "mean", ... or "" for a single reading.
+        num_samples: how many independent samples (requests, sequences, blocks) stand behind it.
+        low, high: 95 % interval where the sample supports one, else None.
+    """
+
+    value: float
+    unit: str
+    statistic: str = ""
+    num_samples: int = 1
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestSample:
+    """One measured request; times from the parent's clock, from the scheduled arrival.
+
+    Attributes:
+        itl_ms: gaps between successive output tokens.
+        tpot_ms: (e2e - ttft) / (output tokens - 1); None for a single token.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    finish_reason: str
+    ttft_ms: float
+    e2e_ms: float
+    tpot_ms: float | None
+    itl_ms: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """Attributes:
+    uid: names the file; hash of study uid, number, attempt and config digest.
+    number: this record's number in the study, from 0; trial 0 is the unmodified configuration.
+    config: the resolved EngineConfig as plain data; config_digest is its digest.
+    resolved: what the build derived from it, e.g. kv_budget_tokens per layer, num_slots.
+    violations: constraint -> amount over the limit (> 0 breaks it), e.g. {"slo.tpot_ms.p99": 0.2} is 20 % over.
+    metrics: name in spec.metrics.METRICS -> value; absent where it was not measured, never guessed.
+    requests: every measured request.
+    quality: per-sample scores behind the quality metrics.
+    bytes: part -> bytes (weights, kv, kv_staging, workspace, peak, ...).
+    monitor: what the device monitor saw (source, power, clocks, temperature, throttle reasons, foreign processes).
+    phases: phase -> seconds (spawn, load, quantize, warm_up, measure, quality, close).
+    kernels: part -> kernel that ran.
+    trust: what the numbers can carry: num_blocks, warmup_steps, warmup_settled, disturbed windows, percentile_supported.
+    provenance: machine, versions, profile, seed, model digest, prompt digest, commit.
+    warnings: said aloud to the person, kept with the numbers.
+    """
+
+    study: str
+    number: int
+    uid: str
+    attempt: int = 0
+    config: Mapping[str, Any]
+    config_digest: str
+    resolved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    outcome: Outcome
+    tier: Tier = "screen"
+    violations: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, MetricValue] = dataclasses.field(default_factory=dict)
+    requests: tuple[RequestSample, ...] = ()
+    quality: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    monitor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    trust: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    started_at: str = ""
+    finished_at: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def is_feasible(self) -> bool:
+        return self.outcome.kind == "ok" and all(amount <= 0 for amount in self.violations.values())
+
+    def to_json(self) -> str:
+        """One JSON document. Raises ValueError on NaN or infinity: those are never results."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False, sort_keys=True, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            WorkError: not such a document, or one of another schema version.
+        """
+        try:
+            plain = json.loads(text)
+            version = plain.pop("schema_version")
+            if version != SCHEMA_VERSION:
+                raise WorkError(
+                    f"schema_version {version} is not {SCHEMA_VERSION}, which this version of codesign reads"
+                )
+            plain["outcome"] = Outcome(**plain["outcome"])
+            if plain["outcome"].kind not in get_args(OutcomeKind):
+                raise WorkError(f"unknown outcome {plain['outcome'].kind!r}")
+            plain["metrics"] = {name: MetricValue(**value) for name, value in plain["metrics"].items()}
+            plain["requests"] = tuple(
+                RequestSample(**{**item, "itl_ms": tuple(item["itl_ms"])}) for item in plain["requests"]
+            )
+            plain["warnings"] = tuple(plain["warnings"])
+            return cls(**plain)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise WorkError(f"not a trial record: {error}") from error

@@ -1,0 +1,172 @@
+"""EngineConfig: one point of the search space, as plain data.
+
+The same document feeds `search`, `measure`, `serve` and `export`:
+
+    dtype: bf16
+    max_batch_size: 8
+    max_model_len: 2048
+    weights: {name: int4, group_size: 64}
+    kv: {policy: {name: h2o, kv_budget: 0.2}, codec: native}
+
+A family choice is a name, or a mapping with `name` and the member's knobs. Knobs left out take the member's defaults
+when the configuration is resolved; only resolved configurations are stored, so that a digest means one engine.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, Self, cast, get_args
+
+from codesign.errors import InputError
+from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, SCHEDULERS, WEIGHT_FORMATS, Family
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Scalar = int | float | str | bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A member of a family with its knobs, as sorted pairs so that it hashes."""
+
+    name: str
+    knobs: tuple[tuple[str, Scalar], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, **knobs: Scalar) -> Self:
+        return cls(name, tuple(sorted(knobs.items())))
+
+    @property
+    def knob_dict(self) -> dict[str, Scalar]:
+        return dict(self.knobs)
+
+    def to_dict(self) -> dict[str, Scalar]:
+        return {"name": self.name, **self.knob_dict}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVConfig:
+    policy: Choice = Choice("full")
+    codec: Choice = Choice("native")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How to build one engine. The defaults are the unmodified configuration that every study measures first.
+
+    Args:
+        dtype: what activations, KV and unquantised weights are held in.
+        max_batch_size: most sequences in one step.
+        max_model_len: most tokens (prompt and output) of one sequence.
+        kv_memory_bytes: upper bound of the KV cache; None means as much as the batch and length need.
+        max_step_tokens: most query tokens in one step; longer prompts are prefilled in chunks of this size.
+    """
+
+    dtype: Dtype = "bf16"
+    max_batch_size: int = 8
+    max_model_len: int = 2048
+    kv_memory_bytes: int | None = None
+    max_step_tokens: int = 2048
+    scheduler: Choice = Choice("continuous")
+    weights: Choice = Choice("native")
+    kv: KVConfig = KVConfig()
+    attention: Choice = Choice("sdpa")
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise InputError(f"unknown dtype {self.dtype!r}", key="dtype", got=str(self.dtype), known=get_args(Dtype))
+        for name in ("max_batch_size", "max_model_len", "max_step_tokens", "kv_memory_bytes"):
+            value = getattr(self, name)
+            if value is None and name == "kv_memory_bytes":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**50:
+                raise InputError(f"must be a whole number of at least 1, got {value!r}", key=name)
+
+    def choices(self) -> dict[str, tuple[Family, Choice]]:
+        """Dotted key -> (family, choice), for everything that is chosen from a family."""
+        return {
+            "scheduler": (SCHEDULERS, self.scheduler),
+            "weights": (WEIGHT_FORMATS, self.weights),
+            "kv.policy": (KV_POLICIES, self.kv.policy),
+            "kv.codec": (KV_CODECS, self.kv.codec),
+            "attention": (ATTENTION, self.attention),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON or YAML; `from_dict` gives it back."""
+        plain: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "kv"
+        }
+        for name in ("scheduler", "weights", "attention"):
+            plain[name] = plain[name].to_dict()
+        plain["kv"] = {"policy": self.kv.policy.to_dict(), "codec": self.kv.codec.to_dict()}
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any], *, file: object = None) -> Self:
+        """Reads what a person or `to_dict` wrote.
+
+        Raises:
+            InputError: unknown keys, wrong types, unknown members; names `file` and the dotted key.
+        """
+        values = _mapping(plain, "", [field.name for field in dataclasses.fields(cls)], file)
+        for key, family in (("scheduler", SCHEDULERS), ("weights", WEIGHT_FORMATS), ("attention", ATTENTION)):
+            if key in values:
+                values[key] = _choice(values[key], key, family, file)
+        if "kv" in values:
+            kv = _mapping(values["kv"], "kv", ["policy", "codec"], file)
+            families = {"policy": KV_POLICIES, "codec": KV_CODECS}
+            values["kv"] = KVConfig(**{k: _choice(v, f"kv.{k}", families[k], file) for k, v in kv.items()})
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise (InputError(str(error), file=file) if file is not None and error.file is None else error) from None
+
+    def resolve(self, *, file: object = None) -> Self:
+        """The same configuration with every member's default knobs filled in. Imports the chosen members.
+
+        Raises:
+            InputError: a knob that its member does not know or refuses.
+        """
+        filled: dict[str, Choice] = {}
+        for key, (family, choice) in self.choices().items():
+            member = family.create(choice.name, file=file, key=key, **choice.knob_dict)
+            knobs = {f.name: getattr(member, f.name) for f in dataclasses.fields(member)}
+            filled[key] = Choice.of(choice.name, **knobs)
+        kv = KVConfig(policy=filled.pop("kv.policy"), codec=filled.pop("kv.codec"))
+        return dataclasses.replace(self, kv=kv, **cast(dict[str, Any], filled))
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of the canonical JSON; call it on a resolved configuration."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _mapping(plain: Any, key: str, known: list[str], file: object) -> dict[str, Any]:
+    if not isinstance(plain, Mapping):
+        raise InputError(f"must be a mapping, got {plain!r}", file=file, key=key or None)
+    for name in plain:
+        if name not in known:
+            dotted = f"{key}.{name}" if key else str(name)
+            raise InputError("unknown key", file=file, key=dotted, got=str(name), known=known)
+    return dict(plain)
+
+
+def _choice(plain: Any, key: str, family: Family, file: object) -> Choice:
+    if isinstance(plain, Choice):
+        return plain
+    if isinstance(plain, str):
+        plain = {"name": plain}
+    if not isinstance(plain, Mapping) or not isinstance(plain.get("name"), str):
+        raise InputError(
+            f"must be a {family.noun} name or a mapping with `name` (known: {', '.join(family.names())}), got {plain!r}",
+            file=file,
+            key=key,
+        )
+    knobs = {str(k): v for k, v in plain.items() if k != "name"}
+    for knob, value in knobs.items():
+        if not isinstance(value, Scalar):
+            raise InputError(f"must be a plain value, got {value!r}", file=file, key=f"{key}.{knob}")
+    family.check(plain["name"], file=file, key=key)
+    return Choice.of(plain["name"], **knobs)

@@ -1,0 +1,51 @@
+"""The metrics a study can show or optimise: name, unit, direction, and the statistic used when none is named."""
+
+import dataclasses
+from typing import Literal
+
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """Attributes:
+    unit: of the value; "" for counts and ratios.
+    statistic: default over requests ("p50"), or "" where the value is one number per trial.
+    needs: what must exist for it: "quality" (real weights), "energy" (a counter), "price", "slo", or "" (always there).
+    """
+
+    name: str
+    unit: str
+    direction: Direction
+    statistic: str
+    needs: Literal["", "quality", "energy", "price", "slo"]
+    title: str
+
+
+def _table(
+    *rows: tuple[str, str, Direction, str, Literal["", "quality", "energy", "price", "slo"], str],
+) -> dict[str, Metric]:
+    return {
+        name: Metric(name=name, unit=unit, direction=direction, statistic=statistic, needs=needs, title=title)
+        for name, unit, direction, statistic, needs, title in rows
+    }
+
+
+METRICS: dict[str, Metric] = _table(
+    ("throughput_tokens_per_s", "tokens/s", "maximize", "", "", "output tokens over wall time"),
+    ("goodput_requests_per_s", "requests/s", "maximize", "", "slo", "requests per second that meet every SLO"),
+    ("ttft_ms", "ms", "minimize", "p50", "", "request sent to first output token"),
+    ("tpot_ms", "ms", "minimize", "p50", "", "time per output token after the first"),
+    ("itl_ms", "ms", "minimize", "p50", "", "gap between successive output tokens"),
+    ("e2e_ms", "ms", "minimize", "p50", "", "whole request"),
+    ("kl_divergence", "nat/token", "minimize", "", "quality", "KL to the unmodified model"),
+    ("top1_agreement", "", "maximize", "", "quality", "share of tokens where the best guess is the unmodified one"),
+    ("perplexity", "", "minimize", "", "quality", "perplexity on held-out text"),
+    ("retrieval_accuracy", "", "maximize", "", "quality", "share of planted facts recalled"),
+    ("energy_per_token_j", "J/token", "minimize", "", "energy", "device energy over output tokens"),
+    ("power_w", "W", "minimize", "", "energy", "mean device power"),
+    ("cost_per_mtok", "1/Mtok", "minimize", "", "price", "price of a million output tokens"),
+    ("peak_memory_bytes", "bytes", "minimize", "", "", "peak memory of the trial"),
+    ("weights_bytes", "bytes", "minimize", "", "", "resident weights"),
+    ("kv_bytes", "bytes", "minimize", "", "", "resident KV cache"),
+)
