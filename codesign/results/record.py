@@ -73,10 +73,24 @@ class RequestSample:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrialRecord:
-    """Attributes:
-    uid: names the file; hash of study uid, number, attempt and config digest.
-    number: this record's number in the study, from 0; trial 0 is the unmodified configuration.
+class TrialIdentity:
+    """Which trial this is, decided by the study before anything is measured.
+
+    Attributes:
+        number: the record's number in the study, from 0; trial 0 is the unmodified configuration.
+        uid: names the record's file; hash of study uid, number, attempt and config digest.
+        attempt: 0, or how often infrastructure failed before.
+    """
+
+    study: str
+    number: int
+    uid: str
+    attempt: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialRecord(TrialIdentity):
+    """Attributes beside the identity:
     config: the resolved EngineConfig as plain data; config_digest is its digest.
     resolved: what the build derived from it, e.g. kv_budget_tokens per layer, num_slots.
     violations: constraint -> amount over the limit (> 0 breaks it), e.g. {"slo.tpot_ms.p99": 0.2} is 20 % over.
@@ -92,10 +106,6 @@ class TrialRecord:
     warnings: said aloud to the person, kept with the numbers.
     """
 
-    study: str
-    number: int
-    uid: str
-    attempt: int = 0
     config: Mapping[str, Any]
     config_digest: str
     resolved: Mapping[str, Any] = dataclasses.field(default_factory=dict)

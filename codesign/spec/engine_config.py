@@ -160,7 +160,7 @@ def _choice(plain: Any, key: str, family: Family, file: object) -> Choice:
         plain = {"name": plain}
     if not isinstance(plain, Mapping) or not isinstance(plain.get("name"), str):
         raise InputError(
-            f"must be a {family.noun} name or a mapping with `name` (known: {', '.join(family.names())}), got {plain!r}",
+            f"must be a {family.noun} ({', '.join(family.names())}) or a mapping with `name`, got {plain!r}",
             file=file,
             key=key,
         )

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 Direction = Literal["minimize", "maximize"]
+Needs = Literal["", "quality", "energy", "price", "slo"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,13 +19,11 @@ class Metric:
     unit: str
     direction: Direction
     statistic: str
-    needs: Literal["", "quality", "energy", "price", "slo"]
+    needs: Needs
     title: str
 
 
-def _table(
-    *rows: tuple[str, str, Direction, str, Literal["", "quality", "energy", "price", "slo"], str],
-) -> dict[str, Metric]:
+def _table(*rows: tuple[str, str, Direction, str, Needs, str]) -> dict[str, Metric]:
     return {
         name: Metric(name=name, unit=unit, direction=direction, statistic=statistic, needs=needs, title=title)
         for name, unit, direction, statistic, needs, title in rows
