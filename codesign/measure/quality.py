@@ -48,23 +48,18 @@ def _text(
         written = np.empty((int(starts[-1]), engine.vocab_size), dtype=np.float32)
     sums = {name: [0.0] * len(sequences) for name in ("nll", "kl", "top1")}
 
-    def on_logits(index: int, first_position: int, logits: Tensor) -> None:
-        """Positions p predict token p + 1; only predictions of forced tokens count."""
+    def on_logits(index: int, position: int, logits: Tensor) -> None:
         progress()
-        log_probs = torch.log_softmax(logits.float(), dim=-1).cpu()
-        for offset in range(log_probs.shape[0]):
-            target = first_position + offset + 1
-            if not num_prefill <= target < len(sequences[index]):
-                continue
-            ours = log_probs[offset]
-            row = int(starts[index]) + target - num_prefill
-            sums["nll"][index] -= float(ours[sequences[index][target]])
-            if written is not None:
-                written[row] = ours.numpy()
-            if reference is not None:
-                theirs = torch.from_numpy(np.array(reference[row]))
-                sums["kl"][index] += float((theirs.double().exp() * (theirs.double() - ours.double())).sum())
-                sums["top1"][index] += float(theirs.argmax() == ours.argmax())
+        ours = torch.log_softmax(logits[0].double(), dim=-1).cpu()
+        target = position + 1
+        row = int(starts[index]) + target - num_prefill
+        sums["nll"][index] -= float(ours[sequences[index][target]])
+        if written is not None:
+            written[row] = ours.numpy()
+        if reference is not None:
+            theirs = torch.from_numpy(np.array(reference[row])).double()
+            sums["kl"][index] += float((theirs.exp() * (theirs - ours)).sum())
+            sums["top1"][index] += float(theirs.argmax() == ours.argmax())
 
     score(engine, [list(ids) for ids in sequences], num_prefill=num_prefill, on_logits=on_logits)
     if written is not None:
@@ -80,29 +75,14 @@ def _text(
 def _retrieval(engine: Engine, prompts: Sequence[Mapping[str, Any]], progress: Progress) -> list[bool]:
     """Whether each prompt's answer is, token for token, the engine's best guess."""
     retrieved = [True] * len(prompts)
-    by_length: dict[int, list[int]] = {}
-    for index, item in enumerate(prompts):
-        by_length.setdefault(len(item["prompt"]), []).append(index)
-    for num_prefill, members in by_length.items():
-        full = [[*prompts[index]["prompt"], *prompts[index]["answer"]] for index in members]
+    full = [[*item["prompt"], *item["answer"]] for item in prompts]
 
-        def on_logits(
-            index: int,
-            first_position: int,
-            logits: Tensor,
-            *,
-            members: list[int] = members,
-            full: list[list[int]] = full,
-            num_prefill: int = num_prefill,
-        ) -> None:
-            progress()
-            best = logits.argmax(dim=-1).tolist()
-            for offset, token in enumerate(best):
-                target = first_position + offset + 1
-                if num_prefill <= target < len(full[index]) and token != full[index][target]:
-                    retrieved[members[index]] = False
+    def on_logits(index: int, position: int, logits: Tensor) -> None:
+        progress()
+        if int(logits.argmax()) != full[index][position + 1]:
+            retrieved[index] = False
 
-        score(engine, full, num_prefill=num_prefill, on_logits=on_logits)
+    score(engine, full, num_prefill=[len(item["prompt"]) for item in prompts], on_logits=on_logits)
     return retrieved
 
 
