@@ -47,16 +47,25 @@ class RandomTokens:
         return tuple(rng.randrange(self._vocab_size) for _ in range(count))
 
 
-def make_load(workload: Workload, tokens: TokenSource, *, block: int, num_requests: int | None = None) -> Load:
+def make_load(
+    workload: Workload,
+    tokens: TokenSource,
+    *,
+    block: int,
+    lengths_of: int | None = None,
+    num_requests: int | None = None,
+) -> Load:
     """The load of one block: `num_requests` (the workload's by default) of the workload's scenario.
 
     Args:
         block: which block of the trial; warm-up blocks are negative.
+        lengths_of: take the lengths of this block instead, so that two blocks are the same work on different text.
     """
     count = num_requests or workload.num_requests
+    lengths = random.Random(f"{workload.seed}/lengths/{block if lengths_of is None else lengths_of}")
     rng = random.Random(f"{workload.seed}/{block}")
-    prompt_tokens = workload.prompt_tokens.sample(rng, count)
-    output_tokens = workload.output_tokens.sample(rng, count)
+    prompt_tokens = workload.prompt_tokens.sample(lengths, count)
+    output_tokens = workload.output_tokens.sample(lengths, count)
     requests = tuple(
         Request(
             request_id=f"{block}-{index}",

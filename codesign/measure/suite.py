@@ -66,9 +66,18 @@ def make_suite(encode: Encode, size: SuiteSize, *, max_model_len: int, seed: int
         prompt = retrieval_prompt(encode, filler, distance_tokens=distance, seed=rng.randrange(2**31), lead_tokens=16)
         retrieval.append({"prompt": prompt.token_ids, "answer": prompt.answer_ids, "distance": prompt.distance_tokens})
     return {
+        "is_text": True,
         "text": {"sequences": _slices(ids, size.num_sequences, length, rng), "num_prefill": length // 2},
         "retrieval": retrieval,
     }
+
+
+def random_suite(vocab_size: int, size: SuiteSize, *, max_model_len: int, seed: int) -> dict[str, Any]:
+    """A suite of random tokens, for a model without a tokenizer: it shows KL and agreement, but nothing about text."""
+    rng = random.Random(seed)
+    length = min(size.sequence_tokens, max_model_len)
+    sequences = [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(size.num_sequences)]
+    return {"is_text": False, "text": {"sequences": sequences, "num_prefill": length // 2}, "retrieval": []}
 
 
 def digest(suite: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ def metrics(readings: Readings, profile: Profile) -> dict[str, MetricValue]:
 
 
 def violations(readings: Readings, values: Mapping[str, MetricValue], slo: Slo, *, careful: bool) -> dict[str, float]:
-    """Limit key -> how far over it, as a share of the bound (> 0 breaks it); limits on what was not measured are absent.
+    """Limit key -> how far over it, as a share of the bound (> 0 breaks it); absent for what was not measured.
 
     Args:
         careful: decide percentiles by their upper bound at 95 % instead of the empirical value, where the sample
@@ -147,7 +147,7 @@ def _rates(readings: Readings, profile: Profile) -> dict[str, MetricValue]:
 
 
 def _keeps(sample: RequestSample, limits: Sequence[Limit]) -> bool:
-    """Whether one request is within every time limit; what it has no value for (one token has no gap) it cannot break."""
+    """Whether one request is within every time limit; a single token has no gap that could break one."""
     return all(value <= limit.bound for limit in limits for value in request_values([sample], limit.metric))
 
 

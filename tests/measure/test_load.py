@@ -21,7 +21,11 @@ class SteadyEndpoint:
     """Serves all requests in flight together: one token each per `step_s`, `lie` may change the events of a step."""
 
     def __init__(
-        self, clock: FakeClock, *, step_s: float = 0.01, lie: Callable[[list[TokenEvent]], list[TokenEvent]] = lambda e: e
+        self,
+        clock: FakeClock,
+        *,
+        step_s: float = 0.01,
+        lie: Callable[[list[TokenEvent]], list[TokenEvent]] = lambda e: e,
     ) -> None:
         self.clock, self.step_s, self.lie = clock, step_s, lie
         self.left: dict[str, int] = {}
@@ -106,7 +110,12 @@ def test_latency_of_a_late_request_starts_at_its_scheduled_arrival() -> None:
 def test_progress_counts_every_request_once() -> None:
     clock = FakeClock()
     seen: list[tuple[int, int]] = []
-    drive(SteadyEndpoint(clock), Load(requests=requests(3), concurrency=3), clock=clock, on_progress=lambda *n: seen.append(n))
+    drive(
+        SteadyEndpoint(clock),
+        Load(requests=requests(3), concurrency=3),
+        clock=clock,
+        on_progress=lambda *n: seen.append(n),
+    )
 
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
