@@ -25,5 +25,5 @@ def test_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: obje
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
 
-    with pytest.raises(WorkError, match="owner/model at 0123456789ab.*local directory"):
+    with pytest.raises(WorkError, match=r"owner/model at 0123456789ab.*local directory"):
         resolve("owner/model", REVISION)
