@@ -3,6 +3,8 @@
 What the real attention, with its cache, policies and fast paths, is compared with.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ class ReferenceAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         starts = batch.plan.query_starts
         return torch.cat(
-            [self._one(q[a:b], k[a:b], v[a:b], batch.positions[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+            [self._one(q[a:b], k[a:b], v[a:b], batch.positions[a:b]) for a, b in itertools.pairwise(starts)]
         )
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class DecoderLayer(nn.Module):
         q, k, v = self.project(self.input_norm(x))
         x = x + self.output(attention(layer, q, k, v, batch).flatten(1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        result: Tensor = x + self.down(F.silu(gate) * up)
+        return result
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [N, H, D], k and v [N, H_kv, D], with qk-norm where the model has it."""
@@ -100,7 +101,8 @@ class Decoder(nn.Module):
         rows = batch.plan.logits_rows
         if len(rows) < x.shape[0]:
             x = x[torch.tensor(rows, dtype=torch.int64, device=x.device)]
-        return self.head(self.norm(x)).float()
+        logits: Tensor = self.head(self.norm(x))
+        return logits.float()
 
     @property
     def num_bytes(self) -> int:

@@ -60,6 +60,7 @@ class RandomWeights:
             self._pool = torch.randn(_POOL_SIZE, generator=generator).to(self._dtype)
         pool = self._pool.roll(int.from_bytes(digest[:8]) % _POOL_SIZE)
         values = torch.empty(count, dtype=self._dtype)
-        for part in values.split(_POOL_SIZE):
+        for start in range(0, count, _POOL_SIZE):
+            part = values[start : start + _POOL_SIZE]
             part.copy_(pool[: part.numel()])
         return values

@@ -1,4 +1,4 @@
-"""Small random transformers models, saved as real checkpoint directories, and their logits: the oracle of this folder."""
+"""Small random transformers models, saved as checkpoint directories, and their logits: the oracle of this folder."""
 
 from pathlib import Path
 from typing import Any
