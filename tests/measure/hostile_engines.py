@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from fake_engine import FACTS, FakeEngine, Output
 
 from codesign.errors import Unsupported
@@ -73,6 +72,8 @@ def small_allocation_bomb(*_: Any, **__: Any) -> NoReturn:
 
 
 def tensor_bomb(*_: Any, **__: Any) -> NoReturn:
+    import torch  # here, so that a nursery for the other tests need not have it
+
     torch.ones(2**36)
     forever()
 
@@ -104,10 +105,14 @@ def cuda_error(*_: Any, **__: Any) -> NoReturn:
 
 
 def accelerator_error(*_: Any, **__: Any) -> NoReturn:
+    import torch
+
     raise torch.AcceleratorError("device-side fault")
 
 
 def cuda_out_of_memory(*_: Any, **__: Any) -> NoReturn:
+    import torch
+
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import hostile_engines
 import pytest
-from conftest import entry_of, family, family_of
+from relatives import entry_of, family, family_of
 
 from codesign.measure.child_session import ChildSession, Limits
 from codesign.measure.memory import process_memory
@@ -220,19 +220,18 @@ def test_a_child_that_hangs_in_close_is_killed_and_said_so(
 
 
 @pytest.mark.parametrize(("name", "kind"), [("kills_nursery", "harness"), ("stops_nursery", "hang")])
-def test_a_lost_nursery_takes_its_session_along_and_is_started_again(
-    nursery: Nursery, nothing_left: Callable[[], None], name: str, kind: OutcomeKind
-) -> None:
-    assert nursery.pid is not None
-    lost, relatives = nursery.pid, entry_of(nursery.pid)
+def test_a_lost_nursery_takes_its_session_along_and_is_started_again(name: str, kind: OutcomeKind) -> None:
+    with Nursery(preload=()) as nursery:
+        nursery.start()
+        assert nursery.pid is not None
+        lost, relatives = nursery.pid, entry_of(nursery.pid)
 
-    outcome = outcome_of(nursery, name, HASTY)
+        outcome = outcome_of(nursery, name, HASTY)
 
-    assert outcome.kind == kind
-    assert family_of(relatives) == set()
-    assert [event.token_id for event in run(nursery, "fake_engine:build", PATIENT)] == [100, 101, 102]
-    assert nursery.pid != lost
-    nothing_left()
+        assert outcome.kind == kind
+        assert family_of(relatives) == set()
+        assert [event.token_id for event in run(nursery, "fake_engine:build", PATIENT)] == [100, 101, 102]
+        assert nursery.pid not in (lost, None)
 
 
 @contextlib.contextmanager
