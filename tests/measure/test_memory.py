@@ -18,7 +18,7 @@ def test_the_peak_remembers_what_was_given_back() -> None:
     assert during.data_bytes - before.data_bytes >= 199 * MIB
     assert during.peak_rss_bytes >= during.rss_bytes >= before.rss_bytes + 150 * MIB
     assert after.rss_bytes < during.rss_bytes - 150 * MIB
-    assert after.peak_rss_bytes >= during.rss_bytes
+    assert after.peak_rss_bytes >= during.rss_bytes - MIB  # the kernel counts per core and adds up lazily
 
 
 def test_an_ended_process_has_no_memory() -> None:
