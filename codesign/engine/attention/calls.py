@@ -39,6 +39,10 @@ class Span:
     is_prompt_end: bool
 
     @property
+    def tokens(self) -> range:
+        return range(self.start, self.start + self.num_queries)
+
+    @property
     def num_rows(self) -> int:
         return self.num_past + self.num_queries
 

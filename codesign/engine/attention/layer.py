@@ -19,6 +19,7 @@ from codesign.engine.attention.weights import column_sums, weights
 from codesign.engine.batch import Batch
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.policy import KVPolicy
+from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.kv.store import DenseStore, LayerGroup
 from codesign.errors import Unsupported
@@ -30,6 +31,8 @@ class _GroupStep:
 
     written: slice | Tensor
     flat_rows: Tensor | None
+    new_sinks: NewSinks | None
+    turn: Turn | None
     calls: tuple[Call, ...]
 
 
@@ -164,14 +167,24 @@ class Attention:
                 tokens.extend(range(start, start + length))
                 slots_rows.extend((slot, num_past + row) for row in range(length))
         calls = cut(spans, num_groups=self._num_groups, dtype=self._dtype, device=self._device)
+        new_sinks, turn = self._sinks(group, spans, plan.positions)
         if not tokens:
-            return _GroupStep(slice(0, 0), None, calls)
+            return _GroupStep(slice(0, 0), None, new_sinks, turn, calls)
         written: slice | Tensor = slice(tokens[0], tokens[-1] + 1)
         if tokens[-1] + 1 - tokens[0] != len(tokens):
             written = torch.tensor(tokens, device=self._device)
         flat_rows = group.flat_rows(slots_rows)
         group.place(flat_rows, slots_rows, batch.positions[written])
-        return _GroupStep(written, flat_rows, calls)
+        return _GroupStep(written, flat_rows, new_sinks, turn, calls)
+
+    def _sinks(
+        self, group: LayerGroup, spans: list[Span], positions: tuple[int, ...]
+    ) -> tuple[NewSinks | None, Turn | None]:
+        if group.sinks is None:
+            return None, None
+        tokens = [(t, span.slot, positions[t]) for span in spans for t in span.tokens]
+        shifts = [(span.slot, positions[span.start] - span.num_past) for span in spans if not span.is_prompt]
+        return group.sinks.new(tokens), group.sinks.turn(shifts, self._cos, self._signed_sin)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """[N, H, D] from q [N, H, D] and k, v [N, H_kv, D], packed as in the batch, before RoPE."""
@@ -179,6 +192,10 @@ class Attention:
         assert step is not None, "begin(batch) comes first"
         number, index = self._where[layer]
         group, part = self.store.groups[number], step.groups[number]
+        if part.new_sinks is not None and group.sinks is not None:
+            group.sinks.store(index, part.new_sinks, k)
+        if part.turn is not None:
+            group.turn_sinks(index, part.turn)
         q, k = rotate(q, step.cos, step.signed_sin), rotate(k, step.cos, step.signed_sin)
         if part.flat_rows is not None:
             group.write(index, part.flat_rows, k[part.written], v[part.written])

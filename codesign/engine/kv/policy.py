@@ -68,7 +68,7 @@ class KVPolicy(ABC):
         return 0
 
     @property
-    def sink_tokens(self) -> int:
+    def num_sink_tokens(self) -> int:
         """How many first tokens are never evicted; with `key_space = "pre_rope"` their keys are turned at each step."""
         return 0
 

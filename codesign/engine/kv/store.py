@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
+from codesign.engine.kv.sinks import SinkKeys, Turn
 
 
 class LayerGroup:
@@ -51,12 +52,21 @@ class LayerGroup:
         self.position = self._position.expand(shape)
         self.column: Tensor | None = None
         self.pending_column: Tensor | None = None
-        self.sink_key: Tensor | None = None
+        self.sinks: SinkKeys | None = None
         if self.is_bounded and policy.evidence == "column_sums":
             self.column = torch.zeros(shape, dtype=torch.float32, device=device)
             self.pending_column = torch.zeros(*planes, max_query_len, self.num_rows, device=device)
         if self.is_bounded and policy.key_space == "pre_rope":
-            self.sink_key = torch.zeros(*planes, policy.sink_tokens, head_dim, dtype=dtype, device=device)
+            self.sinks = SinkKeys(
+                num_layers=len(layers),
+                num_slots=num_slots,
+                num_kv_heads=num_kv_heads,
+                num_sinks=policy.num_sink_tokens,
+                num_rows=self.num_rows,
+                head_dim=head_dim,
+                dtype=dtype,
+                device=device,
+            )
         self._head_start = torch.arange(num_kv_heads, device=device) * self.num_rows
         self._plane_start = torch.arange(len(layers) * num_slots * num_kv_heads, device=device).view(planes)
         self._plane_start *= self.num_rows
@@ -90,11 +100,9 @@ class LayerGroup:
         self._flat_key[index].index_copy_(0, flat_rows, key.flatten(0, 1))
         self._flat_value[index].index_copy_(0, flat_rows, value.flatten(0, 1))
 
-    def admit(
-        self, index: int, slot: int, kept: Tensor | None, key: Tensor, value: Tensor, column: Tensor | None
-    ) -> None:
-        """Moves a finished prompt [H_kv, T, D] into the slot: the rows `kept` [H_kv, K], or all of them."""
-        num_heads, num_tokens, head_dim = key.shape
+    def admit(self, index: int, slot: int, prompt: Prompt, kept: Tensor | None) -> None:
+        """Moves a finished prompt into the slot: the rows `kept` [H_kv, K], or all of them."""
+        num_heads, num_tokens, head_dim = prompt.key.shape
         if kept is None:
             kept = torch.arange(num_tokens, device=self.key.device).expand(num_heads, -1)
         num_rows = kept.shape[1]
@@ -138,8 +146,12 @@ class LayerGroup:
         if self.column is not None and column is not None:
             self.column.view(-1).index_copy_(0, target, column[..., new].flatten())
 
+    def turn_sinks(self, index: int, turn: Turn) -> None:
+        assert self.sinks is not None
+        self.sinks.apply(index, turn, self._flat_key[index])
+
     def tensors(self) -> list[Tensor]:
-        optional = (self.column, self.pending_column, self.sink_key)
+        optional = (self.column, self.pending_column, None if self.sinks is None else self.sinks.key)
         return [self.key, self.value, self._position, *(tensor for tensor in optional if tensor is not None)]
 
 
