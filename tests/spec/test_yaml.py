@@ -145,10 +145,10 @@ REFUSED: dict[str, tuple[str | bytes, int, str]] = {
 def test_what_is_not_plain_yaml_is_refused_with_file_and_line(name: str) -> None:
     text, line, says = REFUSED[name]
 
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(InputError, match=says) as caught:
         parse_yaml(text, file="study.yaml")
-    assert time.perf_counter() - start < 5  # measured: under 0.5 s each on a quiet core
+    assert time.process_time() - start < 1  # the slowest takes 0.3 s of a Zen 3 core
     assert caught.value.exit_status == 2
     assert caught.value.file == (f"study.yaml:{line}" if line else "study.yaml")
 
