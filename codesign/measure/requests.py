@@ -22,7 +22,8 @@ class TokenSource(Protocol):
 
 
 class TextTokens:
-    """Slices of tokenised text that start at a random place, so that no two share a prefix worth caching."""
+    """Slices of tokenised text from random places, each behind three random tokens of the text: even two slices from
+    the same place share no prefix that a cache could use."""
 
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self._ids = [token for ids in texts for token in ids]
@@ -31,7 +32,7 @@ class TextTokens:
 
     def take(self, rng: random.Random, count: int) -> tuple[int, ...]:
         start = rng.randrange(len(self._ids))
-        taken = self._ids[start : start + count]
+        taken = [*rng.choices(self._ids, k=3), *self._ids[start : start + count]][:count]
         while len(taken) < count:
             taken += self._ids[: count - len(taken)]
         return tuple(taken)
