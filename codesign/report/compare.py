@@ -14,11 +14,11 @@ has an interval is a tie, and is called one.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 from typing import Literal
 
-from codesign.report.show import interval, number
+from codesign.report.show import interval, number, signed
 from codesign.results.record import MetricValue, Tier, TrialRecord
 from codesign.spec.metrics import METRICS
 
@@ -58,12 +58,8 @@ class Change:
         if self.is_ratio:
             return f"{number(self.effect)}× {interval(self.low, self.high)}".strip()
         if self.low is None or self.high is None:
-            return _signed(self.effect)
-        return f"{_signed(self.effect)} [{_signed(self.low)}, {_signed(self.high)}]"
-
-
-def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
+            return signed(self.effect)
+        return f"{signed(self.effect)} [{signed(self.low)}, {signed(self.high)}]"
 
 
 def change(record: TrialRecord, other: TrialRecord, metric: str) -> Change | None:
@@ -129,6 +125,23 @@ def tied_with(record: TrialRecord, others: Iterable[TrialRecord], metric: str) -
         against = change(other, record, metric) if other.uid != record.uid else None
         if against is not None and against.judgement == "tie":
             found.append(other)
+    return found
+
+
+def outdone(front: Sequence[TrialRecord], metrics: Sequence[str]) -> dict[str, TrialRecord]:
+    """Members of a front that are on it by noise, as far as the intervals tell.
+
+    Returns:
+        uid -> a member over which this one has no measurable advantage in any metric, while that one has an advantage
+        or (all ties) the lower number.
+    """
+    found: dict[str, TrialRecord] = {}
+    for mine in front:
+        for other in front:
+            changes = [change(mine, other, metric) for metric in metrics] if mine.uid != other.uid else []
+            judgements = {c.judgement if c else "unknown" for c in changes}
+            if judgements and judgements <= {"worse", "tie"} and ("worse" in judgements or other.number < mine.number):
+                found.setdefault(mine.uid, other)
     return found
 
 

@@ -49,6 +49,11 @@ def axis_title(metric: str) -> str:
     return f"{metric}{unit}, {'higher' if known.direction == 'maximize' else 'lower'} is better"
 
 
+def step_shape(x: str) -> str:
+    """A front is a staircase: nothing was measured between two points. Its steps turn where the better x is."""
+    return "hv" if METRICS[x].direction == "minimize" else "vh"
+
+
 def group_of(row: "pd.Series[Any]", baseline_uid: str | None) -> str:
     """Which of GROUPS a measured trial belongs to."""
     if row["uid"] == baseline_uid:
@@ -78,7 +83,7 @@ def pareto_figure(
             x=frame[x].iloc[list(line)].tolist(),
             y=frame[y].iloc[list(line)].tolist(),
             mode="lines",
-            line={"color": BLUE, "width": 1.5, "dash": "dot"},
+            line={"color": BLUE, "width": 1.5, "dash": "dot", "shape": step_shape(x)},
             hoverinfo="skip",
             name="best trade of these two axes",
             meta={"role": "line", "study": 0},
@@ -166,9 +171,12 @@ def payoff_figure(payoffs: Sequence[Payoff]) -> dict[str, Any] | None:
         )
     figure.add_vline(x=1, line={"color": GREY, "width": 1, "dash": "dash"})
     figure.update_layout(_layout("speed against the unmodified choice (1 = equal)", ""), height=130 + 26 * len(shown))
-    figure.update_xaxes(type="log", dtick="D2")
+    figure.update_xaxes(type="log", tickvals=_RATIO_TICKS, ticktext=[f"{tick:g}×" for tick in _RATIO_TICKS])
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], automargin=True)
     return _plain(figure)
+
+
+_RATIO_TICKS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8, 10]
 
 
 def _gain(metric: str, typical: float, low: float | None, high: float | None) -> tuple[float, float, float]:
@@ -176,7 +184,9 @@ def _gain(metric: str, typical: float, low: float | None, high: float | None) ->
     return (typical, low, high) if METRICS[metric].direction == "maximize" else (1 / typical, 1 / high, 1 / low)
 
 
-def comparison_figure(frames: dict[str, pd.DataFrame], lines: dict[str, list[int]], *, x: str, y: str) -> dict[str, Any]:
+def comparison_figure(
+    frames: dict[str, pd.DataFrame], lines: dict[str, list[int]], *, x: str, y: str
+) -> dict[str, Any]:
     """Several studies on the same axes: their measured trials faint, their fronts drawn through.
 
     Args:
@@ -191,7 +201,12 @@ def comparison_figure(frames: dict[str, pd.DataFrame], lines: dict[str, list[int
                 x=frame[x].iloc[lines[name]].tolist(),
                 y=frame[y].iloc[lines[name]].tolist(),
                 mode="lines",
-                line={"color": colour, "width": 1.5, "dash": ("solid", "dash", "dot", "dashdot")[position % 4]},
+                line={
+                    "color": colour,
+                    "width": 1.5,
+                    "dash": ("solid", "dash", "dot", "dashdot")[position % 4],
+                    "shape": step_shape(x),
+                },
                 hoverinfo="skip",
                 showlegend=False,
                 meta={"role": "line", "study": position},
@@ -227,8 +242,8 @@ def _layout(x_title: str, y_title: str) -> dict[str, Any]:
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
         "margin": {"l": 60, "r": 16, "t": 16, "b": 56},
-        "xaxis": {**axis, "title": {"text": x_title}},
-        "yaxis": {**axis, "title": {"text": y_title}},
+        "xaxis": {**axis, "title": {"text": x_title, "font": {"size": 13}}},
+        "yaxis": {**axis, "title": {"text": y_title, "font": {"size": 13}}},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         "hovermode": "closest",
     }

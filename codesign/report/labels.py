@@ -1,6 +1,6 @@
 """Short names for configurations: what differs from the unmodified one.
 
-    weights int4 (group_size 64) · kv.policy h2o (kv_budget 0.2) · max_batch_size 32
+weights int4 (group_size 64) · kv.policy h2o (kv_budget 0.2) · max_batch_size 32
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,6 +8,8 @@ from typing import Any
 
 from codesign.report.show import visible
 
+# What a person decides on comes first; other keys follow in alphabetical order.
+_ORDER = ("weights", "kv.policy", "kv.codec", "dtype", "max_batch_size")
 # Choices of a family: a mapping with `name` and the member's knobs.
 FAMILIES = ("weights", "kv.policy", "kv.codec", "scheduler", "attention")
 
@@ -20,11 +22,11 @@ def parts(config: Mapping[str, Any]) -> dict[str, Any]:
             flat |= {f"kv.{inner}": choice for inner, choice in value.items()}
         else:
             flat[key] = value
-    return flat
+    return dict(sorted(flat.items(), key=lambda item: (_ORDER.index(item[0]) if item[0] in _ORDER else 99, item[0])))
 
 
 def differing(config: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
-    """Keys of `parts` in which two configurations differ, in the order of the first."""
+    """Keys of `parts` in which two configurations differ, the more interesting first."""
     mine, theirs = parts(config), parts(other)
     return tuple(key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
 

@@ -1,4 +1,4 @@
-"""Does a choice pay here? Each weight format, KV policy, codec and dtype against the unmodified choice, at each batch size.
+"""Does a choice pay here? Each format, policy, codec and dtype against the unmodified one, at each batch size.
 
 A pair is two trials that differ in this one choice and in nothing else. Where no such pair was measured, the closest
 partner is shown and called confounded, with the names of what else differs. Nothing is pooled into one interval: pairs
@@ -6,20 +6,19 @@ differ in their other choices, so the range over pairs and how many of them were
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import geometric_mean, mean
-from typing import Literal
+from typing import Any, Literal
 
 from codesign.report.compare import BY_DIFFERENCE, Change, Judgement, change
-from codesign.report.labels import choice_name, differing, parts
-from codesign.report.show import number, visible
+from codesign.report.labels import choice_name, parts
+from codesign.report.show import listed, number, plural, signed, spoken, visible
 from codesign.report.study import Study
-from codesign.results.pareto import SPEED
+from codesign.results.pareto import QUALITY, SIZE, SPEED
 from codesign.results.record import TrialRecord
-from codesign.spec.metrics import METRICS
 
 CHOICES = ("dtype", "weights", "kv.policy", "kv.codec", "attention", "scheduler")
-SHOWN = (*SPEED, "peak_memory_bytes", "weights_bytes", "kv_bytes", "kl_divergence", "retrieval_accuracy")
+SHOWN = (*SPEED, *SIZE, *QUALITY)
 
 Verdict = Literal["faster", "slower", "no measurable difference", "mixed", "unknown"]
 
@@ -56,7 +55,7 @@ class Effect:
         if len(self.changes) == 1:
             return self.changes[0].text()
         if self.metric in BY_DIFFERENCE:
-            return f"{self.typical:+.3g} ({self.low:+.3g} to {self.high:+.3g})"
+            return f"{signed(self.typical)} ({signed(self.low or 0)} to {signed(self.high or 0)})"
         return f"{number(self.typical)}× ({number(self.low or 0)} to {number(self.high or 0)})"
 
 
@@ -107,36 +106,69 @@ class Payoff:
             return "slower"
         return "unknown" if unknown == len(speed.changes) else "no measurable difference"
 
-    def sentence(self) -> str:
-        """What a person should take away, the bad news included."""
-        where = f"{visible(self.key)} {self.name} at max_batch_size {self.max_batch_size}"
+    @property
+    def told(self) -> str:
+        """How many pairs stand behind the verdict: `1 pair`, `slower in 3 of 4 pairs`."""
+        count = len(self.pairs) if self.speed is None else len(self.speed.changes)
+        if self.speed is None or count == 1 or self.verdict not in ("faster", "slower"):
+            return plural(count, "pair")
+        return (
+            f"{self.verdict} in {self.speed.count('better' if self.verdict == 'faster' else 'worse')} of {count} pairs"
+        )
+
+    @property
+    def caveat(self) -> str:
+        """Why the comparison is weak; "" when it is not."""
         if not self.pairs:
-            tried = f"all {self.num_failed} trials with it failed" if self.num_failed else "nothing comparable ran"
-            return f"{where}: cannot be said, {tried}."
-        speed = self.speed
-        if speed is None:
-            return f"{where}: cannot be said, speed was not measured in both trials of any pair."
-        measured = f"{METRICS[speed.metric].name} {speed.text()} of {self.unmodified}"
-        told = f"{len(speed.changes)} pair" + ("s" if len(speed.changes) > 1 else "")
-        if self.verdict in ("faster", "slower"):
-            judgement: Judgement = "better" if self.verdict == "faster" else "worse"
-            if len(speed.changes) > 1:
-                told = f"{self.verdict} in {speed.count(judgement)} of {told}"
-        head = {
-            "faster": "pays in speed",
-            "slower": "does not pay in speed",
-            "no measurable difference": "makes no measurable difference to speed",
-            "mixed": "is faster in some pairs and slower in others",
-            "unknown": "cannot be judged in speed: the readings carry no interval",
-        }[self.verdict]
-        rest = [
-            f"{name} {effect.text()}"
-            for name, effect in ((METRICS[e.metric].name, e) for e in self.effects)
-            if effect.metric in ("weights_bytes", "kv_bytes", "kl_divergence") and _says_something(effect)
-        ]
-        tail = f"; {', '.join(rest)}" if rest else ""
-        caveat = "" if self.is_isolated else f" Not isolated: {', '.join(map(visible, self.confounders))} differs too."
-        return f"{where} {head}: {measured} ({told}){tail}.{caveat}"
+            return f"all {plural(self.num_failed, 'trial')} failed" if self.num_failed else "nothing comparable ran"
+        return "" if self.is_isolated else f"not isolated: {', '.join(map(visible, self.confounders))} differs too"
+
+
+_SAID: dict[Verdict, str] = {
+    "faster": "pays in speed",
+    "slower": "does not pay in speed",
+    "no measurable difference": "makes no measurable difference to speed",
+    "mixed": "is faster in some pairs and slower in others",
+    "unknown": "cannot be judged in speed",
+}
+
+
+def summary(payoffs: Sequence[Payoff]) -> str:
+    """What a person should take away about one choice over its batch sizes, the bad news included.
+
+    `weights int8 pays in speed at max_batch_size 1 (1.45x); does not pay in speed at 32 (0.9x); weight bytes 0.52x.`
+    """
+    isolated = [p for p in payoffs if p.is_isolated]
+    name = f"{visible(payoffs[0].key)} {payoffs[0].name}"
+    if not isolated:
+        reasons = dict.fromkeys(p.caveat for p in payoffs)
+        return f"{name}: not settled, no two trials differ in this choice alone ({'; '.join(reasons)})."
+    clauses = []
+    for verdict, said in _SAID.items():
+        places = [f"{p.max_batch_size}{_effect_in_brackets(p)}" for p in isolated if p.verdict == verdict]
+        if places:
+            clauses.append(f"{said} at max_batch_size {listed(places)}")
+    return f"{name} {'; '.join([*clauses, *_other_effects(isolated)])}."
+
+
+def _effect_in_brackets(payoff: Payoff) -> str:
+    if payoff.speed is None:
+        return " (speed not measured)"
+    mark = "×" if payoff.speed.metric == "throughput_tokens_per_s" else f"× {payoff.speed.metric}"
+    return f" ({number(payoff.speed.typical)}{mark})"
+
+
+def _other_effects(payoffs: Sequence[Payoff]) -> list[str]:
+    """Bytes and divergence over all batch sizes: `weight bytes 0.31×`, `KL divergence +0.03 to +0.05`."""
+    found = []
+    for metric in ("weights_bytes", "kv_bytes", "kl_divergence"):
+        effects = [effect for p in payoffs if (effect := p.effect(metric)) is not None]
+        values = sorted(c.effect for effect in effects for c in effect.changes)
+        if not values or not any(_says_something(effect) for effect in effects):
+            continue
+        low, high = (signed(v) if metric in BY_DIFFERENCE else f"{number(v)}×" for v in (values[0], values[-1]))
+        found.append(f"{spoken(metric)} {low}" + (f" to {high}" if low != high else ""))
+    return found
 
 
 def _says_something(effect: Effect) -> bool:
@@ -147,17 +179,20 @@ def payoffs(study: Study) -> list[Payoff]:
     """Every choice that some trial made differently from the baseline, by key, name and batch size."""
     if study.baseline is None:
         return []
-    usual = parts(study.baseline.config)
+    flat = {record.uid: parts(record.config) for record in study.records}
+    usual = flat[study.baseline.uid]
     groups: dict[tuple[str, str, str], list[TrialRecord]] = {}
     for record in study.records:
-        flat = parts(record.config)
         for key in CHOICES:
-            if flat.get(key) != usual.get(key):
-                batch = str(flat.get("max_batch_size", "?"))
-                groups.setdefault((key, choice_name(flat.get(key)), batch), []).append(record)
+            choice = flat[record.uid].get(key)
+            if choice != usual.get(key):
+                batch = str(flat[record.uid].get("max_batch_size", "?"))
+                groups.setdefault((key, choice_name(choice), batch), []).append(record)
     found = []
     for (key, name, batch), members in groups.items():
-        pairs = _pairs(study, key, [record for record in members if record.outcome.kind == "ok"])
+        measured = [record for record in members if record.outcome.kind == "ok"]
+        partners = [record for record in study.measured if flat[record.uid].get(key) == usual.get(key)]
+        pairs = _pairs(flat, key, measured, partners)
         found.append(
             Payoff(
                 key=key,
@@ -166,31 +201,36 @@ def payoffs(study: Study) -> list[Payoff]:
                 max_batch_size=batch,
                 pairs=pairs,
                 effects=_effects(pairs),
-                num_failed=sum(record.outcome.kind != "ok" for record in members),
+                num_failed=len(members) - len(measured),
             )
         )
     return sorted(found, key=lambda p: (CHOICES.index(p.key), p.name, len(p.max_batch_size), p.max_batch_size))
 
 
-def _pairs(study: Study, key: str, members: Sequence[TrialRecord]) -> tuple[Pair, ...]:
+def _pairs(
+    flat: Mapping[str, Mapping[str, Any]], key: str, members: Sequence[TrialRecord], partners: Sequence[TrialRecord]
+) -> tuple[Pair, ...]:
     """Exact pairs; where there is none, the one closest pair, whose batch size must be the same all the same."""
-    assert study.baseline is not None
-    usual = parts(study.baseline.config).get(key)
-    partners = [record for record in study.measured if parts(record.config).get(key) == usual]
-    candidates = [
-        Pair(trial=member, partner=partner, confounders=others)
-        for member in members
-        for partner in partners
-        if "max_batch_size" not in (others := _others(member, partner, key))
-    ]
+    candidates = []
+    for member in members:
+        mine = flat[member.uid]
+        for partner in partners:
+            theirs = flat[partner.uid]
+            others = tuple(k for k in {**mine, **theirs} if k != key and mine.get(k) != theirs.get(k))
+            if "max_batch_size" not in others:
+                candidates.append(Pair(trial=member, partner=partner, confounders=others))
     exact = tuple(pair for pair in candidates if not pair.confounders)
     if exact or not candidates:
         return exact
     return (min(candidates, key=lambda pair: (len(pair.confounders), pair.trial.number, pair.partner.number)),)
 
 
-def _others(member: TrialRecord, partner: TrialRecord, key: str) -> tuple[str, ...]:
-    return tuple(other for other in differing(member.config, partner.config) if other != key)
+def by_choice(found: Sequence[Payoff]) -> list[list[Payoff]]:
+    """The payoffs of one choice together, in order."""
+    grouped: dict[tuple[str, str], list[Payoff]] = {}
+    for payoff in found:
+        grouped.setdefault((payoff.key, payoff.name), []).append(payoff)
+    return list(grouped.values())
 
 
 def _effects(pairs: Sequence[Pair]) -> tuple[Effect, ...]:

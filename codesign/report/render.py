@@ -7,6 +7,7 @@ no network at all.
 
 import base64
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from markupsafe import Markup
 from codesign.report.show import script_json, visible, visible_deep
 
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
+# Plotly brings a map library that adds a style element when it loads, unless an element of this id is there already.
+_MAP_STYLE_ID = re.compile(r'getElementById\("([0-9a-f]{64})"\)')
 
 
 @cache
@@ -51,6 +56,7 @@ def render(template: str, *, data: dict[str, Any], with_figures: bool, **context
         style=Markup(style),
         script=Markup(script),
         plotly=Markup(plotly_script),
+        unwanted_style_ids=sorted(set(_MAP_STYLE_ID.findall(plotly_script))),
         data=Markup(script_json(visible_deep(data))),
     )
 

@@ -62,6 +62,11 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def signed(value: float) -> str:
+    """`+0.031`, `−0.2`, `0`."""
+    return f"{'+' if value > 0 else '−' if value < 0 else ''}{number(abs(value))}"
+
+
 def quantity(value: float, unit: str) -> str:
     """`(18400000, "bytes")` -> `17.5 MiB`; `(412.3, "tokens/s")` -> `412 tokens/s`."""
     if unit == "bytes":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +61,12 @@ class Study:
         return str(self.inputs.get("study", self.folder.name))
 
     @property
+    def shell_path(self) -> str:
+        """The folder as a person would type it in a shell."""
+        path, here = self.folder.resolve(), Path.cwd()
+        return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+    @property
     def model(self) -> str:
         return str(self.inputs.get("model", "unknown model"))
 
@@ -104,6 +111,16 @@ class Study:
     def trial(self, number: int) -> TrialRecord:
         """The last attempt at this number."""
         return next(record for record in reversed(self.records) if record.number == number)
+
+    @cached_property
+    def shared_provenance(self) -> dict[str, Any]:
+        """What every trial says alike."""
+        first = self.records[0].provenance if self.records else {}
+        return {
+            key: value
+            for key, value in first.items()
+            if all(key in record.provenance and record.provenance[key] == value for record in self.records)
+        }
 
     @cached_property
     def metric_names(self) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Records -> frames. Every figure of the page, the CSV and front.json is looked up or computed here or in compare.py.
 
-    trials_frame    one row per trial: identity, configuration, outcome, and per metric value, low, high, num_samples
-    failures_frame  one row per way of failing
-    staircase       the two-objective front of a projection, for the line in the scatter
+trials_frame    one row per trial: identity, configuration, outcome, and per metric value, low, high, num_samples
+failures_frame  one row per way of failing
+staircase       the two-objective front of a projection, for the line in the scatter
 """
 
 import json

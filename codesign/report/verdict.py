@@ -3,8 +3,8 @@
 import dataclasses
 from collections import Counter
 
-from codesign.report.compare import change, luck_of_the_best, tied_with
-from codesign.report.payoff import Payoff
+from codesign.report.compare import change, luck_of_the_best, outdone, tied_with
+from codesign.report.payoff import Payoff, by_choice, summary
 from codesign.report.show import basis, full, listed, number, plural, quantity, spoken, visible
 from codesign.report.study import Study
 from codesign.report.tables import broken, labels_of
@@ -27,7 +27,9 @@ def verdict(study: Study, payoffs: list[Payoff]) -> Verdict:
         return Verdict(headline="No trial has finished yet.")
     failures = _failures(study)
     if not study.measured:
-        return Verdict(headline=f"None of the {plural(len(study.records), 'trial')} could be measured.", points=failures)
+        return Verdict(
+            headline=f"None of the {plural(len(study.records), 'trial')} could be measured.", points=failures
+        )
     feasible = [record for record in study.measured if record.is_feasible]
     if not feasible:
         return Verdict(
@@ -42,7 +44,7 @@ def verdict(study: Study, payoffs: list[Payoff]) -> Verdict:
         )
     return Verdict(
         headline=_headline(study),
-        points=(*_pick_points(study), *_payoff_points(payoffs), *_luck(study), *failures),
+        points=(*_payoff_points(payoffs), *_luck(study), *failures),
     )
 
 
@@ -52,6 +54,9 @@ def _headline(study: Study) -> str:
         start = f"One configuration is best in {names}"
     else:
         start = f"{len(study.front)} of {len(study.measured)} measured configurations trade {names}"
+        weaker = len(outdone(study.front, [objective.metric for objective in study.objectives]))
+        if weaker:
+            start += f" ({len(study.front) - weaker} stand apart measurably)"
     return f"{start}; {_speed_claim(study)}"
 
 
@@ -71,8 +76,8 @@ def _speed_claim(study: Study) -> str:
         return f"none is measurably faster than the unmodified one (best: {gain.text()} its {spoken(gain.metric)})."
     label = labels_of(study).of(record.config)
     return (
-        f"the fastest, {label}, gives {gain.text()} the unmodified {spoken(gain.metric)}{_quality_cost(record)} "
-        f"({basis(record.metrics[gain.metric], record.tier)})."
+        f"the fastest, {label}, gives {gain.text()} the unmodified {spoken(gain.metric)} "
+        f"({basis(record.metrics[gain.metric], record.tier)}){_quality_cost(record)}."
     )
 
 
@@ -89,22 +94,6 @@ def _objective_values(study: Study, record: TrialRecord) -> list[MetricValue]:
     return [record.metrics[o.metric] for o in study.objectives if o.metric in record.metrics]
 
 
-def _pick_points(study: Study) -> tuple[str, ...]:
-    labels, found = labels_of(study), []
-    for pick in ("smallest", "best_quality", "balanced"):
-        if pick not in study.picks:
-            continue
-        record = study.trial(study.picks[pick])
-        figures = [
-            f"{spoken(o.metric)} {quantity(record.metrics[o.metric].value, record.metrics[o.metric].unit)}"
-            for o in study.objectives
-            if o.metric in record.metrics
-        ]
-        title = pick.replace("_", " ").capitalize()
-        found.append(f"{title}: #{record.number} {labels.of(record.config)}, {listed(figures)} ({record.tier}).")
-    return tuple(found)
-
-
 def pick_tie(study: Study, pick: str, record: TrialRecord) -> str:
     """`No measurable difference in throughput to #3, #9.`, or "" when the pick stands alone or is by no one metric."""
     metric = next((o.metric for o in study.objectives if o.metric in PICKED_BY.get(pick, ())), None)
@@ -119,8 +108,9 @@ def pick_tie(study: Study, pick: str, record: TrialRecord) -> str:
 
 
 def _payoff_points(payoffs: list[Payoff]) -> tuple[str, ...]:
-    """The choices that cost speed where they were measured in isolation: the news that nobody prints."""
-    return tuple(p.sentence() for p in payoffs if p.is_isolated and p.verdict == "slower")[:4]
+    """The choices that cost speed somewhere, in isolation: the news that nobody prints."""
+    costly = [group for group in by_choice(payoffs) if any(p.is_isolated and p.verdict == "slower" for p in group)]
+    return tuple(f"{summary(group)[0].upper()}{summary(group)[1:]}" for group in costly)
 
 
 def _luck(study: Study) -> tuple[str, ...]:

@@ -55,6 +55,7 @@
         const line = (source.lines[x + "|" + y] || []).filter(drawable);
         trace.x = line.map((i) => across.value[i]);
         trace.y = line.map((i) => up.value[i]);
+        trace.line.shape = data.axes[x].step;
         continue;
       }
       const rows = trace.meta.rows.filter(drawable);
@@ -71,8 +72,10 @@
       });
       if (trace.meta.bars) [trace.error_x, trace.error_y] = [bars(across), bars(up)];
     }
-    Object.assign(figure.layout.xaxis, { title: { text: data.axes[x] }, type: logX ? "log" : "linear" });
-    Object.assign(figure.layout.yaxis, { title: { text: data.axes[y] }, type: logY ? "log" : "linear" });
+    for (const [axis, name, isLog] of [[figure.layout.xaxis, x, logX], [figure.layout.yaxis, y, logY]]) {
+      axis.title.text = data.axes[name].title;
+      axis.type = isLog ? "log" : "linear";
+    }
     byId("scatter-note").textContent = missing
       ? missing + " measured trial" + (missing > 1 ? "s are" : " is") + " not drawn: without a value on these axes" +
         (logX || logY ? ", or zero on a logarithmic one." : ".")
@@ -88,19 +91,25 @@
     }
   }
 
-  if (data.figure) {
+  function startFigures() {
+    const script = make("script", byId("plotly").textContent); // runs here; the policy knows its hash
+    document.head.append(script);
+    drawAll();
     for (const id of ["x-axis", "y-axis", "x-log", "y-log"]) byId(id).addEventListener("change", drawScatter);
+    darkQuery.addEventListener("change", drawAll);
+    addEventListener("beforeprint", () => { printing = true; drawAll(); });
+    addEventListener("afterprint", () => { printing = false; drawAll(); });
+    byId("scatter").on("plotly_click", (event) => {
+      if (event.points[0].customdata != null) show(Number(event.points[0].customdata));
+    });
   }
-  drawAll();
-  darkQuery.addEventListener("change", drawAll);
-  addEventListener("beforeprint", () => { printing = true; drawAll(); });
-  addEventListener("afterprint", () => { printing = false; drawAll(); });
+  // Plotly takes a second to load: the text and the table come first.
+  if (data.figure) addEventListener("load", () => requestAnimationFrame(() => setTimeout(startFigures)));
 
   // ---- The table of trials -------------------------------------------------------------------------------------
   const table = byId("trials");
-  if (!table) return;
-  const body = table.tBodies[0];
-  const rows = [...body.rows];
+  const body = table ? table.tBodies[0] : undefined;
+  const rows = table ? [...body.rows] : [];
   const panels = new Map();
 
   function place() {
@@ -196,6 +205,7 @@
     rows[index].scrollIntoView({ block: "start" });
   }
 
+  if (!table) return;
   for (const cell of table.tHead.rows[0].cells) cell.firstElementChild.addEventListener("click", () => sortBy(cell));
   rows.forEach((row, index) => row.querySelector("button").addEventListener("click", () => toggle(index, false)));
   byId("filter-kind").addEventListener("change", filter);
@@ -203,9 +213,6 @@
   for (const link of document.querySelectorAll("a[data-row]")) {
     link.addEventListener("click", (event) => { event.preventDefault(); show(Number(link.dataset.row)); });
   }
-  if (data.figure) byId("scatter").on("plotly_click", (event) => {
-    if (event.points[0].customdata != null) show(Number(event.points[0].customdata));
-  });
   const wanted = /^#trial-(\d+)$/.exec(location.hash);
   if (wanted) rows.forEach((row, index) => { if (row.dataset.number === wanted[1]) show(index); });
 })();
