@@ -70,4 +70,9 @@ def changed(study: Study, record: TrialRecord, name: str) -> dict[str, str] | No
     found = change(record, baseline, name)
     if found is None:
         return None
-    return {"judgement": found.judgement, "text": f"{MARKS[found.judgement]} {found.text()}"}
+    return {
+        "judgement": found.judgement,
+        "text": f"{MARKS[found.judgement]} {found.text()}",
+        "size": f"{MARKS[found.judgement]} {found.size}",
+        "spread": found.spread,
+    }

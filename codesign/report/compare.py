@@ -53,13 +53,21 @@ class Change:
     def is_ratio(self) -> bool:
         return self.metric not in BY_DIFFERENCE
 
+    @property
+    def size(self) -> str:
+        """The effect alone: `1.42×` or `+0.031`."""
+        return f"{number(self.effect)}×" if self.is_ratio else signed(self.effect)
+
+    @property
+    def spread(self) -> str:
+        """Its interval: `[1.38–1.46]` or `[+0.028, +0.034]`; "" where there is none."""
+        if self.is_ratio or self.low is None or self.high is None:
+            return interval(self.low, self.high)
+        return f"[{signed(self.low)}, {signed(self.high)}]"
+
     def text(self) -> str:
         """`1.42× [1.38–1.46]` or `+0.031 [+0.028, +0.034]`."""
-        if self.is_ratio:
-            return f"{number(self.effect)}× {interval(self.low, self.high)}".strip()
-        if self.low is None or self.high is None:
-            return signed(self.effect)
-        return f"{signed(self.effect)} [{signed(self.low)}, {signed(self.high)}]"
+        return f"{self.size} {self.spread}".strip()
 
 
 def change(record: TrialRecord, other: TrialRecord, metric: str) -> Change | None:

@@ -14,11 +14,19 @@ from codesign.report.compare import BY_DIFFERENCE, Change, Judgement, change
 from codesign.report.labels import choice_name, parts
 from codesign.report.show import listed, number, plural, signed, spoken, visible
 from codesign.report.study import Study
-from codesign.results.pareto import QUALITY, SIZE, SPEED
+from codesign.results.pareto import SIZE, SPEED
 from codesign.results.record import TrialRecord
 
 CHOICES = ("dtype", "weights", "kv.policy", "kv.codec", "attention", "scheduler")
-SHOWN = (*SPEED, *SIZE, *QUALITY)
+SHOWN = (
+    "throughput_tokens_per_s",
+    "ttft_ms",
+    "tpot_ms",
+    *SIZE,
+    "kl_divergence",
+    "retrieval_accuracy",
+    "energy_per_token_j",
+)
 
 Verdict = Literal["faster", "slower", "no measurable difference", "mixed", "unknown"]
 
@@ -121,7 +129,9 @@ class Payoff:
         """Why the comparison is weak; "" when it is not."""
         if not self.pairs:
             return f"all {plural(self.num_failed, 'trial')} failed" if self.num_failed else "nothing comparable ran"
-        return "" if self.is_isolated else f"not isolated: {', '.join(map(visible, self.confounders))} differs too"
+        return (
+            "" if self.is_isolated else f"not isolated: also differs in {listed(list(map(visible, self.confounders)))}"
+        )
 
 
 _SAID: dict[Verdict, str] = {
