@@ -4,6 +4,7 @@
     ├── InputError     2  what a person wrote is wrong: file, key, what is allowed, the nearest known name
     ├── Unsupported    2  well-formed, but this machine, model, target or combination cannot do it
     └── WorkError      1  the work was started and failed: what happened, what to do
+        └── NumericalError   the engine computed NaN or infinity where a number must be
 
 Bugs of our own are not in this tree; they keep their traceback.
 """
@@ -63,6 +64,20 @@ class Unsupported(CodesignError):
 
 class WorkError(CodesignError):
     """The work was started and failed; the text says what to do next."""
+
+
+class NumericalError(WorkError):
+    """The engine computed NaN or infinity; the configuration is at fault, not the machine."""
+
+
+def shown(value: object) -> str:
+    """What a person wrote, for a message: short, escaped, in YAML's words."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def nearest(got: str, known: Iterable[str]) -> str | None:
