@@ -29,6 +29,9 @@ class InputError(CodesignError):
         key: dotted path of the key inside the file.
         got: the unknown name, when the mistake is a name.
         known: the names that are allowed there.
+
+    Attributes:
+        message: the text without file and key, so that a caller who knows the place can say it again.
     """
 
     exit_status = 2
@@ -47,6 +50,7 @@ class InputError(CodesignError):
             near = nearest(got, names)
             message += f"; did you mean {near!r}?" if near else ""
             message += f" (known: {', '.join(names)})"
+        self.message = message
         self.file, self.key = (str(file) if file is not None else None), key
         super().__init__(": ".join(part for part in (self.file, key, message) if part))
 

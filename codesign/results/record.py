@@ -1,4 +1,4 @@
-"""TrialRecord: the one immutable document per finished trial. It is the truth; every table and figure derives from it."""
+"""TrialRecord: the one immutable document per finished trial. It is the truth; all tables and figures derive from it."""
 
 import dataclasses
 import json
@@ -101,7 +101,8 @@ class TrialRecord(TrialIdentity):
     monitor: what the device monitor saw (source, power, clocks, temperature, throttle reasons, foreign processes).
     phases: phase -> seconds (spawn, load, quantize, warm_up, measure, quality, close).
     kernels: part -> kernel that ran.
-    trust: what the numbers can carry: num_blocks, warmup_steps, warmup_settled, disturbed windows, percentile_supported.
+    trust: what the numbers can carry: num_blocks, warmup_steps, warmup_settled, disturbed windows,
+        percentile_supported.
     provenance: machine, versions, profile, seed, model digest, prompt digest, commit.
     warnings: said aloud to the person, kept with the numbers.
     """

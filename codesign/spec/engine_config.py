@@ -15,6 +15,7 @@ when the configuration is resolved; only resolved configurations are stored, so 
 import dataclasses
 import hashlib
 import json
+import operator
 from collections.abc import Mapping
 from typing import Any, Literal, Self, cast, get_args
 
@@ -23,6 +24,17 @@ from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, SCHEDULERS, WEI
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Scalar = int | float | str | bool
+
+# Dotted key of EngineConfig -> the family chosen from there.
+FAMILIES: dict[str, Family] = {
+    "scheduler": SCHEDULERS,
+    "weights": WEIGHT_FORMATS,
+    "kv.policy": KV_POLICIES,
+    "kv.codec": KV_CODECS,
+    "attention": ATTENTION,
+}
+# The fields that hold a plain value.
+PLAIN_FIELDS = ("dtype", "max_batch_size", "max_model_len", "kv_memory_bytes", "max_step_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +96,18 @@ class EngineConfig:
 
     def choices(self) -> dict[str, tuple[Family, Choice]]:
         """Dotted key -> (family, choice), for everything that is chosen from a family."""
-        return {
-            "scheduler": (SCHEDULERS, self.scheduler),
-            "weights": (WEIGHT_FORMATS, self.weights),
-            "kv.policy": (KV_POLICIES, self.kv.policy),
-            "kv.codec": (KV_CODECS, self.kv.codec),
-            "attention": (ATTENTION, self.attention),
-        }
+        return {key: (family, operator.attrgetter(key)(self)) for key, family in FAMILIES.items()}
+
+    def flat(self) -> dict[str, Scalar | None]:
+        """Every value under one dotted name: `weights` -> "int4", `weights.int4.group_size` -> 64.
+
+        These are the names of a search space's parameters; unlike `to_dict` it keeps knobs of different members apart.
+        """
+        values: dict[str, Scalar | None] = {name: getattr(self, name) for name in PLAIN_FIELDS}
+        for key, (_, choice) in self.choices().items():
+            values[key] = choice.name
+            values.update({f"{key}.{choice.name}.{knob}": value for knob, value in choice.knobs})
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON or YAML; `from_dict` gives it back."""
