@@ -4,6 +4,7 @@
     ├── InputError     2  what a person wrote is wrong: file, key, what is allowed, the nearest known name
     ├── Unsupported    2  well-formed, but this machine, model, target or combination cannot do it
     └── WorkError      1  the work was started and failed: what happened, what to do
+        └── NumericalError   the engine computed NaN or infinity where a number must be
 
 Bugs of our own are not in this tree; they keep their traceback.
 """
@@ -63,6 +64,10 @@ class Unsupported(CodesignError):
 
 class WorkError(CodesignError):
     """The work was started and failed; the text says what to do next."""
+
+
+class NumericalError(WorkError):
+    """The engine computed NaN or infinity; the configuration is at fault, not the machine."""
 
 
 def nearest(got: str, known: Iterable[str]) -> str | None:

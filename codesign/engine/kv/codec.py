@@ -4,11 +4,10 @@
 single row may be overwritten in place (decode-time eviction needs that).
 """
 
-from abc import ABC
 from typing import ClassVar
 
 
-class KVCodec(ABC):
+class KVCodec:
     """The protocol starts with what the dense store needs today; a codec that encodes adds encode and decode."""
 
     rows_mutable: ClassVar[bool] = True

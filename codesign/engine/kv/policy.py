@@ -2,6 +2,12 @@
 
 A policy never touches storage. It says how many rows a layer keeps (from lengths only), which rows of a finished
 prompt to keep, and which rows to overwrite when the budget is full. All decisions are per KV head.
+
+`key_space` says where a row stands when a query looks at it. "rotated": at its true position. "pre_rope": at its rank
+among the kept rows, and so does the query, so distances shrink to cache distances once rows are gone (StreamingLLM).
+Such a policy keeps its first `num_sink_tokens` tokens and an unbroken tail of the newest ones. Inside the tail, ranks
+and positions differ by one constant, and RoPE sees only differences: the store keeps tail keys rotated at their true
+positions and turns only the sink keys, from unrotated copies, at each step.
 """
 
 import dataclasses
@@ -19,7 +25,8 @@ class Prompt:
     """What a policy may look at when a prompt has just ended, for one sequence and one layer.
 
     Attributes:
-        key: [H_kv, T, D] in the policy's key space, native precision, row index == position.
+        key: [H_kv, T, D] rotated at its true position, native precision, row index == position.
+        value: [H_kv, T, D].
         window_query: [H, W, D] rotated queries of the last W = min(window, T) prompt tokens, or None
             (only with `evidence = "window_queries"`).
         column_sums: [H_kv, T] fp32, attention mass each row received from all prompt queries, summed over the queries
@@ -28,6 +35,7 @@ class Prompt:
     """
 
     key: Tensor
+    value: Tensor
     window_query: Tensor | None
     column_sums: Tensor | None
     scale: float
@@ -59,13 +67,25 @@ class KVPolicy(ABC):
         """How many trailing prompt queries `select` wants to see (with `evidence = "window_queries"`)."""
         return 0
 
+    @property
+    def sink_tokens(self) -> int:
+        """How many first tokens are never evicted; with `key_space = "pre_rope"` their keys are turned at each step."""
+        return 0
+
     @abstractmethod
     def budgets(self, *, num_layers: int, max_model_len: int) -> tuple[int, ...]:
         """[num_layers] most rows kept per KV head in each layer, each in 1..max_model_len.
 
         A fraction means that share of `max_model_len`. `capacity(layer, n)` is `min(n, budgets[layer])` for every
         policy: how many rows exist depends on lengths only.
+
+        Raises:
+            ValueError: a budget that is too small for what the policy protects; the text says the least.
         """
+
+    def evictable(self, budget: int) -> int:
+        """How many of `budget` rows `victims` may name at once: those outside sinks and the protected window."""
+        raise NotImplementedError  # an unbounded policy is never asked
 
     def select(self, prompt: Prompt, num_rows: int) -> Tensor:
         """[H_kv, num_rows] int64 row indices to keep, ascending and distinct; called only when num_rows < T."""

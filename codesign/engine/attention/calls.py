@@ -1,0 +1,117 @@
+"""How one step is cut into backend calls, so that its cost follows the sum of the lengths, not batch size x longest.
+
+Output tokens of neighbouring slots whose row counts are alike share one call over a slice of the cache (no copy);
+a sequence much longer or shorter than its neighbour starts a new one. Each prompt chunk is a call of its own.
+
+    slots      0     1   2   3   4          rows   2048  64  64  64  64
+    calls     [0]   [1 . . . . . 4]         work   2048  +  4 x 64
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Padded rows may be this share of the rows that count. Below 64 rows a call costs more than what it would save.
+_MAX_PADDING = 0.2
+_CHEAP_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Span:
+    """One sequence of the step as one layer group sees it.
+
+    Attributes:
+        slot: where its rows are.
+        start: its first token in the packed [N].
+        num_queries: its tokens in this step.
+        num_past: rows before them, all of them visible to each.
+        is_prompt: a prompt chunk, not output tokens.
+        is_prompt_end: the chunk that ends the prompt.
+    """
+
+    slot: int
+    start: int
+    num_queries: int
+    num_past: int
+    is_prompt: bool
+    is_prompt_end: bool
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_past + self.num_queries
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """One backend call: neighbouring slots, equally many queries each, one row count.
+
+    Attributes:
+        spans: the sequences, slots and packed tokens both consecutive.
+        num_rows: rows read of each: the largest of the spans.
+        mask: additive in the compute dtype, [B, 1, 1, R] or [B, 1, G * Q, R] (output tokens), [n, R] (prompt chunk);
+            None where every query sees every row, or where `is_causal` says which.
+    """
+
+    spans: tuple[Span, ...]
+    num_rows: int
+    mask: Tensor | None
+    is_causal: bool
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.spans[0].is_prompt
+
+    @property
+    def num_queries(self) -> int:
+        return self.spans[0].num_queries
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.spans[0].start, self.spans[-1].start + self.num_queries)
+
+    @property
+    def slots(self) -> slice:
+        return slice(self.spans[0].slot, self.spans[-1].slot + 1)
+
+    @property
+    def work(self) -> int:
+        """Rows times queries."""
+        return len(self.spans) * self.num_queries * self.num_rows
+
+
+def cut(spans: Sequence[Span], *, num_groups: int, dtype: torch.dtype, device: torch.device) -> tuple[Call, ...]:
+    """The calls of a step, in packed order."""
+    runs: list[list[Span]] = []
+    for span in spans:
+        if runs and _may_join(runs[-1], span):
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return tuple(_call(run, num_groups, dtype, device) for run in runs)
+
+
+def _may_join(run: list[Span], span: Span) -> bool:
+    last = run[-1]
+    if span.is_prompt or last.is_prompt or span.num_queries != last.num_queries or span.slot != last.slot + 1:
+        return False
+    rows = [member.num_rows for member in run] + [span.num_rows]
+    padding = max(rows) * len(rows) - sum(rows)
+    return padding <= max(_MAX_PADDING * sum(rows), _CHEAP_ROWS)
+
+
+def _call(run: list[Span], num_groups: int, dtype: torch.dtype, device: torch.device) -> Call:
+    first = run[0]
+    num_rows = max(span.num_rows for span in run)
+    is_causal = first.is_prompt and first.num_past == 0
+    mask = None
+    if not is_causal and (first.num_queries > 1 or any(span.num_rows != num_rows for span in run)):
+        past = torch.tensor([span.num_past for span in run], device=device)
+        query = torch.arange(first.num_queries, device=device)
+        is_hidden = torch.arange(num_rows, device=device) > (past[:, None] + query)[..., None]  # [B, Q, R]
+        mask = torch.zeros(is_hidden.shape, dtype=dtype, device=device).masked_fill_(is_hidden, float("-inf"))
+        if not first.is_prompt and first.num_queries > 1:
+            mask = mask.repeat(1, num_groups, 1)
+        mask = mask[:, None]
+    return Call(spans=tuple(run), num_rows=num_rows, mask=mask, is_causal=is_causal)

@@ -1,0 +1,254 @@
+"""Attention: what the model calls; rotary positions, the KV store, the policy and the backend behind one function.
+
+    attention.begin(batch)                          # once per step: commits, frees, index tensors, masks
+    x = attention(layer, q, k, v, batch)            # in every layer: rotate, write, read, attend
+    attention.end(batch)                            # once per step: what was a prompt chunk now counts
+
+The model never rotates and never sees a cache.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from codesign.engine.attention.backend import AttentionBackend
+from codesign.engine.attention.calls import Call, Span, cut
+from codesign.engine.attention.rope import Rope, rotate
+from codesign.engine.attention.weights import column_sums, weights
+from codesign.engine.batch import Batch
+from codesign.engine.kv.codec import KVCodec
+from codesign.engine.kv.policy import KVPolicy
+from codesign.engine.kv.staging import StagedPrompt
+from codesign.engine.kv.store import DenseStore, LayerGroup
+from codesign.errors import Unsupported
+
+
+@dataclasses.dataclass(frozen=True)
+class _GroupStep:
+    """What one layer group does in this step: `written` tokens of the packed [N] go to `flat_rows`."""
+
+    written: slice | Tensor
+    flat_rows: Tensor | None
+    calls: tuple[Call, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    cos: Tensor
+    signed_sin: Tensor
+    groups: tuple[_GroupStep, ...]
+
+
+class Attention:
+    """Args:
+    scale: of the softmax, usually head_dim ** -0.5.
+    max_query_len: most output tokens of one sequence in one step (1, or K + 1 to verify K drafts).
+
+    Raises:
+        ValueError: a KV budget too small for its policy.
+        Unsupported: a codec that cannot overwrite rows with a policy that evicts.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        rope: Rope,
+        policy: KVPolicy,
+        codec: KVCodec,
+        backend: AttentionBackend,
+        num_slots: int,
+        max_model_len: int,
+        max_query_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.policy, self.codec, self.backend = policy, codec, backend
+        self.store = DenseStore(
+            num_layers=num_layers,
+            num_slots=num_slots,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_model_len=max_model_len,
+            max_query_len=max_query_len,
+            policy=policy,
+            dtype=dtype,
+            device=device,
+        )
+        is_bounded = any(group.is_bounded for group in self.store.groups)
+        if is_bounded and not codec.rows_mutable:
+            raise Unsupported("a KV policy that evicts needs a codec whose rows can be overwritten: use codec native")
+        self.kernel = backend.kernel
+        if is_bounded and policy.evidence == "column_sums":
+            self.kernel += " + column pass"
+        self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
+        self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
+        self._dtype, self._device = dtype, device
+        self._cos, self._signed_sin = rope.tables(max_model_len, device)
+        self._where = {
+            layer: (number, index)
+            for number, group in enumerate(self.store.groups)
+            for index, layer in enumerate(group.layers)
+        }
+        self._staged: dict[tuple[int, int], StagedPrompt] = {}
+        self._step: _Step | None = None
+
+    @property
+    def kv_budget_tokens(self) -> tuple[int, ...]:
+        """Most rows kept per KV head, layer by layer."""
+        return self.store.budgets
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the slots: a constant, allocated when the engine is built."""
+        return self.store.num_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of prompts that are still coming in."""
+        storages = [tensor.untyped_storage() for prompt in self._staged.values() for tensor in prompt.tensors()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def begin(self, batch: Batch) -> None:
+        """Raises ValueError for a plan that commits what is not pending or outgrows `max_model_len`."""
+        plan = batch.plan
+        self.store.commit(plan.commits)
+        for slot in plan.frees:
+            self.store.release(slot)
+            for layer in self._where:
+                self._staged.pop((layer, slot), None)
+        starts = plan.query_starts
+        for index, slot in enumerate(plan.slots):
+            length = plan.query_lens[index]
+            if self.store.num_tokens[slot] + length > self._max_model_len:
+                raise ValueError(f"slot {slot}: more than max_model_len = {self._max_model_len} tokens")
+            if plan.is_prompt[index]:
+                continue
+            if length > self._max_query_len:
+                raise ValueError(
+                    f"slot {slot}: {length} output tokens in one step, max_query_len is {self._max_query_len}"
+                )
+            self.store.write_pending(slot, length, plan.positions[starts[index]])
+        self._step = _Step(
+            cos=self._cos[batch.positions][:, None],
+            signed_sin=self._signed_sin[batch.positions][:, None],
+            groups=tuple(self._group_step(group, batch) for group in self.store.groups),
+        )
+
+    def _group_step(self, group: LayerGroup, batch: Batch) -> _GroupStep:
+        plan = batch.plan
+        starts = plan.query_starts
+        spans: list[Span] = []
+        tokens: list[int] = []
+        slots_rows: list[tuple[int, int]] = []
+        for index, slot in enumerate(plan.slots):
+            start, length, is_prompt = starts[index], plan.query_lens[index], plan.is_prompt[index]
+            num_tokens = self.store.num_tokens[slot]
+            num_past = num_tokens if is_prompt else group.rows_after(num_tokens)
+            spans.append(
+                Span(
+                    slot=slot,
+                    start=start,
+                    num_queries=length,
+                    num_past=num_past,
+                    is_prompt=is_prompt,
+                    is_prompt_end=plan.is_prompt_end[index],
+                )
+            )
+            if not (is_prompt and group.is_bounded):
+                tokens.extend(range(start, start + length))
+                slots_rows.extend((slot, num_past + row) for row in range(length))
+        calls = cut(spans, num_groups=self._num_groups, dtype=self._dtype, device=self._device)
+        if not tokens:
+            return _GroupStep(slice(0, 0), None, calls)
+        written: slice | Tensor = slice(tokens[0], tokens[-1] + 1)
+        if tokens[-1] + 1 - tokens[0] != len(tokens):
+            written = torch.tensor(tokens, device=self._device)
+        flat_rows = group.flat_rows(slots_rows)
+        group.place(flat_rows, slots_rows, batch.positions[written])
+        return _GroupStep(written, flat_rows, calls)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """[N, H, D] from q [N, H, D] and k, v [N, H_kv, D], packed as in the batch, before RoPE."""
+        step = self._step
+        assert step is not None, "begin(batch) comes first"
+        number, index = self._where[layer]
+        group, part = self.store.groups[number], step.groups[number]
+        q, k = rotate(q, step.cos, step.signed_sin), rotate(k, step.cos, step.signed_sin)
+        if part.flat_rows is not None:
+            group.write(index, part.flat_rows, k[part.written], v[part.written])
+        if len(part.calls) == 1:
+            return self._attend(part.calls[0], layer, group, index, q, k, v)
+        out = torch.empty_like(q)
+        for call in part.calls:
+            out[call.tokens] = self._attend(call, layer, group, index, q, k, v)
+        return out
+
+    def _attend(self, call: Call, layer: int, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if call.is_prompt:
+            return self._attend_prompt(call, layer, group, index, q, k, v)
+        return self._attend_output(call, group, index, q)
+
+    def _attend_output(self, call: Call, group: LayerGroup, index: int, q: Tensor) -> Tensor:
+        """Output tokens: query groups folded into rows, B slots in one call, straight from the cache."""
+        shape = (len(call.spans), call.num_queries, self._num_kv_heads, self._num_groups, q.shape[-1])
+        query = q[call.tokens].view(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H_kv, G * Q, D]
+        key = group.key[index, call.slots, :, : call.num_rows]
+        value = group.value[index, call.slots, :, : call.num_rows]
+        out = self.backend.attend(query, key, value, mask=call.mask, is_causal=False, scale=self._scale)
+        if group.pending_column is not None:
+            whole = slice(0, query.shape[2])
+            weight = weights(query, key, whole, mask=call.mask, is_causal=False, scale=self._scale)
+            mass = weight.view(*key.shape[:2], self._num_groups, call.num_queries, -1).mean(dim=2)  # [B, H_kv, Q, R]
+            group.pending_column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
+        out = out.reshape(*key.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
+        return out.reshape(-1, *q.shape[1:])
+
+    def _attend_prompt(
+        self, call: Call, layer: int, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """A prompt chunk; when it is the last one of a bounded layer, its rows are selected and admitted here."""
+        (span,) = call.spans
+        query = q[call.tokens].transpose(0, 1)  # [H, n, D]
+        if not group.is_bounded:
+            key, value = (
+                group.key[index, span.slot, :, : call.num_rows],
+                group.value[index, span.slot, :, : call.num_rows],
+            )
+            return self._backend_prompt(call, query, key, value)
+        staged = self._staged.get((layer, span.slot))
+        if staged is None:
+            staged = self._staged[layer, span.slot] = StagedPrompt(self.policy, max_model_len=self._max_model_len)
+        key, value = staged.append(
+            k[call.tokens].transpose(0, 1), v[call.tokens].transpose(0, 1), query, is_last=span.is_prompt_end
+        )
+        if self.policy.evidence == "column_sums":
+            sums = column_sums(query[None], key[None], mask=call.mask, is_causal=call.is_causal, scale=self._scale)
+            staged.add_column_sums(sums[0])
+        out = self._backend_prompt(call, query, key, value)
+        if span.is_prompt_end:
+            prompt = staged.finish(self._scale)
+            num_rows = group.rows_after(call.num_rows)
+            kept = self.policy.select(prompt, num_rows) if num_rows < call.num_rows else None
+            group.admit(index, span.slot, prompt, kept)
+            del self._staged[layer, span.slot]
+        return out
+
+    def _backend_prompt(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = self.backend.attend(
+            query[None], key[None], value[None], mask=call.mask, is_causal=call.is_causal, scale=self._scale
+        )
+        return out[0].transpose(0, 1)
+
+    def end(self, batch: Batch) -> None:
+        """Prompt chunks commit by themselves: a prompt is never rejected."""
+        plan = batch.plan
+        for slot, length, is_prompt in zip(plan.slots, plan.query_lens, plan.is_prompt, strict=True):
+            if is_prompt:
+                self.store.append(slot, length)
+        self._step = None

@@ -1,0 +1,10 @@
+"""native: rows as the model computed them, in the engine's dtype. The neutral codec."""
+
+import dataclasses
+
+from codesign.engine.kv.codec import KVCodec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Native(KVCodec):
+    pass
