@@ -1,14 +1,14 @@
 """A study is one folder: where everything lies, what it was started with, and who may write to it.
 
-    reports/NAME/
-      study.json       what the study was started with; decides whether the same command may go on in it
-      profile.yaml     the resolved inputs, for people
-      space.yaml
-      trials/          <uid>.json, one immutable record per finished trial: the truth; unreadable ones in damaged/
-      study.db         Optuna's index over the records
-      configs/         trial-N.yaml, what `codesign measure --config` takes
-      leases/          who works here now
-      index.html trials.csv front.json      written by the report
+reports/NAME/
+  study.json       what the study was started with; decides whether the same command may go on in it
+  profile.yaml     the resolved inputs, for people
+  space.yaml
+  trials/          <uid>.json, one immutable record per finished trial: the truth; unreadable ones in damaged/
+  study.db         Optuna's index over the records
+  configs/         trial-N.yaml, what `codesign measure --config` takes
+  leases/          who works here now
+  index.html trials.csv front.json      written by the report
 """
 
 import contextlib
@@ -91,7 +91,9 @@ def open_study(out: Path, name: str | None, inputs: Inputs) -> Iterator[StudyFol
         for folder in (path, *(path / part for part in ("trials", "leases", "configs"))):
             folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise InputError("a file stands where the study's folder should be; choose another --name or --out", file=path)
+        raise InputError(
+            "a file stands where the study's folder should be; choose another --name or --out", file=path
+        ) from None
     with _lock(path):
         yield _matching(path, inputs) if (path / "study.json").exists() else _create(path, inputs)
 

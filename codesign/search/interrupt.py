@@ -1,8 +1,8 @@
 """Ctrl-C, and SIGTERM from a scheduler: the first asks, the second insists.
 
-The first one raises KeyboardInterrupt where the study waits, that is while a trial is proposed or measured; anywhere
-else (a record on its way to the disk, the report) it is kept until the study looks. The second ends the process at once;
-a study survives that as it survives a kill -9, and the children die with their parent.
+The first one raises KeyboardInterrupt where the study waits for a measurement; anywhere else (a record on its way to
+the disk, the report) it is kept until the study looks. The second ends the process at once; a study survives that as it
+survives a kill -9, and the children die with their parent.
 """
 
 import contextlib

@@ -6,7 +6,8 @@
     harness              nothing: our own fault says nothing about the configuration
 
 Failures are told as completed but infeasible, because TPE ignores failed trials: on a small problem it spent 84 % of
-its trials in the out-of-memory region when told "failed", 25 % when told "infeasible". Measured values of a broken limit are kept, since they are true and rank the neighbours.
+its trials in the out-of-memory region when told "failed", 25 % when told "infeasible". Measured values of a broken
+limit are kept, since they are true and rank the neighbours.
 """
 
 import dataclasses

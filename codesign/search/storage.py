@@ -1,7 +1,7 @@
 """study.db: Optuna's index over the ledger, and nothing more.
 
-The records in `trials/` are the truth. This index exists so that a sampler can be asked quickly and so that Optuna's own
-tools can open a study. It is checked against the records on every start and rebuilt from them when it is missing,
+The records in `trials/` are the truth. This index exists so that a sampler can be asked quickly and so that Optuna's
+own tools can open a study. It is checked against the records on every start and rebuilt from them when it is missing,
 truncated or in disagreement. That is why its writes are not fsynced (`synchronous=OFF` makes them ten times cheaper):
 after a power cut it is at worst rebuilt.
 

@@ -2,9 +2,9 @@
 
     lease -> ask -> claim -> bind(uid) -> measure -> record on disk (fsynced) -> tell -> report
 
-Whatever dies at whichever arrow, the next start finds a readable study: a trial without a record never happened, a record
-that was not told is told then. Only KeyboardInterrupt, a full disk and bugs of our own stop the loop; how a trial ends
-is a result.
+Whatever dies at whichever arrow, the next start finds a readable study: a trial without a record never happened, a
+record that was not told is told then. Only KeyboardInterrupt, a full disk and bugs of our own stop the loop; how a
+trial ends is a result.
 """
 
 import collections

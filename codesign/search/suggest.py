@@ -10,7 +10,7 @@ category, and can learn that 16 lies between 8 and 32.
 import dataclasses
 import random
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import optuna
 from optuna.distributions import (
@@ -24,7 +24,6 @@ from codesign.errors import InputError
 from codesign.spec.domain import Domain, Values
 from codesign.spec.engine_config import EngineConfig, Scalar
 from codesign.spec.space import Pick, SearchSpace
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +179,13 @@ def members(domain: Domain) -> tuple[Scalar, ...]:
     return tuple(domain.low + index * domain.step for index in range(count))
 
 
-def _scale(domain: Domain) -> tuple[int, ...] | tuple[float, ...] | None:
+def _scale(domain: Domain) -> tuple[int | float, ...] | None:
     """The sorted numbers of a list of numbers of one kind; None for anything else."""
     if not isinstance(domain, Values) or len(domain.values) < 2:
         return None
     for kind in (int, float):
         if all(type(value) is kind for value in domain.values):
-            return tuple(sorted(domain.values))
+            return tuple(sorted(cast(tuple[float, ...], domain.values)))
     return None
 
 
@@ -196,4 +195,3 @@ def _draw(domain: Domain, rng: random.Random) -> Scalar:
     low, high = float(domain.low), float(domain.high)
     value = low * (high / low) ** rng.random() if domain.log else rng.uniform(low, high)
     return min(max(round(value), domain.low), domain.high) if domain.is_integer else value
-
