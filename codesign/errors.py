@@ -70,6 +70,16 @@ class NumericalError(WorkError):
     """The engine computed NaN or infinity; the configuration is at fault, not the machine."""
 
 
+def shown(value: object) -> str:
+    """What a person wrote, for a message: short, escaped, in YAML's words."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def nearest(got: str, known: Iterable[str]) -> str | None:
     """The known name most like `got`, or None when none is close."""
     matches = difflib.get_close_matches(got, list(known), n=1, cutoff=0.6)

@@ -15,9 +15,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from codesign.errors import InputError
+from codesign.errors import InputError, shown
 from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, Dtype, Scalar
-from codesign.spec.section import shown
 from codesign.spec.yaml import Document, Key
 
 

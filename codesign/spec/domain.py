@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from codesign.errors import shown
 from codesign.spec.engine_config import Scalar
-from codesign.spec.section import shown
 from codesign.spec.yaml import Document, Key
 
 

@@ -1,20 +1,28 @@
 """Where a profile's model comes from: bundled, a directory, a pinned hub id, or an architecture with random weights.
 
-Nothing is downloaded here: a hub id must already be in the local cache, at an exact commit.
+    model: bundled
+    model: ../models/my-model
+    model: {id: org/name, revision: 40 hex digits of a commit}
+    model: {weights: random, name: 8B shape, model_type: llama, hidden_size: 4096, ...}     speed only
+
+Nothing is downloaded here: whoever loads a profile passes the function that fetches a pinned id, or has it looked up in
+the local cache.
 """
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from codesign.errors import InputError
+from codesign.errors import InputError, shown
 from codesign.spec.model import ModelSpec
-from codesign.spec.section import Count, Name, Positive, Section, shown, validate
+from codesign.spec.section import Count, Name, Positive, Section, Share, validate
 from codesign.spec.yaml import Document, Key
+
+Fetch = Callable[[str, str], Path]  # (id, revision) -> directory
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w][\w.-]{0,95}")
 _COMMIT = r"^[0-9a-f]{40}$"
@@ -30,7 +38,7 @@ class HubModel(Section):
 class RopeScaling(Section):
     """The `rope_scaling` of a Hugging Face config.json."""
 
-    rope_type: Literal["default", "linear", "dynamic", "llama3", "yarn"]
+    rope_type: Literal["default", "linear", "llama3", "yarn"]
     factor: Positive | None = None
     low_freq_factor: Positive | None = None
     high_freq_factor: Positive | None = None
@@ -38,7 +46,10 @@ class RopeScaling(Section):
 
 
 class Architecture(Section):
-    """The keys of a Hugging Face config.json that shape a dense decoder; weights are random, so only speed is real."""
+    """The keys of a Hugging Face config.json that shape a dense decoder; weights are random with `seed`.
+
+    What the keys mean together is the engine's to check, in one place for files and for profiles.
+    """
 
     weights: Literal["random"]
     name: Name = "random weights"
@@ -52,18 +63,22 @@ class Architecture(Section):
     head_dim: Count | None = None
     vocab_size: Count
     max_position_embeddings: Count
-    rope_theta: Positive = 10_000.0
+    rope_theta: Annotated[float, Field(ge=1, le=1e15)] | None = None
     rope_scaling: RopeScaling | None = None
-    rms_norm_eps: Positive = 1e-6
-    tie_word_embeddings: bool = False
+    rms_norm_eps: Share | None = None
+    tie_word_embeddings: bool | None = None
     attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    sliding_window: Count | None = None
+    use_sliding_window: bool | None = None
 
 
-def resolve_model(document: Document, key: Key, *, folder: Path) -> ModelSpec:
+def resolve_model(document: Document, key: Key, *, folder: Path, fetch: Fetch) -> ModelSpec:
     """The model that stands at `key` of a profile.
 
     Args:
         folder: what relative directories are relative to.
+        fetch: turns a pinned hub id into a directory.
     Raises:
         InputError: not one of the four forms, or not on this machine.
     """
@@ -76,7 +91,12 @@ def resolve_model(document: Document, key: Key, *, folder: Path) -> ModelSpec:
     if isinstance(value, Mapping) and "weights" in value:
         return _random_model(validate(Architecture, document, key), document, key)
     if isinstance(value, Mapping) and ("id" in value or "revision" in value):
-        return _hub_model(validate(HubModel, document, key), document, key)
+        hub = validate(HubModel, document, key)
+        try:
+            path = fetch(hub.id, hub.revision)
+        except InputError as error:
+            raise document.error(error.message, key) from None
+        return ModelSpec(name=f"{hub.id}@{hub.revision[:12]}", path=str(path))
     raise document.error(
         "must be bundled, a directory, {id: org/name, revision: 40 hex digits} or an architecture with "
         f"weights: random; got {shown(value)}",
@@ -112,16 +132,20 @@ def model_from_text(text: str, *, folder: Path) -> ModelSpec:
     raise InputError(f"{shown(text)} is neither `bundled` nor a Hugging Face model directory")
 
 
-def _hub_model(hub: HubModel, document: Document, key: Key) -> ModelSpec:
+def cached_snapshot(name: str, revision: str) -> Path:
+    """The directory of a hub model in the local cache, where `hf download` puts it.
+
+    Raises:
+        InputError: it is not there; the text says how to fetch it.
+    """
     cache = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
-    path = Path(cache).expanduser() / f"models--{hub.id.replace('/', '--')}" / "snapshots" / hub.revision
+    path = Path(cache).expanduser() / f"models--{name.replace('/', '--')}" / "snapshots" / revision
     if not (path / "config.json").is_file():
-        raise document.error(
-            f"{hub.id} at {hub.revision[:12]} is not in the local cache; fetch it once with "
-            f"`hf download {hub.id} --revision {hub.revision}`",
-            (*key, "id"),
+        raise InputError(
+            f"{name} at {revision[:12]} is not in the local cache; fetch it once with "
+            f"`hf download {name} --revision {revision}`"
         )
-    return ModelSpec(name=f"{hub.id}@{hub.revision[:12]}", path=str(path))
+    return path
 
 
 def _random_model(shape: Architecture, document: Document, key: Key) -> ModelSpec:
@@ -135,5 +159,6 @@ def _random_model(shape: Architecture, document: Document, key: Key) -> ModelSpe
             f"must divide hidden_size ({shape.hidden_size}) when head_dim is left out",
             (*key, "num_attention_heads"),
         )
-    architecture: dict[str, Any] = shape.model_dump(exclude={"weights", "name", "seed"}, exclude_none=True)
+    given = document.at(key)  # as written: an explicit null (no sliding window) is not an absent key
+    architecture = {name: value for name, value in given.items() if name not in ("weights", "name", "seed")}
     return ModelSpec(name=shape.name, architecture=architecture, seed=shape.seed)

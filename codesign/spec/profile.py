@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from codesign.errors import InputError
+from codesign.errors import InputError, shown
 from codesign.spec.hardware import Device, Hardware
 from codesign.spec.metrics import METRICS, Objective
 from codesign.spec.model import ModelSpec
-from codesign.spec.model_source import model_from_text, resolve_model
-from codesign.spec.section import shown, validate
+from codesign.spec.model_source import Fetch, cached_snapshot, model_from_text, resolve_model
+from codesign.spec.section import validate
 from codesign.spec.slo import Slo
 from codesign.spec.workload import Workload
 from codesign.spec.yaml import Document, Key, load_yaml
@@ -63,11 +63,12 @@ class Profile:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_profile(path: str | Path, *, model_override: str | None = None) -> Profile:
+def load_profile(path: str | Path, *, model_override: str | None = None, fetch: Fetch = cached_snapshot) -> Profile:
     """Reads and checks a profile with everything it includes.
 
     Args:
         model_override: instead of the profile's model: `bundled` or a directory, relative to the working directory.
+        fetch: (hub id, revision) -> directory; by default only the local cache is looked at.
     Raises:
         InputError: the first thing that is wrong, with file, line, key, what is allowed, the nearest known name.
     """
@@ -89,7 +90,7 @@ def load_profile(path: str | Path, *, model_override: str | None = None) -> Prof
     model_spec = (
         _overriding_model(model_override)
         if model_override is not None
-        else resolve_model(document, ("model",), folder=path.parent)
+        else resolve_model(document, ("model",), folder=path.parent, fetch=fetch)
     )
     return Profile(
         path=path,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from codesign.errors import InputError
+from codesign.errors import InputError, shown
 from codesign.spec.yaml import Document, Key
 
 Positive = Annotated[float, Field(gt=0, le=1e18)]
@@ -38,16 +38,6 @@ def validate(kind: type[SectionT], document: Document, key: Key = ()) -> Section
         return kind.model_validate(value)
     except pydantic.ValidationError as error:
         raise _translated(kind, error, document, key) from None
-
-
-def shown(value: Any) -> str:
-    """A value for a message: short, escaped, in YAML's words."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _translated(kind: type[Section], error: pydantic.ValidationError, document: Document, under: Key) -> InputError:

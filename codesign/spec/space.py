@@ -22,12 +22,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from codesign.errors import InputError
+from codesign.errors import InputError, shown
 from codesign.registry import Family
 from codesign.spec.constraint import Constraint, read_constraints
 from codesign.spec.domain import Domain, Range, Values, read_domain
 from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, Choice, EngineConfig, KVConfig, Scalar
-from codesign.spec.section import shown
 from codesign.spec.yaml import Document, Key, load_yaml
 
 Pick = Callable[[str, Domain], Scalar]
