@@ -26,12 +26,12 @@ from typing import Any
 from codesign.errors import InputError, WorkError
 from codesign.results.files import write_file
 from codesign.results.record import TrialIdentity
-from codesign.search.inputs import Inputs, identity_hash
+from codesign.search.inputs import Inputs, identity_hash, profile_document
 from codesign.spec.yaml import dump_yaml
 
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
-NOT_STUDIES = ("benchmarks", "example")
+NOT_STUDIES = ("benchmarks", "example", "measured")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +137,8 @@ def _create(path: Path, inputs: Inputs) -> StudyFolder:
             file=path,
         )
     uid = uuid.uuid4().hex
-    for part in ("profile", "space"):
-        write_file(path / f"{part}.yaml", dump_yaml(inputs.parts[part]).encode())
+    write_file(path / "profile.yaml", dump_yaml(profile_document(inputs.parts["profile"])).encode())
+    write_file(path / "space.yaml", dump_yaml(inputs.parts["space"]).encode())
     plain = {
         "schema_version": SCHEMA_VERSION,
         "study": path.name,

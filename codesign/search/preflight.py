@@ -22,7 +22,7 @@ from codesign.spec.profile import Profile
 from codesign.units import GIB, format_bytes
 
 _WAYS_ON = (
-    "ways on: run it on a machine that has one; `codesign search profiles/cpu.yaml` studies this machine's CPU with the "
+    "ways on: run it on such a machine; `codesign search profiles/cpu.yaml` studies the CPU that is here, with the "
     "bundled model; `codesign probe` writes the `hardware:` section of the machine it runs on"
 )
 
@@ -43,7 +43,7 @@ def check_device(profile: Profile) -> None:
     names = sorted({gpu["name"] for gpu in found})
     if len(found) < hardware.count or not any(_same_device(hardware.name, name) for name in names):
         raise Unsupported(
-            f"{profile.path}: asks for {asked}; here is {len(found)} x {' and '.join(names)}; {_WAYS_ON.replace('one;', 'it;')}"
+            f"{profile.path}: asks for {asked}; here is {len(found)} x {' and '.join(names)}; {_WAYS_ON}"
         )
 
 
@@ -125,7 +125,7 @@ def available_bytes(profile: Profile) -> int | None:
     """Memory that a trial can have at the most: the least of what the profile says and what is here."""
     memories = profile.hardware.memory
     if profile.device == "cpu":
-        here = psutil.virtual_memory().total
+        here: int | None = psutil.virtual_memory().total
         said = [memory.gib for memory in memories if memory.name == "host"]
     else:
         here = min((gpu["memory_bytes"] for gpu in gpus()), default=None)

@@ -15,7 +15,7 @@ from codesign.results.pareto import front
 from codesign.results.record import TrialIdentity, TrialRecord
 from codesign.search.limits import Limits, expected
 from codesign.search.objective import value_of
-from codesign.search.study import num_done, was_built
+from codesign.search.study import num_done, seconds, was_built
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
 from codesign.units import format_bytes, format_seconds
@@ -57,7 +57,7 @@ class ConsoleProgress:
 
     def begin(self, records: Sequence[TrialRecord], limits: Limits) -> None:
         self._limits, self._records, self._began_s = limits, records, time.monotonic()
-        self._durations_s = [sum(record.phases.values()) for record in records if was_built(record)]
+        self._durations_s = [seconds(record) for record in records if was_built(record)]
         if records:
             self.say(f"going on after {num_done(records)} trials")
 
@@ -81,7 +81,9 @@ class ConsoleProgress:
 
     def _result(self, record: TrialRecord) -> str:
         if record.outcome.kind != "ok":
-            return f"{record.outcome.kind}: {record.outcome.detail.splitlines()[0] if record.outcome.detail else ''}"[:160]
+            return f"{record.outcome.kind}: {record.outcome.detail.splitlines()[0] if record.outcome.detail else ''}"[
+                :160
+            ]
         shown = [
             f"{short(objective)} {quantity(value, objective.unit)}"
             for objective in self._objectives

@@ -126,7 +126,7 @@ class Study:
         with explained(self._folder.path), leases.hold(self._folder.leases) as lease:
             living = leases.sweep(self._folder.leases)
             self._records = load(self._folder.trials, self._progress.say)
-            self._durations_s = [sum(record.phases.values()) for record in self._records if was_built(record)]
+            self._durations_s = [seconds(record) for record in self._records if was_built(record)]
             index = open_index(
                 self._folder.index,
                 name=self._folder.name,
@@ -266,6 +266,11 @@ def num_done(records: Sequence[TrialRecord]) -> int:
 def was_built(record: TrialRecord) -> bool:
     """Whether the configuration was really built, or only predicted not to fit."""
     return not record.trust.get("predicted", False)
+
+
+def seconds(record: TrialRecord) -> float:
+    """How long the trial took; phases with a dot in their name are parts of others."""
+    return sum(duration for phase, duration in record.phases.items() if "." not in phase)
 
 
 def predicted_oom(identity: TrialIdentity, config: EngineConfig, misfit: Misfit) -> TrialRecord:

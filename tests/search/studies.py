@@ -90,5 +90,3 @@ def run_study(
             seed=seed,
         )
         return study.run(limits or Limits(trials=8))
-
-
