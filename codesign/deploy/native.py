@@ -1,10 +1,10 @@
 """Export to this project's own engine: the configuration file that `codesign measure` takes, with its evidence.
 
-    config.yaml     the engine's configuration
-    profile.yaml    what it was measured for: hardware, model, workload, service level
-    space.yaml      the search space that the profile names
-    evidence.json   the trial's record, unchanged
-    README.md       what it is, what it gave, how to measure it again
+config.yaml     the engine's configuration
+profile.yaml    what it was measured for: hardware, model, workload, service level
+space.yaml      the search space that the profile names
+evidence.json   the trial's record, unchanged
+README.md       what it is, what it gave, how to measure it again
 """
 
 import dataclasses

@@ -1,8 +1,6 @@
 """`codesign search`: from a profile's path to a finished study. Puts the parts together; each lives in its own file."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -23,7 +21,6 @@ from codesign.search.progress import ConsoleProgress
 from codesign.search.study import Study, StudyResult
 from codesign.search.suggest import Points
 from codesign.search.world import check_same_world
-from codesign.spec.engine_config import EngineConfig
 from codesign.spec.profile import Profile, load_profile
 from codesign.spec.space import load_space
 
@@ -94,23 +91,6 @@ def run_search(request: SearchRequest, console: Console, interrupt: Interrupt) -
             return folder, study.run(request.limits)
 
 
-@contextmanager
-def open_runner(profile_path: Path, model: str | None) -> Iterator[tuple[TrialRunner, Profile]]:
-    """What `codesign measure` measures with: the same device check, baseline and runner as in a search."""
-    profile = load_profile(profile_path, model_override=model)
-    check_device(profile)
-    with TrialRunner(profile, baseline=unmodified(profile)) as runner:
-        yield runner, profile
-
-
-def unmodified(profile: Profile) -> EngineConfig:
-    """The configuration that quality is compared with."""
-    length = profile.workload.max_model_len
-    if profile.search_space is None:
-        return EngineConfig(max_model_len=length).resolve()
-    return Points(load_space(profile.search_space), length).baseline().config
-
-
 def _space_path(profile: Profile, request: SearchRequest) -> Path:
     path = request.space or profile.search_space
     if path is None:
@@ -121,4 +101,6 @@ def _space_path(profile: Profile, request: SearchRequest) -> Path:
 def _described(profile: Profile, points: Points) -> str:
     size = points.space.size
     count = "a continuous space" if size is None else f"{size} points"
-    return f"{profile.model_spec.name} on {profile.hardware.name} ({profile.device}), {profile.workload.scenario}, {count}"
+    return (
+        f"{profile.model_spec.name} on {profile.hardware.name} ({profile.device}), {profile.workload.scenario}, {count}"
+    )

@@ -57,3 +57,13 @@ def parse_duration(text: str) -> float:
     if seconds <= 0:
         raise InputError(f"must be a time such as 90s, 20m or 1.5h, got {text!r}", key="--budget")
     return seconds
+
+
+def limits_of(trials: int | None, budget: str | None) -> Limits:
+    """The limits that a command line asks for: 30 trials where it asks for nothing.
+
+    Raises:
+        InputError: `budget` is no time.
+    """
+    budget_s = None if budget is None else parse_duration(budget)
+    return Limits(trials=DEFAULT_TRIALS if trials is None and budget is None else trials, budget_s=budget_s)

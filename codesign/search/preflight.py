@@ -42,9 +42,7 @@ def check_device(profile: Profile) -> None:
         )
     names = sorted({gpu["name"] for gpu in found})
     if len(found) < hardware.count or not any(_same_device(hardware.name, name) for name in names):
-        raise Unsupported(
-            f"{profile.path}: asks for {asked}; here is {len(found)} x {' and '.join(names)}; {_WAYS_ON}"
-        )
+        raise Unsupported(f"{profile.path}: asks for {asked}; here is {len(found)} x {' and '.join(names)}; {_WAYS_ON}")
 
 
 def _same_device(asked: str, found: str) -> bool:

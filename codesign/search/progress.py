@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from codesign.report.show import quantity
 from codesign.results.pareto import front
 from codesign.results.record import TrialIdentity, TrialRecord
 from codesign.search.limits import Limits, expected
@@ -18,7 +19,7 @@ from codesign.search.objective import value_of
 from codesign.search.study import num_done, seconds, was_built
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
-from codesign.units import format_bytes, format_seconds
+from codesign.units import format_seconds
 
 _SHORT_METRIC = {"throughput_tokens_per_s": "throughput", "peak_memory_bytes": "peak memory"}
 
@@ -137,8 +138,3 @@ def label(config: EngineConfig, default: EngineConfig) -> str:
 
 def short(objective: Objective) -> str:
     return f"{_SHORT_METRIC.get(objective.metric, objective.metric)} {objective.statistic}".strip()
-
-
-def quantity(value: float, unit: str) -> str:
-    """Three significant figures with the unit."""
-    return format_bytes(value) if unit == "bytes" else f"{value:.3g} {unit}".rstrip()
