@@ -43,14 +43,15 @@ class Native:
 def readme(record: TrialRecord) -> str:
     """What the exported configuration is, in Markdown."""
     rows = [
-        f"| {name} | {shown(metric.value, metric.unit)} | {metric.statistic or 'single reading'} | {metric.num_samples} |"
-        for name, metric in sorted(record.metrics.items())
+        f"| {name} | {shown(value.value, value.unit)} | {value.statistic or 'single reading'} | {value.num_samples} |"
+        for name, value in sorted(record.metrics.items())
     ]
     return "\n".join(
         [
             f"# Trial {record.number} of study {record.study}",
             "",
-            f"`config.yaml` builds this engine (digest `{record.config_digest}`); `evidence.json` is the trial's record.",
+            f"`config.yaml` builds this engine (digest `{record.config_digest}`).",
+            "`evidence.json` is the trial's record, with every request and the machine it ran on.",
             "",
             f"Measured on {record.finished_at}, tier `{record.tier}`:",
             "",

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from codesign.report.show import quantity
+from codesign.report.show import quantity, spoken
 from codesign.results.pareto import front
 from codesign.results.record import TrialIdentity, TrialRecord
 from codesign.search.limits import Limits, expected
@@ -20,8 +20,6 @@ from codesign.search.study import num_done, seconds, was_built
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
 from codesign.units import format_seconds
-
-_SHORT_METRIC = {"throughput_tokens_per_s": "throughput", "peak_memory_bytes": "peak memory"}
 
 
 class ConsoleProgress:
@@ -137,4 +135,5 @@ def label(config: EngineConfig, default: EngineConfig) -> str:
 
 
 def short(objective: Objective) -> str:
-    return f"{_SHORT_METRIC.get(objective.metric, objective.metric)} {objective.statistic}".strip()
+    """`TPOT p50`, for one line among many."""
+    return f"{spoken(objective.metric)} {objective.statistic}".strip()
