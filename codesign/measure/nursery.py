@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from typing import IO, Any, Self
+from collections.abc import Callable, Sequence
+from typing import IO, Any, Self, TypeVar
 
 from codesign.errors import Unsupported
 from codesign.measure import linux
@@ -28,6 +28,8 @@ from codesign.measure.packets import receive_packet, send_packet
 from codesign.measure.session import TrialFailed
 from codesign.measure.taxonomy import Exit
 from codesign.results.record import Outcome
+
+T = TypeVar("T")
 
 ENGINE_MODULES = ("torch", "codesign.engine.build", "codesign.measure.quality")
 _START_S = 120.0
@@ -61,7 +63,7 @@ class Nursery:
         Raises:
             TrialFailed: `harness`, when it does not come up in two attempts.
         """
-        self._try_twice(lambda process: None)
+        self._try_twice(lambda process: process)
 
     def fork(self, channel: int, stderr: int, *, data_limit_bytes: int | None) -> "Fork":
         """A fresh child that speaks over `channel`; both descriptors are copied, the caller closes its own.
@@ -71,7 +73,7 @@ class Nursery:
         """
         return self._try_twice(lambda process: process.fork(channel, stderr, data_limit_bytes))
 
-    def _try_twice(self, action: Any) -> Any:
+    def _try_twice(self, action: Callable[["_Process"], T]) -> T:
         for is_last in (False, True):
             try:
                 if self._process is None or self._process.is_dead():
@@ -109,11 +111,11 @@ class _Process:
         self.is_known_dead = False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `destroy`
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arguments = [str(theirs.fileno()), str(os.getpid())]
         with theirs:
             self._popen = subprocess.Popen(
                 # -P and our own sys.path: it imports what we would import, and nothing from the folder it stands in
-                [sys.executable, "-P", "-m", "codesign.measure.nursery_process"]
-                + [str(theirs.fileno()), str(os.getpid()), *preload],
+                [sys.executable, "-P", "-m", "codesign.measure.nursery_process", *arguments, *preload],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
@@ -176,7 +178,7 @@ class _Process:
             self.is_known_dead = True
             raise _NurseryDied(self._death()) from None
 
-    def _wait(self, condition: Any, seconds: float, complaint: str) -> None:
+    def _wait(self, condition: Callable[[], bool], seconds: float, complaint: str) -> None:
         deadline = time.monotonic() + seconds
         while True:
             self.pump()
