@@ -114,9 +114,10 @@ def _bounds(metric: MetricValue) -> _Bounds | None:
 
 
 def _log_bounds(metric: MetricValue) -> _Bounds | None:
-    if metric.low is None or metric.high is None or metric.low <= 0:
+    if metric.low is None or metric.high is None or metric.value <= 0:
         return None
-    return math.log(metric.low), math.log(metric.value), math.log(metric.high)
+    low = math.log(metric.low) if metric.low > 0 else -math.inf  # so few samples that zero is not excluded
+    return low, math.log(metric.value), math.log(metric.high)
 
 
 def _recover(mine: _Bounds | None, theirs: _Bounds | None) -> tuple[float, float] | None:
@@ -157,10 +158,11 @@ def luck_of_the_best(records: Iterable[TrialRecord], metric: str) -> tuple[int, 
     """(N, relative gain) that the best of N configurations *of equal worth* would show by chance alone.
 
     Expected maximum of N normal deviates (Blom: Phi^-1((N - 3/8) / (N + 1/4))) times the median standard error of the
-    trials' logarithms. None with fewer than two intervals.
+    trials' logarithms, taken from the upper half of their intervals as if those were normal: with few blocks too
+    large, so this is an upper figure. None with fewer than two intervals.
     """
     errors = sorted(
-        (bounds[2] - bounds[0]) / (2 * 1.96)
+        (bounds[2] - bounds[1]) / 1.96
         for record in records
         if metric in record.metrics and (bounds := _log_bounds(record.metrics[metric])) is not None
     )

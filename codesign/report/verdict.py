@@ -119,8 +119,8 @@ def _luck(study: Study) -> tuple[str, ...]:
         luck = luck_of_the_best(study.measured, metric)
         if luck is not None:
             return (
-                f"The best of {luck[0]} equal configurations would look {number(100 * luck[1])} % better by chance "
-                f"alone at the spread seen inside these trials: confirm before deploying.",
+                f"The best of {luck[0]} equal configurations would look up to {number(100 * luck[1])} % better by "
+                f"chance alone at the spread seen inside these trials: confirm before deploying.",
             )
     return ()
 

@@ -101,6 +101,11 @@ def method(study: Study) -> list[str]:
         lines.append(
             f"Warm-up settled in {steady} of {len(settled)} trials that say so; it is not part of any latency."
         )
+    disturbed = sum(record.trust.get("is_disturbed") is True for record in study.measured)
+    if disturbed:
+        lines.append(
+            f"{plural(disturbed, 'trial')} shared the machine with other work while measured; see its warning."
+        )
     seconds = sum(sum(record.phases.values()) for record in study.records)
     times = sorted(time for record in study.records for time in (record.started_at, record.finished_at) if time)
     if times:
