@@ -98,7 +98,7 @@ class Attention:
             for number, group in enumerate(self.store.groups)
             for index, layer in enumerate(group.layers)
         }
-        self._staged: dict[tuple[int, int], StagedPrompt] = {}
+        self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}
         self._step: _Step | None = None
 
     @property
@@ -114,7 +114,7 @@ class Attention:
     @property
     def staging_bytes(self) -> int:
         """Bytes of prompts that are still coming in."""
-        storages = [tensor.untyped_storage() for prompt in self._staged.values() for tensor in prompt.tensors()]
+        storages = [tensor.untyped_storage() for prompt in self.staged_prompts.values() for tensor in prompt.tensors()]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def begin(self, batch: Batch) -> None:
@@ -124,7 +124,7 @@ class Attention:
         for slot in plan.frees:
             self.store.release(slot)
             for layer in self._where:
-                self._staged.pop((layer, slot), None)
+                self.staged_prompts.pop((layer, slot), None)
         starts = plan.query_starts
         for index, slot in enumerate(plan.slots):
             length = plan.query_lens[index]
@@ -238,9 +238,9 @@ class Attention:
                 group.value[index, span.slot, :, : call.num_rows],
             )
             return self._backend_prompt(call, query, key, value)
-        staged = self._staged.get((layer, span.slot))
+        staged = self.staged_prompts.get((layer, span.slot))
         if staged is None:
-            staged = self._staged[layer, span.slot] = StagedPrompt(self.policy, max_model_len=self._max_model_len)
+            staged = self.staged_prompts[layer, span.slot] = StagedPrompt(self.policy, max_model_len=self._max_model_len)
         key, value = staged.append(
             k[call.tokens].transpose(0, 1), v[call.tokens].transpose(0, 1), query, is_last=span.is_prompt_end
         )
@@ -253,7 +253,7 @@ class Attention:
             num_rows = group.rows_after(call.num_rows)
             kept = self.policy.select(prompt, num_rows) if num_rows < call.num_rows else None
             group.admit(index, span.slot, prompt, kept)
-            del self._staged[layer, span.slot]
+            del self.staged_prompts[layer, span.slot]
         return out
 
     def _backend_prompt(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
