@@ -59,7 +59,7 @@ class Channel:
         Raises:
             ValueError: NaN or infinity in the message; nothing was queued.
         """
-        self._outbox += json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        self._outbox += _ENCODER.encode(message).encode() + b"\n"
         self.flush()
 
     def flush(self) -> None:
@@ -163,4 +163,5 @@ def _depth(value: Any) -> int:
     return deepest
 
 
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 _DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)

@@ -20,13 +20,11 @@ def step_tokens(message: Mapping[str, Any]) -> list[tuple[str, int, str]]:
     if not isinstance(tokens, list):
         raise ProtocolFault("a step without a list of tokens")
     for entry in tokens:
-        match entry:
-            case [str(), int(token_id), str(finish_reason)] if (
-                not isinstance(token_id, bool) and 0 <= token_id < 2**31 and finish_reason in _FINISH_REASONS
-            ):
-                continue
-        raise ProtocolFault(f"not a token: {ascii(entry)[:80]}")
-    return [tuple(entry) for entry in tokens]
+        if not (isinstance(entry, list) and [type(item) for item in entry] == [str, int, str]):
+            raise ProtocolFault(f"not a token: {ascii(entry)[:80]}")
+        if not (0 <= entry[1] < 2**31 and entry[2] in _FINISH_REASONS):
+            raise ProtocolFault(f"not a token: {ascii(entry)[:80]}")
+    return [(request_id, token_id, finish_reason) for request_id, token_id, finish_reason in tokens]
 
 
 def build_facts(message: Mapping[str, Any]) -> BuildFacts:
