@@ -240,7 +240,9 @@ class Attention:
             return self._backend_prompt(call, query, key, value)
         staged = self.staged_prompts.get((layer, span.slot))
         if staged is None:
-            staged = self.staged_prompts[layer, span.slot] = StagedPrompt(self.policy, max_model_len=self._max_model_len)
+            staged = self.staged_prompts[layer, span.slot] = StagedPrompt(
+                self.policy, max_model_len=self._max_model_len
+            )
         key, value = staged.append(
             k[call.tokens].transpose(0, 1), v[call.tokens].transpose(0, 1), query, is_last=span.is_prompt_end
         )
