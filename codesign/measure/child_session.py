@@ -156,7 +156,7 @@ class ChildSession:
         return self._checked(messages.build_facts, self._await("built", self._limits.start_up_s))
 
     def submit(self, request: Request) -> None:
-        if request.request_id in self._outstanding:
+        if request.request_id in self._outstanding or request.request_id in self._aborting:
             raise ValueError(f"request {request.request_id!r} is already running")
         if not self._outstanding:
             self._heard_s = time.perf_counter()

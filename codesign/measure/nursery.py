@@ -32,6 +32,8 @@ from codesign.results.record import Outcome
 T = TypeVar("T")
 
 ENGINE_MODULES = ("torch", "codesign.engine.build", "codesign.measure.quality")
+# In the environment of all that comes from a nursery: whose it is (pid namespace, pid, start time) and a nonce.
+_MARKER = "CODESIGN_NURSERY"
 _START_S = 120.0
 _ANSWER_S = 15.0
 _END_S = 10.0
@@ -103,7 +105,8 @@ class _Process:
     """One run of the nursery process."""
 
     def __init__(self, preload: Sequence[str]) -> None:
-        self._marker = f"CODESIGN_NURSERY={os.urandom(16).hex()}"
+        _bury_the_abandoned()
+        self._marker = f"{_search_name(os.getpid())}-{os.urandom(8).hex()}"
         self._ids = itertools.count()
         self._answers: dict[int, tuple[dict[str, Any], list[int]]] = {}
         self._exits: dict[int, tuple[Exit, list[int]]] = {}
@@ -223,7 +226,7 @@ class _Process:
         self._stderr.close()
         self.control.close()
         # Its children die with it; what those had detached went to init, and is known by what it inherited.
-        return linux.kill_by_environment(self._marker, timeout_s=_END_S)
+        return linux.kill_by_environment(_MARKER, lambda value: value == self._marker, timeout_s=_END_S)
 
 
 class Fork:
@@ -279,10 +282,30 @@ class Fork:
         os.close(self._pidfd)
 
 
+def _bury_the_abandoned() -> None:
+    """Kills what is left of nurseries whose search process is gone.
+
+    A killed search process takes its nursery along, and that everything else. Only when both were killed at once can
+    something that an engine detached live on; the next nursery finds it here.
+    """
+
+    def is_abandoned(marker: str) -> bool:
+        search, _, _ = marker.rpartition("-")
+        match search.split("-"):
+            case [namespace, pid, _] if pid.isdigit() and namespace == linux.pid_namespace():
+                return search != _search_name(int(pid))
+        return False
+
+    linux.kill_by_environment(_MARKER, is_abandoned, timeout_s=_END_S)
+
+
+def _search_name(pid: int) -> str:
+    return f"{linux.pid_namespace()}-{pid}-{linux.start_time(pid)}"
+
+
 def _environment(marker: str) -> dict[str, str]:
-    name, value = marker.split("=")
     return {
-        name: value,
+        _MARKER: marker,
         "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
         # numpy's OpenBLAS starts its threads when it is imported; the engine's ops run in torch, not there
         "OPENBLAS_NUM_THREADS": "1",
