@@ -85,7 +85,7 @@ PLAIN = ok_record(0, config(), random.Random(0), tier="publish")
 
 
 def test_the_luckiest_of_equal_configurations_is_called_faster_in_at_most_one_study_of_twenty() -> None:
-    """The winner's curse: without widening, most of these studies would name a winner."""
+    """The winner's curse: without widening, more than one of these studies in five names a winner."""
     rng = random.Random(7)
     studies = [equal_configurations(rng) for _ in range(200)]
 
@@ -95,7 +95,7 @@ def test_the_luckiest_of_equal_configurations_is_called_faster_in_at_most_one_st
     ]
 
     assert sum(claims) <= 0.05 * len(studies)
-    assert sum(found is not None and found.judgement == "better" for found in naive) > 0.3 * len(studies)
+    assert sum(found is not None and found.judgement == "better" for found in naive) > 0.2 * len(studies)
     assert all("by chance alone" in verdict(study, []).points[-1] for study in studies[:3])
 
 
