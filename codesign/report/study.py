@@ -99,6 +99,11 @@ class Study:
     def failed(self) -> tuple[TrialRecord, ...]:
         return tuple(record for record in self.records if record.outcome.kind != "ok")
 
+    @property
+    def num_compared(self) -> int:
+        """How many measured trials are held against the baseline, so that a picked one is judged as one of so many."""
+        return max(1, sum(record.number != 0 for record in self.measured))
+
     @cached_property
     def front(self) -> tuple[TrialRecord, ...]:
         """Feasible trials that no other feasible trial beats in every objective."""

@@ -132,6 +132,8 @@ def limits(study: Study) -> list[str]:
         "`codesign measure` before you build on it.",
         "Intervals see what varies inside a trial, not between processes, hours or machines. So a speed, memory or "
         f"energy difference counts only beyond {floors}, and anything less is shown as a tie.",
+        f"Intervals against the unmodified configuration are widened for {plural(study.num_compared, 'comparison')} "
+        "with it, so that the luckiest of many equal configurations is not called better.",
         "Results hold for this model, this workload and this machine; another batch size or prompt length can turn "
         "them round.",
     ]
