@@ -5,7 +5,7 @@ from typing import Any
 
 from codesign.report.compare import change
 from codesign.report.labels import Labels
-from codesign.report.show import interval, quantity, spoken
+from codesign.report.show import interval, quantity, spoken, visible
 from codesign.report.study import Study
 from codesign.report.verdict import pick_tie
 from codesign.results.record import TrialRecord
@@ -55,7 +55,7 @@ def card_metrics(study: Study, record: TrialRecord) -> list[dict[str, Any]]:
             {
                 "name": spoken(name),
                 "value": quantity(metric.value, metric.unit),
-                "basis": " ".join(filter(None, (ranges, metric.statistic, f"n={metric.num_samples}"))),
+                "basis": " ".join(filter(None, (ranges, visible(metric.statistic), f"n={metric.num_samples}"))),
                 "change": changed(study, record, name),
             }
         )

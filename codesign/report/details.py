@@ -21,7 +21,7 @@ def details(study: Study, labels: Labels) -> list[dict[str, Any]]:
 def detail(study: Study, record: TrialRecord, labels: Labels, shared: Mapping[str, Any]) -> dict[str, Any]:
     config_file = f"{study.shell_path}/configs/trial-{record.number}.yaml"
     changes = {name: changed(study, record, name) for name in record.metrics}
-    finish_reasons = Counter(request.finish_reason for request in record.requests)
+    finish_reasons = Counter(str(request.finish_reason) for request in record.requests)
     trust = dict(record.trust)
     if record.requests:
         trust["requests"] = listed([f"{count} ended by {reason}" for reason, count in finish_reasons.most_common()])
