@@ -30,6 +30,7 @@ def test_any_field_of_another_type_is_damage_or_is_shown_and_never_a_crash(tmp_p
     made = [ok_record(0, config(), rng), ok_record(1, config("int8"), rng), failed_record(2, config("int4"), "hang")]
     folder, plain_inputs = write_study(tmp_path, made), inputs("odd")
     victim = rng.choice(made)
+    plain_inputs = json.loads(json.dumps(plain_inputs))  # mutated below
     file = folder / "trials" / f"{victim.uid}.json"
     for _ in range(3):
         record = json.loads(victim.to_json())
