@@ -22,10 +22,7 @@
     const isDark = darkQuery.matches && !printing;
     return JSON.parse(isDark ? text.replace(/#[0-9A-Fa-f]{6}/g, (colour) => DARK[colour] || colour) : text);
   };
-  const CONFIG = {
-    displaylogo: false, responsive: true, showTips: false,
-    modeBarButtonsToRemove: ["toImage", "lasso2d", "select2d", "autoScale2d"],
-  };
+  const CONFIG = { displayModeBar: false, responsive: true, showTips: false };
   // A point's text: plotly understands a subset of HTML in labels, so markup is escaped.
   const plotText = (text) =>
     text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\n/g, " ");
@@ -87,7 +84,7 @@
     if (data.figure) drawScatter();
     if (data.payoff) {
       const figure = themed(data.payoff);
-      Plotly.react("payoff-figure", figure.data, figure.layout, { ...CONFIG, displayModeBar: false });
+      Plotly.react("payoff-figure", figure.data, figure.layout, CONFIG);
     }
   }
 
