@@ -13,7 +13,6 @@ from codesign.spec.metrics import METRICS
 from codesign.spec.yaml import dump_yaml
 from codesign.units import format_bytes, format_seconds
 
-
 _ORDER = {name: position for position, name in enumerate(METRICS)}
 
 
