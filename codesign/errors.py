@@ -81,6 +81,7 @@ def shown(value: object) -> str:
 
 
 def nearest(got: str, known: Iterable[str]) -> str | None:
-    """The known name most like `got`, or None when none is close."""
-    matches = difflib.get_close_matches(got, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    """The known name most like `got`, whatever its case, or None when none is close."""
+    by_lower = {name.lower(): name for name in known}
+    matches = difflib.get_close_matches(got.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[matches[0]] if matches else None

@@ -61,10 +61,13 @@ def read_file(path: Path, *, max_bytes: int) -> bytes:
     try:
         # Without O_NONBLOCK opening a named pipe would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as stream:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise WorkError(f"{path}: not a regular file")
-            data = stream.read(max_bytes + 1)
+            with os.fdopen(descriptor, "rb", closefd=False) as stream:
+                data = stream.read(max_bytes + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise work_error("cannot read", path, error) from error
     if len(data) > max_bytes:

@@ -52,7 +52,7 @@ def _translated(kind: type[Section], error: pydantic.ValidationError, document: 
             allowed = _field_type(allowed, str(part))
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int):
-            allowed, value = _item_type(allowed), value[part]
+            allowed, value = _item_type(allowed), value[part] if part < len(value) else None
         else:
             continue  # pydantic names the member of a union here; a person's file has no such key
         key = (*key, part)

@@ -114,15 +114,17 @@ def _read(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InputError(f"cannot be read: {reason}", file=_shown(path)) from None
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
             raise InputError(f"is {kind}; a YAML file is needed", file=_shown(path))
-        try:
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
             return stream.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise InputError(f"cannot be read: {error.strerror}", file=_shown(path)) from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", file=_shown(path)) from None
+    finally:
+        os.close(descriptor)
 
 
 def _shown(path: Path) -> str:

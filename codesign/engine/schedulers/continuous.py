@@ -103,10 +103,11 @@ class ContinuousScheduler:
                 sampled.append(sequence)
             self._planned.append((sequence, stop - start))
 
-        frees, self._to_free = tuple(self._to_free), []
+        if not slots:
+            return StepPlan(), []  # what is to be freed waits for the next plan that runs
         plan = StepPlan(
             commits=tuple(commits),
-            frees=frees,
+            frees=tuple(self._to_free),
             slots=tuple(slots),
             query_lens=tuple(lengths),
             token_ids=tuple(tokens),
@@ -115,6 +116,7 @@ class ContinuousScheduler:
             is_prompt_end=tuple(ends),
             logits_rows=tuple(rows),
         )
+        self._to_free = []
         self._has_pending = set(slots[:num_decodes])
         return plan, sampled
 

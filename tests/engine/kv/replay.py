@@ -1,0 +1,110 @@
+"""Replays plans through the real Attention and the oracle side by side and compares outputs, rows and scores."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from oracle import Oracle
+
+from codesign.engine.attention.layer import Attention
+from codesign.engine.attention.rope import Rope
+from codesign.engine.batch import Batch
+from codesign.engine.kv.policy import KVPolicy
+from codesign.engine.step import StepPlan
+from codesign.registry import ATTENTION, KV_CODECS
+
+CPU = torch.device("cpu")
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_SLOTS = 3, 4, 2, 8, 4
+MAX_MODEL_LEN, MAX_QUERY_LEN = 48, 3
+TOLERANCE = 2e-5  # fp32 against float64
+SCALE = HEAD_DIM**-0.5 * 2  # sharper than usual: decisions far from ties
+
+
+def rope(head_dim: int = HEAD_DIM) -> Rope:
+    return Rope(1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim))
+
+
+def make_attention(
+    policy: KVPolicy, *, codec: str = "native", backend: str = "sdpa", cls: type[Attention] = Attention
+) -> Attention:
+    return cls(
+        num_layers=NUM_LAYERS,
+        num_heads=NUM_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        scale=SCALE,
+        rope=rope(),
+        policy=policy,
+        codec=KV_CODECS.create(codec),
+        backend=ATTENTION.create(backend),
+        num_slots=NUM_SLOTS,
+        max_model_len=MAX_MODEL_LEN,
+        max_query_len=MAX_QUERY_LEN,
+        dtype=torch.float32,
+        device=CPU,
+    )
+
+
+def make_oracle(policy: KVPolicy, name: str) -> Oracle:
+    return Oracle(
+        policy=policy,
+        name=name,
+        num_layers=NUM_LAYERS,
+        num_heads=NUM_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        num_slots=NUM_SLOTS,
+        scale=SCALE,
+        inv_freq=rope().inv_freq.double().numpy(),
+        max_model_len=MAX_MODEL_LEN,
+    )
+
+
+def draw(generator: torch.Generator, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v of one layer."""
+    q = torch.randn(num_tokens, NUM_HEADS, HEAD_DIM, generator=generator)
+    k = torch.randn(num_tokens, NUM_KV_HEADS, HEAD_DIM, generator=generator)
+    v = torch.randn(num_tokens, NUM_KV_HEADS, HEAD_DIM, generator=generator)
+    return q, k, v
+
+
+def replay(attention: Attention, oracle: Oracle, plans: Iterable[StepPlan], *, seed: int = 0) -> int:
+    """Returns how many rows were evicted at commits, so that a test can tell that it saw evictions."""
+    generator = torch.Generator().manual_seed(seed)
+    num_evicted = 0
+    for plan in plans:
+        batch = Batch.of(plan, CPU)
+        before = num_rows(oracle) + sum(count for _, count in plan.commits) * NUM_LAYERS * NUM_KV_HEADS
+        oracle.begin(StepPlan(commits=plan.commits))
+        num_evicted += before - num_rows(oracle)
+        oracle.begin(StepPlan(frees=plan.frees))
+        attention.begin(batch)
+        compare_rows(attention, oracle)
+        for layer in range(NUM_LAYERS):
+            q, k, v = draw(generator, len(plan.token_ids))
+            out = attention(layer, q, k, v, batch)
+            expected = oracle.step(plan, layer, q.double().numpy(), k.double().numpy(), v.double().numpy())
+            assert np.abs(out.numpy() - expected).max(initial=0) < TOLERANCE
+        attention.end(batch)
+    return num_evicted
+
+
+def num_rows(oracle: Oracle) -> int:
+    return sum(len(head.rows) for slots in oracle.heads for heads in slots for head in heads)
+
+
+def compare_rows(attention: Attention, oracle: Oracle) -> None:
+    """Committed rows of every (layer, slot, KV head): how many, which positions, which scores."""
+    store = attention.store
+    for group in store.groups:
+        for index, layer in enumerate(group.layers):
+            for slot in range(NUM_SLOTS):
+                if (layer, slot) in attention.staged_prompts:
+                    continue
+                count = group.rows_after(store.num_tokens[slot])
+                for kv_head, head in enumerate(oracle.heads[layer][slot]):
+                    position = group.position[index, slot, kv_head, :count].tolist()
+                    assert sorted(position) == sorted(head.rows), (layer, slot, kv_head)
+                    if group.column is not None:
+                        column = group.column[index, slot, kv_head, :count].numpy()
+                        expected = [head.rows[p].column for p in position]
+                        assert np.abs(column - expected).max(initial=0) < TOLERANCE
