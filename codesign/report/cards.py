@@ -22,6 +22,8 @@ def cards(study: Study, labels: Labels, rows: Mapping[str, int]) -> list[dict[st
     for number_, picks in by_trial.items():
         record = study.trial(number_)
         state = "" if record.is_feasible else record.outcome.kind if record.outcome.kind != "ok" else "breaks a limit"
+        if "baseline" in picks and len(by_trial) == 1:
+            picks = ["baseline"]  # alone it is the best in everything, which says nothing
         named = [pick for pick in picks if pick != "baseline"]
         found.append(
             {

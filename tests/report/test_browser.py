@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from codesign.report.comparison import write_comparison
 from codesign.report.figures import axis_title
-from codesign.report.page import write_comparison, write_report
+from codesign.report.page import write_report
 from codesign.report.show import visible
 from tests.report.payloads import PAYLOADS, hostile, hostile_inputs
 from tests.report.recorded import config, inputs, ok_record, records, write_study

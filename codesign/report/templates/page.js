@@ -62,12 +62,15 @@
       trace.y = rows.map((i) => up.value[i]);
       trace.hovertext = rows.map((i) =>
         [wrapped(source.titles[i], 60), plotText(x + ": " + across.text[i]), plotText(y + ": " + up.text[i])].join("<br>"));
-      const bars = (axis) => ({
-        type: "data", symmetric: false, thickness: 1, width: 3,
+      const bars = (old, axis) => ({
+        ...old,
         array: rows.map((i) => (axis.high[i] == null ? 0 : axis.high[i] - axis.value[i])),
         arrayminus: rows.map((i) => (axis.low[i] == null ? 0 : axis.value[i] - axis.low[i])),
       });
-      if (trace.meta.bars) [trace.error_x, trace.error_y] = [bars(across), bars(up)];
+      if (trace.meta.bars) {
+        trace.error_x = bars(trace.error_x, across);
+        trace.error_y = bars(trace.error_y, up);
+      }
     }
     for (const [axis, name, isLog] of [[figure.layout.xaxis, x, logX], [figure.layout.yaxis, y, logY]]) {
       axis.title.text = data.axes[name].title;
