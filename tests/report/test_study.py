@@ -24,7 +24,7 @@ def places(plain: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield from places(value, (*above, key))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(25))
 def test_any_field_of_another_type_is_damage_or_is_shown_and_never_a_crash(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     made = [ok_record(0, config(), rng), ok_record(1, config("int8"), rng), failed_record(2, config("int4"), "hang")]
@@ -32,7 +32,7 @@ def test_any_field_of_another_type_is_damage_or_is_shown_and_never_a_crash(tmp_p
     victim = rng.choice(made)
     plain_inputs = json.loads(json.dumps(plain_inputs))  # mutated below
     file = folder / "trials" / f"{victim.uid}.json"
-    for _ in range(3):
+    for _ in range(2):
         record = json.loads(victim.to_json())
         target = record if rng.random() < 0.85 else plain_inputs
         path = rng.choice([p for p in places(target) if p != ("uid",)])

@@ -95,6 +95,7 @@
     const script = make("script", byId("plotly").textContent); // runs here; the policy knows its hash
     document.head.append(script);
     drawAll();
+    performance.mark("figures drawn");
     for (const id of ["x-axis", "y-axis", "x-log", "y-log"]) byId(id).addEventListener("change", drawScatter);
     darkQuery.addEventListener("change", drawAll);
     addEventListener("beforeprint", () => { printing = true; drawAll(); });
