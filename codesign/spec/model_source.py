@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from codesign.bundled import target_path
 from codesign.errors import InputError, shown
 from codesign.spec.model import ModelSpec
 from codesign.spec.section import Count, Name, Positive, Section, Share, validate
@@ -111,8 +112,6 @@ def model_from_text(text: str, *, folder: Path) -> ModelSpec:
         InputError: neither; the text says what is there.
     """
     if text == "bundled":
-        from codesign.bundled import target_path
-
         return ModelSpec(name="bundled", path=str(target_path()))
     try:
         path = (folder / Path(text).expanduser()).resolve()
