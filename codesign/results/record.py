@@ -1,7 +1,8 @@
-"""TrialRecord: the one immutable document per finished trial. It is the truth; every table and figure derives from it."""
+"""TrialRecord: the one immutable document per finished trial. It is the truth; tables and figures derive from it."""
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
@@ -101,7 +102,8 @@ class TrialRecord(TrialIdentity):
     monitor: what the device monitor saw (source, power, clocks, temperature, throttle reasons, foreign processes).
     phases: phase -> seconds (spawn, load, quantize, warm_up, measure, quality, close).
     kernels: part -> kernel that ran.
-    trust: what the numbers can carry: num_blocks, warmup_steps, warmup_settled, disturbed windows, percentile_supported.
+    trust: what the numbers can carry: num_blocks, warmup_steps, warmup_settled, disturbed windows,
+        percentile_supported.
     provenance: machine, versions, profile, seed, model digest, prompt digest, commit.
     warnings: said aloud to the person, kept with the numbers.
     """
@@ -142,7 +144,7 @@ class TrialRecord(TrialIdentity):
             WorkError: not such a document, or one of another schema version.
         """
         try:
-            plain = json.loads(text)
+            plain = json.loads(text, parse_constant=_refuse_constant)
             version = plain.pop("schema_version")
             if version != SCHEMA_VERSION:
                 raise WorkError(
@@ -156,6 +158,49 @@ class TrialRecord(TrialIdentity):
                 RequestSample(**{**item, "itl_ms": tuple(item["itl_ms"])}) for item in plain["requests"]
             )
             plain["warnings"] = tuple(plain["warnings"])
-            return cls(**plain)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise WorkError(f"not a trial record: {error}") from error
+            record = cls(**plain)
+            record._check()
+            return record
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise WorkError(f"not a trial record: {error or type(error).__name__}") from error
+
+    def _check(self) -> None:
+        """Raises ValueError where a field that others calculate with is of another type."""
+        for name in ("study", "uid", "config_digest", "started_at", "finished_at"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text")
+        for name in ("number", "attempt"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0")
+        for name in _MAPPINGS:
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be a mapping")
+        if self.tier not in get_args(Tier):
+            raise ValueError(f"unknown tier {self.tier!r}")
+        values = [*self.violations.values(), *self.bytes.values(), *self.phases.values()]
+        for metric in self.metrics.values():
+            values += [value for value in (metric.value, metric.low, metric.high) if value is not None]
+        for sample in self.requests:
+            values += [sample.ttft_ms, sample.e2e_ms, *sample.itl_ms]
+        for value in values:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"a measured value must be a finite number, got {value!r}")
+
+
+_MAPPINGS = (
+    "config",
+    "resolved",
+    "violations",
+    "quality",
+    "bytes",
+    "monitor",
+    "phases",
+    "kernels",
+    "trust",
+    "provenance",
+)
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a number")

@@ -15,14 +15,28 @@ when the configuration is resolved; only resolved configurations are stored, so 
 import dataclasses
 import hashlib
 import json
+import operator
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
-from codesign.errors import InputError
+from codesign.errors import InputError, shown
 from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, SCHEDULERS, WEIGHT_FORMATS, Family
+from codesign.spec.yaml import load_yaml
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Scalar = int | float | str | bool
+
+# Dotted key of EngineConfig -> the family chosen from there.
+FAMILIES: dict[str, Family] = {
+    "scheduler": SCHEDULERS,
+    "weights": WEIGHT_FORMATS,
+    "kv.policy": KV_POLICIES,
+    "kv.codec": KV_CODECS,
+    "attention": ATTENTION,
+}
+# The fields that hold a plain value.
+PLAIN_FIELDS = ("dtype", "max_batch_size", "max_model_len", "kv_memory_bytes", "max_step_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,23 +88,30 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
-            raise InputError(f"unknown dtype {self.dtype!r}", key="dtype", got=str(self.dtype), known=get_args(Dtype))
+            raise InputError(
+                f"unknown dtype {shown(self.dtype)}", key="dtype", got=str(self.dtype), known=get_args(Dtype)
+            )
         for name in ("max_batch_size", "max_model_len", "max_step_tokens", "kv_memory_bytes"):
             value = getattr(self, name)
             if value is None and name == "kv_memory_bytes":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**50:
-                raise InputError(f"must be a whole number of at least 1, got {value!r}", key=name)
+                raise InputError(f"must be a whole number from 1 to 2^50, got {shown(value)}", key=name)
 
     def choices(self) -> dict[str, tuple[Family, Choice]]:
         """Dotted key -> (family, choice), for everything that is chosen from a family."""
-        return {
-            "scheduler": (SCHEDULERS, self.scheduler),
-            "weights": (WEIGHT_FORMATS, self.weights),
-            "kv.policy": (KV_POLICIES, self.kv.policy),
-            "kv.codec": (KV_CODECS, self.kv.codec),
-            "attention": (ATTENTION, self.attention),
-        }
+        return {key: (family, operator.attrgetter(key)(self)) for key, family in FAMILIES.items()}
+
+    def flat(self) -> dict[str, Scalar | None]:
+        """Every value under one dotted name: `weights` -> "int4", `weights.int4.group_size` -> 64.
+
+        These are the names of a search space's parameters; unlike `to_dict` it keeps knobs of different members apart.
+        """
+        values: dict[str, Scalar | None] = {name: getattr(self, name) for name in PLAIN_FIELDS}
+        for key, (_, choice) in self.choices().items():
+            values[key] = choice.name
+            values.update({f"{key}.{choice.name}.{knob}": value for knob, value in choice.knobs})
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON or YAML; `from_dict` gives it back."""
@@ -120,7 +141,7 @@ class EngineConfig:
         try:
             return cls(**values)
         except InputError as error:
-            raise (InputError(str(error), file=file) if file is not None and error.file is None else error) from None
+            raise InputError(error.message, file=file, key=error.key) from None
 
     def resolve(self, *, file: object = None) -> Self:
         """The same configuration with every member's default knobs filled in. Imports the chosen members.
@@ -143,9 +164,22 @@ class EngineConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def load_config(path: str | Path) -> EngineConfig:
+    """The configuration in a YAML file, resolved; imports the members it names to check their knobs.
+
+    Raises:
+        InputError: the first thing that is wrong, with file, line, key, what is allowed, the nearest known name.
+    """
+    document = load_yaml(path)
+    try:
+        return EngineConfig.from_dict(document.value).resolve()
+    except InputError as error:
+        raise document.error(error.message, tuple((error.key or "").split(".")) if error.key else ()) from None
+
+
 def _mapping(plain: Any, key: str, known: list[str], file: object) -> dict[str, Any]:
     if not isinstance(plain, Mapping):
-        raise InputError(f"must be a mapping, got {plain!r}", file=file, key=key or None)
+        raise InputError(f"must be a mapping with {', '.join(known)}, got {shown(plain)}", file=file, key=key or None)
     for name in plain:
         if name not in known:
             dotted = f"{key}.{name}" if key else str(name)
@@ -160,13 +194,13 @@ def _choice(plain: Any, key: str, family: Family, file: object) -> Choice:
         plain = {"name": plain}
     if not isinstance(plain, Mapping) or not isinstance(plain.get("name"), str):
         raise InputError(
-            f"must be a {family.noun} ({', '.join(family.names())}) or a mapping with `name`, got {plain!r}",
+            f"must be a {family.noun} ({', '.join(family.names())}) or a mapping with `name`, got {shown(plain)}",
             file=file,
             key=key,
         )
     knobs = {str(k): v for k, v in plain.items() if k != "name"}
     for knob, value in knobs.items():
         if not isinstance(value, Scalar):
-            raise InputError(f"must be a plain value, got {value!r}", file=file, key=f"{key}.{knob}")
+            raise InputError(f"must be a plain value, got {shown(value)}", file=file, key=f"{key}.{knob}")
     family.check(plain["name"], file=file, key=key)
     return Choice.of(plain["name"], **knobs)

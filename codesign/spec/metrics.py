@@ -1,7 +1,10 @@
 """The metrics a study can show or optimise: name, unit, direction, and the statistic used when none is named."""
 
 import dataclasses
-from typing import Literal
+import re
+from typing import Literal, Self
+
+from codesign.errors import InputError
 
 Direction = Literal["minimize", "maximize"]
 Needs = Literal["", "quality", "energy", "price", "slo"]
@@ -48,3 +51,44 @@ METRICS: dict[str, Metric] = _table(
     ("weights_bytes", "bytes", "minimize", "", "", "resident weights"),
     ("kv_bytes", "bytes", "minimize", "", "", "resident KV cache"),
 )
+
+STATISTICS_ALLOWED = "a percentile such as p50, p99, p99.9, or mean, max"
+STATISTIC = re.compile(r"p(?!0+(\.0*)?$)\d{1,2}(\.\d{1,2})?|mean|max")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """One thing a study optimises.
+
+    Attributes:
+        statistic: over requests ("p50", "p90", "mean", "max"), or "" where the metric is one number per trial.
+    """
+
+    metric: str
+    statistic: str
+    direction: Direction
+    unit: str
+
+    @classmethod
+    def of(cls, metric: str, statistic: str = "") -> Self:
+        """The objective for a metric, with its default statistic unless another is named.
+
+        Raises:
+            InputError: no such metric or statistic; the key in the error is relative (the metric's name).
+        """
+        if metric not in METRICS:
+            raise InputError(f"unknown metric {metric!r}", got=metric, known=METRICS)
+        found = METRICS[metric]
+        if statistic and not found.statistic:
+            raise InputError(f"{metric} is one number per trial and takes no statistic, got {statistic!r}", key=metric)
+        if statistic and not STATISTIC.fullmatch(statistic):
+            raise InputError(
+                f"unknown statistic {statistic!r}; allowed: {STATISTICS_ALLOWED}",
+                key=metric,
+            )
+        return cls(metric=metric, statistic=statistic or found.statistic, direction=found.direction, unit=found.unit)
+
+    @property
+    def label(self) -> str:
+        """`tpot_ms p90`, or the bare metric."""
+        return f"{self.metric} {self.statistic}".strip()

@@ -1,6 +1,7 @@
 """Linear: y = x Wᵀ + b behind one interface, whatever the weights are packed as.
 
-A weight format (one file below `formats/`) turns a dense weight into a Linear. Bytes are the bytes of its buffers.
+A weight format (one file below `formats/`) turns a dense weight into a Linear. Bytes are the bytes of its buffers, plus
+what a kernel library keeps in an object of its own (`opaque_bytes`).
 """
 
 from abc import ABC, abstractmethod
@@ -34,20 +35,29 @@ class Linear(nn.Module, ABC):
     """A packed weight [out_features, in_features] that multiplies.
 
     Attributes:
-        kernel: which kernels run it, by M where that matters, e.g. "aten::_weight_int8pack_mm (M<=4), dequant+mm".
+        kernel: which kernels run it, by M where that matters, e.g. "aten::_weight_int8pack_mm (M<=8), widen + ...".
+        opaque_bytes: bytes of packed weights that are in no tensor, because a kernel library holds them.
     """
 
     in_features: int
     out_features: int
     kernel: str
+    opaque_bytes: int = 0
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """[M, in_features] -> [M, out_features], in the dtype of x."""
+        """[M, in_features] -> [M, out_features], in the dtype of x. M may be 0."""
 
     @abstractmethod
     def dequantize(self) -> Tensor:
         """[out_features, in_features] fp32: the weight that `forward` multiplies with."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held: unique storages of the tensors, and what is opaque."""
+        tensors = (*self.buffers(), *self.parameters())
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values()) + self.opaque_bytes
 
 
 class WeightFormat(ABC):
@@ -58,5 +68,6 @@ class WeightFormat(ABC):
         """Packs one dense weight [out, in] (any float dtype) for activations of `dtype` on the weight's device.
 
         Raises:
-            ValueError: a shape that the format cannot hold; the text says which sizes it can.
+            ValueError: a shape that the format cannot hold (the text says which sizes it can), a weight that is not
+                finite, or one whose scale does not fit `dtype`.
         """

@@ -1,0 +1,299 @@
+"""The command line. A verb reads its arguments, imports the stage that does the work, and answers.
+
+Exit status: 0 done; 1 the work failed; 2 the input is wrong; 130 stopped by Ctrl-C. With `--json` stdout holds exactly
+one JSON document, also when something is wrong ({"error", "exit_status"}); everything else goes to stderr.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from codesign.errors import CodesignError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from codesign.results.record import TrialRecord
+
+SCHEMA_VERSION = 1
+
+app = typer.Typer(
+    name="codesign",
+    help="Design-space exploration for LLM inference: build each configuration, measure it, choose with evidence.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+ProfilePath = Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile, e.g. profiles/cpu.yaml.")]
+StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="A study's folder, e.g. reports/cpu-1a2b3c.")]
+Model = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Instead of the profile's model: a directory, or bundled.")
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a verb found.
+
+    Attributes:
+        document: for `--json`.
+        show: prints the same for a person.
+    """
+
+    document: dict[str, Any]
+    show: Callable[[], None]
+    exit_status: int = 0
+
+
+@app.command()
+def search(
+    profile: ProfilePath,
+    model: Model = None,
+    space: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of the profile's search space.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="The study's total; 30 unless there is a budget.", show_default=False)
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Wall time of this run, e.g. 90s, 20m, 1.5h.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="What is built and measured.")] = "native",
+    name: Annotated[str | None, typer.Option(help="The study's name; by default the profile's and its digest.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where studies are kept.")] = Path("reports"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
+    as_json: Json = False,
+) -> Answer:
+    """Search a profile's space; the same command again goes on where it stopped."""
+    from codesign.report.exports import front_document
+    from codesign.report.study import Study
+    from codesign.search.command import SearchRequest, run_search
+    from codesign.search.interrupt import Interrupt
+    from codesign.search.limits import limits_of
+
+    request = SearchRequest(
+        profile=profile,
+        model=model,
+        space=space,
+        limits=limits_of(trials, budget),
+        target=target,
+        name=name,
+        out=out,
+        seed=seed,
+    )
+    interrupt = Interrupt()
+    with interrupt.installed():
+        folder, result = run_search(request, stderr(), interrupt)
+    page = folder.path / "index.html"
+    say(f"{result.stopped}; report: {page}")
+    if result.was_interrupted:
+        say(f"every finished trial is kept; to go on: codesign {shlex.join(sys.argv[1:])}")
+    study = Study.load(folder.path)
+    document = {**front_document(study), "folder": str(folder.path), "report": str(page), "stopped": result.stopped}
+    return Answer(
+        document,
+        lambda: print_front(folder.path),
+        exit_status=interrupt.exit_status if result.was_interrupted else 0,
+    )
+
+
+@app.command()
+def measure(
+    profile: ProfilePath,
+    config: Annotated[Path, typer.Option(metavar="FILE", help="An engine configuration, e.g. configs/trial-3.yaml.")],
+    tier: Annotated[str, typer.Option(help="screen, confirm or publish: how much is measured.")] = "confirm",
+    model: Model = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the record is written; default below reports/measured/.")
+    ] = None,
+    as_json: Json = False,
+) -> Answer:
+    """Measure one configuration with care."""
+    from codesign.search.single import measure_one
+
+    path, record = measure_one(profile, config, tier=tier, model=model, out=out, console=stderr())
+    say(f"record: {path}")
+    document = json.loads(record.to_json())
+    return Answer(document, lambda: print_record(record), exit_status=0 if record.outcome.kind == "ok" else 1)
+
+
+@app.command()
+def front(study: StudyPath, as_json: Json = False) -> Answer:
+    """Show a study's Pareto front and its named picks."""
+    from codesign.report.exports import front_document
+    from codesign.report.study import Study
+    from codesign.search.folder import find_study
+
+    folder = find_study(study)
+    return Answer(front_document(Study.load(folder)), lambda: print_front(folder))
+
+
+@app.command()
+def report(
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="One study, or several to compare.")],
+    as_json: Json = False,
+) -> Answer:
+    """(Re)write a study's HTML page; with several studies, a page that compares them."""
+    from codesign.report.comparison import write_comparison
+    from codesign.report.page import write_report
+    from codesign.search.folder import find_study
+
+    folders = [find_study(study) for study in studies]
+    page = write_report(folders[0]) if len(folders) == 1 else write_comparison(folders)
+    return Answer({"schema_version": SCHEMA_VERSION, "report": str(page)}, lambda: print(page))
+
+
+@app.command()
+def export(
+    study: StudyPath,
+    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="What it is written for.")],
+    trial: Annotated[int | None, typer.Option(min=0, help="A trial's number.")] = None,
+    pick: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A named pick, as `codesign front` lists them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: inside the study's folder.")] = None,
+    as_json: Json = False,
+) -> Answer:
+    """Write a trial's configuration in the form that a target takes, with the evidence for it."""
+    from codesign.registry import TARGETS
+    from codesign.search.folder import find_study
+    from codesign.search.pick import chosen
+
+    TARGETS.check(to, key="--to")
+    folder = find_study(study)
+    record = chosen(folder, trial=trial, pick=pick)
+    files = TARGETS.create(to).export(record, folder, out or folder / "export" / f"trial-{record.number}-{to}")
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "trial": record.number,
+        "to": to,
+        "files": [str(file) for file in files],
+    }
+    return Answer(document, lambda: print(*files, sep="\n"))
+
+
+@app.command()
+def probe(as_json: Json = False) -> Answer:
+    """Measure this machine; prints the `hardware:` section of a profile."""
+    from codesign.measure.probe import probe
+    from codesign.spec.yaml import dump_yaml
+
+    hardware = probe(say)
+    return Answer({"hardware": hardware}, lambda: print(dump_yaml({"hardware": hardware}), end=""))
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Profiles, search spaces, configurations.")],
+    as_json: Json = False,
+) -> Answer:
+    """Check YAML files; says what is wrong and where."""
+    from codesign.spec.check import check_file
+
+    results: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            results.append({"file": str(file), "kind": check_file(file), "error": None})
+        except CodesignError as error:
+            say(str(error))
+            results.append({"file": str(file), "kind": None, "error": str(error)})
+
+    def show() -> None:
+        for result in results:
+            if result["error"] is None:
+                print(f"{result['file']}: a valid {result['kind']}")
+
+    wrong = any(result["error"] is not None for result in results)
+    return Answer({"schema_version": SCHEMA_VERSION, "files": results}, show, exit_status=2 if wrong else 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in given
+    sys.stdout.flush()
+    real_stdout = os.dup(1)
+    try:
+        if as_json:
+            os.dup2(2, 1)  # whatever else prints, also from C, cannot get into the document
+        document, status = _run(given)
+        sys.stdout.flush()
+        if as_json and document is not None:
+            _write(real_stdout, json.dumps(document, allow_nan=False, indent=1) + "\n")
+        return status
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    finally:
+        if as_json:
+            os.dup2(real_stdout, 1)
+        os.close(real_stdout)
+
+
+def _run(arguments: Sequence[str]) -> tuple[dict[str, Any] | None, int]:
+    try:
+        answer = app(list(arguments), prog_name="codesign", standalone_mode=False)
+    except CodesignError as error:
+        return _failed(str(error), error.exit_status)
+    except typer.TyperException as error:
+        return _failed(error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _failed("stopped by Ctrl-C", 130)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{where}{error.strerror or error}", 1)
+    if isinstance(answer, Answer):
+        if "--json" not in arguments:
+            answer.show()
+        return answer.document, answer.exit_status
+    return None, answer if isinstance(answer, int) else 0
+
+
+def _failed(message: str, status: int) -> tuple[dict[str, Any], int]:
+    say(f"codesign: {message}")
+    return {"schema_version": SCHEMA_VERSION, "error": message, "exit_status": status}, status
+
+
+def _write(descriptor: int, text: str) -> None:
+    left = memoryview(text.encode())
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def print_front(folder: Path) -> None:
+    from codesign.search.console import print_front
+
+    print_front(folder, stdout())
+
+
+def print_record(record: "TrialRecord") -> None:
+    from codesign.search.console import print_record
+
+    print_record(record, stdout())
+
+
+def stdout() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def stderr() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """One message for a person, on stderr."""
+    print(text, file=sys.stderr, flush=True)

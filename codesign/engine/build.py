@@ -1,0 +1,180 @@
+"""build_engine: from a model and one EngineConfig to a running Engine. What cannot be built is refused by name here."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codesign.engine.attention.layer import Attention
+from codesign.engine.attention.rope import Rope
+from codesign.engine.engine import Engine, EngineParts
+from codesign.engine.models.assemble import Assembler, TensorSource
+from codesign.engine.models.load import Checkpoint, read_config
+from codesign.engine.models.random import RandomWeights
+from codesign.engine.models.rope_scaling import rope_frequencies
+from codesign.engine.models.shape import ModelShape, read_shape
+from codesign.engine.models.tokenizer import eos_token_ids
+from codesign.engine.quantize.linear import Workspace
+from codesign.engine.runner import SingleRunner
+from codesign.errors import InputError, Unsupported
+from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, SCHEDULERS, WEIGHT_FORMATS
+from codesign.spec.engine_config import EngineConfig
+from codesign.spec.model import ModelSpec
+from codesign.units import format_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MAX_QUERY_LEN = 1  # output tokens of one sequence in one step
+
+
+def build_engine(
+    model: ModelSpec, config: EngineConfig, *, device: str = "cpu", num_threads: int | None = None
+) -> Engine:
+    """Builds what the configuration says, weights and cache included.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        num_threads: of this whole process, for operations on the CPU; None leaves them as they are.
+    Raises:
+        InputError: a file, key or value of the model or configuration is wrong.
+        Unsupported: the model, machine or combination cannot be built; the text says what can.
+    """
+    config = config.resolve()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    place, dtype = _device(device), DTYPES[config.dtype]
+    plain, file, eos = _describe(model)
+    shape = read_shape(plain, file=file)
+    _check(shape, config)
+
+    workspace = Workspace()
+    assembler = Assembler(
+        shape=shape,
+        weight_format=WEIGHT_FORMATS.create(config.weights.name, key="weights", **config.weights.knob_dict),
+        dtype=dtype,
+        device=place,
+        workspace=workspace,
+    )
+    started = time.perf_counter()
+    source: TensorSource = (
+        Checkpoint(Path(model.path), dtype=dtype)
+        if model.path is not None
+        else RandomWeights(shape, seed=model.seed, dtype=dtype)
+    )
+    decoder = assembler.build(source)
+    loaded = time.perf_counter()
+    attention, num_slots = _allocate(shape, config, dtype, place)
+    allocated = time.perf_counter()
+
+    scheduler = SCHEDULERS.create(config.scheduler.name, key="scheduler", **config.scheduler.knob_dict)
+    return Engine(
+        EngineParts(
+            config=config,
+            model=decoder,
+            attention=attention,
+            scheduler=scheduler.start(num_slots=num_slots, max_step_tokens=config.max_step_tokens),
+            runner=SingleRunner(decoder, attention, place),
+            workspace=workspace,
+            device=place,
+            num_slots=num_slots,
+            eos_token_ids=eos,
+            resolved={
+                "kv_budget_tokens": list(attention.kv_budget_tokens),
+                "num_slots": num_slots,
+                "dtype": config.dtype,
+                "device": str(place),
+                "num_threads": torch.get_num_threads(),
+                "max_model_len": config.max_model_len,
+                "max_step_tokens": config.max_step_tokens,
+                "architecture": shape.architecture,
+                "num_parameters": shape.num_parameters,
+                "vocab_size": shape.vocab_size,
+                "eos_token_ids": sorted(eos),
+            },
+            phases={
+                "load_s": loaded - started - assembler.clock.quantize_s,
+                "quantize_s": assembler.clock.quantize_s,
+                "allocate_s": allocated - loaded,
+            },
+        )
+    )
+
+
+def _device(name: str) -> torch.device:
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise InputError(f"unknown device {name!r}", key="device", got=name, known=["cpu", "cuda"])
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise Unsupported("device cuda: this machine has no usable CUDA device; use device cpu")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise Unsupported(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
+
+
+def _describe(model: ModelSpec) -> tuple[dict[str, Any], object, frozenset[int]]:
+    """(config keys, the file they come from, ids that end an output)."""
+    if model.path is None:
+        assert model.architecture is not None, "ModelSpec holds a path or an architecture"
+        return dict(model.architecture), None, frozenset()
+    path = Path(model.path)
+    return read_config(path), path / "config.json", eos_token_ids(path)
+
+
+def _check(shape: ModelShape, config: EngineConfig) -> None:
+    """Combinations that would compute something else than the model."""
+    length = config.max_model_len
+    if length > shape.max_positions:
+        raise Unsupported(
+            f"max_model_len {length} is longer than the {shape.max_positions} positions of the model; "
+            f"use at most {shape.max_positions}, or a rope scaling in its config.json"
+        )
+    if shape.sliding_window is not None and length > shape.sliding_window:
+        raise Unsupported(
+            f"max_model_len {length} is longer than the model's sliding window of {shape.sliding_window} tokens, which "
+            f"this engine does not mask; use at most {shape.sliding_window}"
+        )
+    if config.max_step_tokens < config.max_batch_size:
+        raise Unsupported(
+            f"max_step_tokens {config.max_step_tokens} cannot hold one token of each of max_batch_size "
+            f"{config.max_batch_size} sequences; use at least {config.max_batch_size}"
+        )
+
+
+def _allocate(
+    shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Attention, int]:
+    """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number."""
+    inv_freq, attention_scaling = rope_frequencies(shape.rope, shape.head_dim)
+
+    def attention(num_slots: int) -> Attention:
+        return Attention(
+            num_layers=shape.num_layers,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            scale=shape.head_dim**-0.5,
+            rope=Rope(inv_freq=inv_freq, attention_scaling=attention_scaling),
+            policy=KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict),
+            codec=KV_CODECS.create(config.kv.codec.name, key="kv.codec", **config.kv.codec.knob_dict),
+            backend=ATTENTION.create(config.attention.name, key="attention", **config.attention.knob_dict),
+            num_slots=num_slots,
+            max_model_len=config.max_model_len,
+            max_query_len=_MAX_QUERY_LEN,
+            dtype=dtype,
+            device=device,
+        )
+
+    try:
+        limit = config.kv_memory_bytes
+        if limit is None:
+            return attention(config.max_batch_size), config.max_batch_size
+        bytes_per_slot = attention(1).kv_bytes  # asked of a real one: only it knows what policy and codec add up to
+        if bytes_per_slot > limit:
+            raise Unsupported(
+                f"kv_memory_bytes {limit} ({format_bytes(limit)}): one sequence of max_model_len "
+                f"{config.max_model_len} needs {bytes_per_slot} ({format_bytes(bytes_per_slot)})"
+            )
+        num_slots = min(config.max_batch_size, limit // bytes_per_slot)
+        return attention(num_slots), num_slots
+    except ValueError as error:
+        raise Unsupported(f"kv.policy {config.kv.policy.name!r}: {error}") from error

@@ -1,0 +1,160 @@
+"""Engine: requests in, tokens out, one step at a time. It never reads a clock: whoever measures it does."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from codesign.engine.attention.layer import Attention
+from codesign.engine.models.decoder import Decoder
+from codesign.engine.quantize.linear import Linear, Workspace
+from codesign.engine.runner import SingleRunner
+from codesign.engine.sampling import sample
+from codesign.engine.sequence import Sequence, StepOutput
+from codesign.engine.step import StepPlan
+from codesign.errors import InputError
+from codesign.spec.engine_config import EngineConfig
+from codesign.spec.request import Request
+
+
+class Scheduler(Protocol):
+    """What a scheduler member's `start` gives."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, sequence: Sequence) -> None: ...
+
+    def abort(self, request_id: str) -> bool: ...
+
+    def plan(self) -> tuple[StepPlan, list[Sequence]]: ...
+
+    def commit(self, sampled: list[Sequence], token_ids: list[int]) -> list[StepOutput]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineParts:
+    """What `build_engine` puts together.
+
+    Attributes:
+        resolved: what the build derived from the configuration.
+        phases: phase -> seconds.
+    """
+
+    config: EngineConfig
+    model: Decoder
+    attention: Attention
+    scheduler: Scheduler
+    runner: SingleRunner
+    workspace: Workspace
+    device: torch.device
+    num_slots: int
+    eos_token_ids: frozenset[int]
+    resolved: Mapping[str, Any]
+    phases: Mapping[str, float]
+
+
+class Engine:
+    """One built configuration.
+
+    engine.submit(request);  while engine.has_work: outputs = engine.step()
+    """
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._parts: EngineParts | None = parts
+        self._request_ids: set[str] = set()
+
+    @property
+    def parts(self) -> EngineParts:
+        if self._parts is None:
+            raise RuntimeError("the engine is closed")
+        return self._parts
+
+    @property
+    def has_work(self) -> bool:
+        return self.parts.scheduler.has_work
+
+    @property
+    def num_slots(self) -> int:
+        """Most sequences in one step: `max_batch_size`, or what `kv_memory_bytes` has room for."""
+        return self.parts.num_slots
+
+    @property
+    def vocab_size(self) -> int:
+        return self.parts.model.shape.vocab_size
+
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            InputError: too long for `max_model_len`, tokens outside the vocabulary, or an id that is in use.
+        """
+        limit, num_prompt = self.parts.config.max_model_len, len(request.prompt_token_ids)
+        if num_prompt + request.sampling.max_tokens > limit:
+            raise InputError(
+                f"request {request.request_id!r}: {num_prompt} prompt tokens and {request.sampling.max_tokens} output "
+                f"tokens exceed max_model_len {limit}"
+            )
+        check_tokens(request.prompt_token_ids, self.vocab_size, f"request {request.request_id!r}")
+        if request.request_id in self._request_ids:
+            raise InputError(f"request {request.request_id!r} is already in the engine")
+        self._request_ids.add(request.request_id)
+        self.parts.scheduler.add(Sequence(request, eos_token_ids=self.parts.eos_token_ids))
+
+    def abort(self, request_id: str) -> bool:
+        """Drops a request; no further output comes for it. Whether it was still in the engine."""
+        self._request_ids.discard(request_id)
+        return self.parts.scheduler.abort(request_id)
+
+    def step(self) -> list[StepOutput]:
+        """Runs one step: at most one token per request. Empty when there is no work or only prompt chunks were run.
+
+        Raises:
+            NumericalError: NaN or infinite logits; the engine is of no use afterwards.
+        """
+        parts = self.parts
+        plan, sampled = parts.scheduler.plan()
+        if not plan.slots:
+            return []
+        logits = parts.runner.run(plan)
+        token_ids = sample(logits, [s.sampling for s in sampled], [s.stream for s in sampled]) if sampled else []
+        outputs = parts.scheduler.commit(sampled, token_ids)
+        self._request_ids.difference_update(output.request_id for output in outputs if output.finish_reason)
+        return outputs
+
+    def facts(self) -> dict[str, Any]:
+        """What was built, as plain data: resolved settings, bytes by part, kernels, phases in seconds."""
+        parts = self.parts
+        layer_kernels = {linear.kernel: None for layer in parts.model.layers for linear in _linears(layer)}
+        return {
+            "resolved": dict(parts.resolved),
+            "bytes": {
+                "weights": parts.model.num_bytes,
+                "kv": parts.attention.kv_bytes,
+                "kv_staging": parts.attention.staging_bytes,
+                "workspace": parts.workspace.num_bytes,
+            },
+            "kernels": {
+                "weights": ", ".join(layer_kernels),
+                "head": parts.model.head.kernel,
+                "attention": parts.attention.kernel,
+            },
+            "phases": dict(parts.phases),
+        }
+
+    def close(self) -> None:
+        """Lets go of weights and cache; a second call does nothing."""
+        self._parts = None
+
+
+def check_tokens(token_ids: tuple[int, ...] | list[int], vocab_size: int, what: str) -> None:
+    """Raises InputError naming the first token outside the vocabulary."""
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        bad = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise InputError(f"{what}: token {bad} is outside the vocabulary of {vocab_size}")
+
+
+def _linears(module: nn.Module) -> list[Linear]:
+    return [part for part in module.modules() if isinstance(part, Linear)]

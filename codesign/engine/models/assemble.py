@@ -1,0 +1,161 @@
+"""From named dense tensors to a Decoder, one layer at a time, so that building never holds much more than the result.
+
+Names are those of Hugging Face checkpoints. The embedding table and the head stay in the model's dtype whatever the
+weight format is: the table is only looked up, and the head decides the token.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from codesign.engine.models.decoder import Decoder, DecoderLayer, RMSNorm
+from codesign.engine.models.shape import ModelShape
+from codesign.engine.quantize.formats.native import Native
+from codesign.engine.quantize.linear import Linear, WeightFormat, Workspace
+from codesign.errors import Unsupported
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class TensorSource(Protocol):
+    """Where dense weights come from: a checkpoint on disk, or random numbers."""
+
+    def read(self, shapes: Shapes) -> dict[str, Tensor]:
+        """These tensors on the CPU, in any float dtype, each of exactly the shape asked for; finite.
+
+        Raises:
+            CodesignError: a tensor that is missing, of another shape or type, or not finite.
+        """
+
+    def finish(self, expected: Shapes) -> None:
+        """Called last with everything that the model has; raises when the source holds more than the model uses."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class PackClock:
+    """Seconds spent packing weights, as opposed to reading them."""
+
+    quantize_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assembler:
+    """How dense tensors become layers.
+
+    Args:
+        weight_format: packs every linear layer of the decoder layers.
+    """
+
+    shape: ModelShape
+    weight_format: WeightFormat
+    dtype: torch.dtype
+    device: torch.device
+    workspace: Workspace
+    clock: PackClock = dataclasses.field(default_factory=PackClock)
+
+    def build(self, source: TensorSource) -> Decoder:
+        """The whole model. Raises what `source` raises, and Unsupported for shapes that the format cannot hold."""
+        layers = [
+            self._layer(index, source.read(layer_shapes(self.shape, index))) for index in range(self.shape.num_layers)
+        ]
+        tensors = source.read(outer_shapes(self.shape))
+        embedding = self._own(tensors["model.embed_tokens.weight"])
+        if self.shape.ties_embeddings:
+            head = Native().wrap(embedding, None, workspace=self.workspace)
+        else:
+            head = self._pack(Native(), "lm_head", self._own(tensors["lm_head.weight"]), None)
+        source.finish(dict(all_shapes(self.shape)))
+        return Decoder(
+            self.shape, embedding=embedding, layers=layers, norm=self._norm(tensors["model.norm.weight"]), head=head
+        ).requires_grad_(False)
+
+    def _layer(self, index: int, tensors: dict[str, Tensor]) -> DecoderLayer:
+        shape, prefix = self.shape, f"model.layers.{index}."
+
+        def linear(name: str, *parts: str) -> Linear:
+            weights = [tensors.pop(f"{prefix}{part}.weight") for part in parts]
+            biases = [tensors.pop(f"{prefix}{part}.bias") for part in parts if f"{prefix}{part}.bias" in tensors]
+            weight = torch.cat([self._place(part) for part in weights])
+            bias = torch.cat([self._place(part) for part in biases]) if biases else None
+            return self._pack(self.weight_format, f"layer {index} {name}", weight, bias)
+
+        def norm(name: str) -> RMSNorm:
+            return self._norm(tensors.pop(f"{prefix}{name}.weight"))
+
+        return DecoderLayer(
+            shape,
+            input_norm=norm("input_layernorm"),
+            qkv=linear("qkv", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            q_norm=norm("self_attn.q_norm") if shape.has_qk_norm else None,
+            k_norm=norm("self_attn.k_norm") if shape.has_qk_norm else None,
+            output=linear("output", "self_attn.o_proj"),
+            mlp_norm=norm("post_attention_layernorm"),
+            gate_up=linear("gate_up", "mlp.gate_proj", "mlp.up_proj"),
+            down=linear("down", "mlp.down_proj"),
+        )
+
+    def _pack(self, weight_format: WeightFormat, name: str, weight: Tensor, bias: Tensor | None) -> Linear:
+        started = time.perf_counter()
+        try:
+            return weight_format.pack(weight, bias, dtype=self.dtype, workspace=self.workspace)
+        except ValueError as error:
+            chosen = type(weight_format).__name__.lower()
+            raise Unsupported(f"weight format {chosen!r} cannot hold {name} {list(weight.shape)}: {error}") from error
+        finally:
+            self.clock.quantize_s += time.perf_counter() - started
+
+    def _norm(self, weight: Tensor) -> RMSNorm:
+        return RMSNorm(self._own(weight), self.shape.rms_norm_eps)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        """On the device; in the source's precision, so that a format quantises what the checkpoint says."""
+        return tensor.to(self.device)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """On the device, in the model's dtype, in a storage of exactly its size."""
+        placed = tensor.to(self.device, self.dtype)
+        has_own_storage = placed.untyped_storage().nbytes() == placed.numel() * placed.itemsize
+        return placed if has_own_storage else placed.clone()
+
+
+def layer_shapes(shape: ModelShape, index: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of one layer."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    linears = {
+        "self_attn.q_proj": (q_size, hidden, shape.has_qkv_bias),
+        "self_attn.k_proj": (kv_size, hidden, shape.has_qkv_bias),
+        "self_attn.v_proj": (kv_size, hidden, shape.has_qkv_bias),
+        "self_attn.o_proj": (hidden, q_size, shape.has_output_bias),
+        "mlp.gate_proj": (inner, hidden, shape.has_mlp_bias),
+        "mlp.up_proj": (inner, hidden, shape.has_mlp_bias),
+        "mlp.down_proj": (hidden, inner, shape.has_mlp_bias),
+    }
+    found: dict[str, tuple[int, ...]] = {}
+    for name, (num_out, num_in, has_bias) in linears.items():
+        found[f"{name}.weight"] = (num_out, num_in)
+        if has_bias:
+            found[f"{name}.bias"] = (num_out,)
+    found["input_layernorm.weight"] = found["post_attention_layernorm.weight"] = (hidden,)
+    if shape.has_qk_norm:
+        found["self_attn.q_norm.weight"] = found["self_attn.k_norm.weight"] = (shape.head_dim,)
+    return {f"model.layers.{index}.{name}": size for name, size in found.items()}
+
+
+def outer_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what is not in a layer."""
+    table = (shape.vocab_size, shape.hidden_size)
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table, "model.norm.weight": (shape.hidden_size,)}
+    if not shape.ties_embeddings:
+        found["lm_head.weight"] = table
+    return found
+
+
+def all_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from outer_shapes(shape).items()
+    for index in range(shape.num_layers):
+        yield from layer_shapes(shape, index).items()

@@ -1,0 +1,108 @@
+"""int4: asymmetric 4-bit weights in groups along the input, 16-bit activations.
+
+A quarter of the bytes of 16-bit weights (4 + 32 / group_size bits a weight: a 16-bit scale and a 16-bit midpoint per
+group); pays where reading weights is the cost. Round to nearest, no calibration: smaller groups lose less.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from codesign.engine.quantize import int4_layout
+from codesign.engine.quantize.crossover import kernel_max_rows
+from codesign.engine.quantize.linear import Linear, WeightFormat, Workspace
+from codesign.engine.quantize.rounding import quantize_groups
+from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int4(WeightFormat):
+    """Args:
+    group_size: inputs that share a scale and a midpoint: 32, 64, 128 or 256.
+    """
+
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.group_size not in int4_layout.GROUP_SIZES or isinstance(self.group_size, bool):
+            raise ValueError(f"group_size must be one of {int4_layout.GROUP_SIZES}, got {self.group_size!r}")
+
+    def pack(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        num_out, num_in = weight.shape
+        if num_out % int4_layout.OUT_MULTIPLE:
+            raise ValueError(
+                f"int4 needs an output size that is a multiple of {int4_layout.OUT_MULTIPLE}, got {num_out}"
+            )
+        if num_in % self.group_size:
+            fitting = [size for size in int4_layout.GROUP_SIZES if num_in % size == 0]
+            hint = f"; this layer takes group_size {', '.join(map(str, fitting))}" if fitting else ""
+            raise ValueError(
+                f"int4 needs an input size that is a multiple of group_size {self.group_size}, got {num_in}{hint}"
+            )
+        # 16-bit scales whatever the activations are: the codes are chosen for the scale as stored.
+        scale_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+        codes, scale, zero = quantize_groups(weight, group_size=self.group_size, scale_dtype=scale_dtype)
+        packed, is_readable = int4_layout.pack(codes.cpu())
+        if not is_readable:
+            raise ValueError("int4: this CPU packs weights in an order that is not known here; use int8 or native")
+        scale_and_zero = torch.stack([scale.t(), zero.t()], dim=-1).contiguous()
+        return _Int4Linear(
+            packed.to(weight.device), scale_and_zero, bias, group_size=self.group_size, dtype=dtype, workspace=workspace
+        )
+
+
+class _Int4Linear(Linear):
+    packed: Tensor  # [out, in / 2] uint8, in the order of int4_layout
+    scale_and_zero: Tensor  # [in / group_size, out, 2]
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scale_and_zero: Tensor,
+        bias: Tensor | None,
+        *,
+        group_size: int,
+        dtype: torch.dtype,
+        workspace: Workspace,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = packed.shape[0], 2 * packed.shape[1]
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale_and_zero", scale_and_zero)
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+        self._group_size, self._workspace = group_size, workspace
+        self._compute_dtype = compute_dtype(dtype, packed.device)
+        on_kernel = packed.device.type == "cpu" and dtype == torch.bfloat16
+        self.kernel_max_rows = kernel_max_rows("int4") if on_kernel else 0
+        dense = f"unpack + aten::mm {str(self._compute_dtype).removeprefix('torch.')}"
+        most = self.kernel_max_rows
+        self.kernel = f"aten::_weight_int4pack_mm_for_cpu (M<={most}), {dense}" if most else dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        if 0 < x.shape[0] <= self.kernel_max_rows:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu.default(
+                x.contiguous(), self.packed, self._group_size, self.scale_and_zero
+            )
+            return y if self.bias is None else y.add_(self.bias)  # type: ignore[no-any-return]
+        y = multiply_unpacked(
+            x.to(self._compute_dtype),
+            self._unpack,
+            out_features=self.out_features,
+            step=int4_layout.block_rows(),
+            is_transposed=True,
+            workspace=self._workspace,
+        )
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+    def _unpack(self, start: int, stop: int, out: Tensor) -> None:
+        int4_layout.unpack(self.packed, start, stop, out)
+        scale, zero = self.scale_and_zero[:, None, start:stop].to(out.dtype).unbind(-1)
+        groups = out.view(-1, self._group_size, stop - start)
+        torch.addcmul(zero, groups, scale, out=groups)
+
+    def dequantize(self) -> Tensor:
+        wide = torch.empty(self.in_features, self.out_features, device=self.packed.device)
+        self._unpack(0, self.out_features, wide)
+        return wide.t()

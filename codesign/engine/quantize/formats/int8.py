@@ -1,0 +1,78 @@
+"""int8: symmetric 8-bit weights, one scale per output row, 16-bit activations.
+
+Half the bytes of 16-bit weights (8 + 16 / in bits a weight) at close to no loss; pays where reading weights is the
+cost, that is at small batches. Round to nearest, no calibration.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from codesign.engine.quantize.crossover import kernel_max_rows
+from codesign.engine.quantize.linear import Linear, WeightFormat, Workspace
+from codesign.engine.quantize.rounding import dequantize_rows, quantize_rows
+from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
+
+_IN_MULTIPLE = 16  # ATen reads 16 inputs at a time without a tail loop, past the end of the row where there is one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int8(WeightFormat):
+    """No knobs: per output row, symmetric."""
+
+    def pack(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        if weight.shape[1] % _IN_MULTIPLE:
+            raise ValueError(f"int8 needs an input size that is a multiple of {_IN_MULTIPLE}, got {weight.shape[1]}")
+        codes, scale = quantize_rows(weight, scale_dtype=dtype)
+        return _Int8Linear(codes, scale, bias, dtype=dtype, workspace=workspace)
+
+
+class _Int8Linear(Linear):
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+        self._workspace = workspace
+        self._compute_dtype = compute_dtype(dtype, codes.device)
+        on_kernel = codes.device.type == "cpu" and dtype == torch.bfloat16
+        self.kernel_max_rows = kernel_max_rows("int8") if on_kernel else 0
+        name = str(self._compute_dtype).removeprefix("torch.")
+        dense = f"widen + aten::mm {name}"
+        most = self.kernel_max_rows
+        self.kernel = f"aten::_weight_int8pack_mm (M<={most}), {dense}" if most else dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        if 0 < x.shape[0] <= self.kernel_max_rows:
+            x = x.contiguous()
+            if x.data_ptr() % 32:  # the kernel uses aligned loads and faults on a view that starts elsewhere
+                x = x.clone()
+            y = torch.ops.aten._weight_int8pack_mm.default(x, self.codes, self.scale)
+            return y if self.bias is None else y.add_(self.bias)  # type: ignore[no-any-return]
+        y = multiply_unpacked(
+            x.to(self._compute_dtype),
+            self._unpack,
+            out_features=self.out_features,
+            step=1,
+            is_transposed=False,
+            workspace=self._workspace,
+        )
+        if self._compute_dtype == torch.float32:
+            y.mul_(self.scale)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+    def _unpack(self, start: int, stop: int, out: Tensor) -> None:
+        out.copy_(self.codes[start:stop])
+        if self._compute_dtype != torch.float32:  # sums of unscaled codes overflow fp16; fp32 scales its few outputs
+            out.mul_(self.scale[start:stop, None])
+
+    def dequantize(self) -> Tensor:
+        return dequantize_rows(self.codes, self.scale)

@@ -1,0 +1,76 @@
+"""native: the weight as it is, in the model's dtype."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codesign.engine.quantize import half_packed
+from codesign.engine.quantize.linear import Linear, WeightFormat, Workspace
+from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Native(WeightFormat):
+    """Dense weights; the neutral member. Two bytes a weight in bf16 and fp16, four in fp32."""
+
+    def pack(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        dense = weight.to(dtype)
+        if compute_dtype(dtype, dense.device) != dtype and half_packed.holds(dense):
+            return half_packed.HalfPackedLinear(dense, None if bias is None else bias.to(dtype))
+        return self.wrap(dense, bias, workspace=workspace)
+
+    def wrap(self, weight: Tensor, bias: Tensor | None, *, workspace: Workspace) -> Linear:
+        """A Linear around this very tensor, copied nowhere: for a head tied to its embedding table."""
+        bias = None if bias is None else bias.to(weight.dtype)
+        if compute_dtype(weight.dtype, weight.device) == weight.dtype:
+            return _DenseLinear(weight, bias)
+        return _WidenedLinear(weight, bias, workspace)
+
+
+class _DenseLinear(Linear):
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.kernel = "aten::linear"
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def dequantize(self) -> Tensor:
+        return self.weight.float()
+
+
+class _WidenedLinear(_DenseLinear):
+    """On a CPU without products in the weight's dtype: matrix-vector products for few rows, fp32 slices for more."""
+
+    _MAX_VECTOR_ROWS = (
+        2  # Zen 3, [9728, 896], ms on one core: 2.2 / 4.2 / 8.2 at M = 1 / 2 / 4, widened 3.7 / 4.8 / 5.6
+    )
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, workspace: Workspace) -> None:
+        super().__init__(weight, bias)
+        self.kernel = f"aten::linear (M<={self._MAX_VECTOR_ROWS}), widen + aten::mm fp32"
+        self._workspace = workspace
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] <= self._MAX_VECTOR_ROWS:
+            return F.linear(x, self.weight, self.bias)
+        y = multiply_unpacked(
+            x.float(),
+            self._unpack,
+            out_features=self.out_features,
+            step=1,
+            is_transposed=False,
+            workspace=self._workspace,
+        )
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+    def _unpack(self, start: int, stop: int, out: Tensor) -> None:
+        out.copy_(self.weight[start:stop])

@@ -1,0 +1,39 @@
+"""Physical sanity: no trial may report more arithmetic or more traffic than its machine has.
+
+Lower bounds of what the measured tokens must have cost are compared with the profile's peaks; a breach means that the
+measurement is wrong, so the trial is no result. Peaks that the profile does not give are not checked.
+"""
+
+from codesign.measure.session import BuildFacts
+from codesign.measure.summary import Readings
+from codesign.spec.engine_config import EngineConfig
+from codesign.spec.hardware import Hardware
+from codesign.units import MIB
+
+# Published peaks are rounded and boost clocks exceed them a little.
+_TOLERANCE = 1.1
+# Weights that fit a last-level cache are not read from memory each step.
+_CACHE_BYTES = 512 * MIB
+
+
+def impossible(readings: Readings, facts: BuildFacts, hardware: Hardware, config: EngineConfig) -> str | None:
+    """What cannot be, or None.
+
+    Arithmetic: 2 operations per parameter and token, prompt and output. Traffic: the weights once per step, with at
+    least output tokens / batch steps.
+    """
+    tokens = sum(sample.prompt_tokens + sample.output_tokens for sample in readings.samples)
+    parameters = facts.resolved.get("num_parameters")
+    peak = getattr(hardware.peak_tflops, config.dtype)
+    if isinstance(parameters, int) and peak is not None:
+        used = 2 * parameters * tokens / readings.wall_s / 1e12
+        if used > peak * hardware.count * _TOLERANCE:
+            return f"{used:.3g} TFLOP/s, more than the {peak:g} of the profile (MFU {used / peak:.2f})"
+    bandwidth = hardware.memory[0].gb_per_s if hardware.memory else None
+    weights = readings.bytes["weights"]
+    if bandwidth is not None and weights > _CACHE_BYTES:
+        batch = min(config.max_batch_size, len(readings.samples))
+        used = weights * readings.output_tokens / batch / readings.wall_s / 1e9
+        if used > bandwidth * hardware.count * _TOLERANCE:
+            return f"{used:.3g} GB/s, more than the {bandwidth:g} of the profile (MBU {used / bandwidth:.2f})"
+    return None

@@ -1,0 +1,97 @@
+"""Quality suites: the token ids that a built engine is judged on, made once per study by the parent.
+
+    text        held-out text; a part is prefilled, the policy acts at its end, every later token is forced
+    retrieval   `# key abc = 12345` planted in held-out text and asked for at the end, at distances spread over the
+                prompt; right when every token of the answer is the engine's best guess
+
+A suite is plain JSON, because it crosses to the child. Calibration text is never in it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from codesign.bundled import heldout_texts
+from codesign.bundled.retrieval import retrieval_prompt
+from codesign.errors import InputError
+
+Encode = Callable[[str], list[int]]
+SHORTEST_DISTANCE = 64
+OVERHEAD_TOKENS = 96  # the told lines, the question and the lead of a retrieval prompt, with room to spare
+MAX_ANSWER_TOKENS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SuiteSize:
+    """How much is judged; the sample counts stand beside every quality number.
+
+    Args:
+        num_sequences: held-out sequences of `sequence_tokens`, half of it prefilled.
+        num_prompts: retrieval prompts of `prompt_tokens`.
+    """
+
+    num_sequences: int = 4
+    sequence_tokens: int = 384
+    num_prompts: int = 12
+    prompt_tokens: int = 512
+
+
+SCREEN = SuiteSize()
+CONFIRM = SuiteSize(num_sequences=16, sequence_tokens=768, num_prompts=48, prompt_tokens=768)
+
+
+def make_suite(encode: Encode, size: SuiteSize, *, max_model_len: int, seed: int) -> dict[str, Any]:
+    """The suite for one model: {"text": {"sequences", "num_prefill"}, "retrieval": [{"prompt", "answer", "distance"}]}.
+
+    Lengths are cut to `max_model_len`. Two calls with the same arguments give the same suite.
+
+    Raises:
+        InputError: `max_model_len` is too short to judge anything.
+    """
+    rng = random.Random(seed)
+    ids = [encode(document.text) for document in heldout_texts()]
+    length = min(size.sequence_tokens, max_model_len)
+    longest = min(size.prompt_tokens, max_model_len - MAX_ANSWER_TOKENS) - OVERHEAD_TOKENS
+    if longest < SHORTEST_DISTANCE:
+        least = SHORTEST_DISTANCE + OVERHEAD_TOKENS + MAX_ANSWER_TOKENS
+        raise InputError(f"quality needs a max_model_len of at least {least} tokens, got {max_model_len}")
+    filler = [token for document in ids for token in document]
+    retrieval = []
+    for index in range(size.num_prompts):
+        share = index / max(1, size.num_prompts - 1)
+        distance = round(SHORTEST_DISTANCE + share * (longest - SHORTEST_DISTANCE))
+        prompt = retrieval_prompt(encode, filler, distance_tokens=distance, seed=rng.randrange(2**31), lead_tokens=16)
+        retrieval.append({"prompt": prompt.token_ids, "answer": prompt.answer_ids, "distance": prompt.distance_tokens})
+    return {
+        "is_text": True,
+        "text": {"sequences": _slices(ids, size.num_sequences, length, rng), "num_prefill": length // 2},
+        "retrieval": retrieval,
+    }
+
+
+def random_suite(vocab_size: int, size: SuiteSize, *, max_model_len: int, seed: int) -> dict[str, Any]:
+    """A suite of random tokens, for a model without a tokenizer: it shows KL and agreement, but nothing about text."""
+    rng = random.Random(seed)
+    length = min(size.sequence_tokens, max_model_len)
+    sequences = [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(size.num_sequences)]
+    return {"is_text": False, "text": {"sequences": sequences, "num_prefill": length // 2}, "retrieval": []}
+
+
+def digest(suite: dict[str, Any]) -> str:
+    """Sixteen hex digits that name the suite."""
+    return hashlib.sha256(json.dumps(suite, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _slices(texts: Sequence[list[int]], count: int, length: int, rng: random.Random) -> list[list[int]]:
+    """`count` slices of `length` tokens, from different texts while there are enough."""
+    long_enough = [ids for ids in texts if len(ids) >= length] or [[token for ids in texts for token in ids]]
+    order = rng.sample(range(len(long_enough)), len(long_enough))
+    slices = []
+    for index in range(count):
+        ids = long_enough[order[index % len(order)]]
+        start = rng.randrange(len(ids) - length + 1)
+        slices.append(ids[start : start + length])
+    return slices

@@ -1,0 +1,309 @@
+"""One trial: a short session that builds a configuration, warms it up, loads it, watches it and judges its quality.
+
+    with TrialRunner(profile, baseline=space.default(...)) as runner:
+        record = runner.measure(identity, config, on_phase=show)
+
+Whatever the configuration does, the answer is a TrialRecord: a broken one is a result too. Quality is judged on the
+very engine that was timed. It is compared with the unmodified configuration, whose log-probabilities are written once
+per (model, suite, configuration) into a cache below `~/.cache/codesign`.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from codesign.bundled import calibration_texts
+from codesign.engine.models.tokenizer import Tokenizer
+from codesign.errors import WorkError
+from codesign.measure import suite as suites
+from codesign.measure.child_session import ChildSession, Limits
+from codesign.measure.load import LoadResult, drive
+from codesign.measure.monitor import Monitor, make_probe
+from codesign.measure.nursery import Nursery
+from codesign.measure.phases import Phases
+from codesign.measure.provenance import provenance
+from codesign.measure.requests import RandomTokens, TextTokens, TokenSource, make_load
+from codesign.measure.sanity import impossible
+from codesign.measure.session import BuildFacts, TrialFailed
+from codesign.measure.summary import Readings, metrics, unsupported_objectives, violations
+from codesign.measure.tier import RULES, TierRule
+from codesign.results.measurement import percentile_supported
+from codesign.results.record import Outcome, Tier, TrialIdentity, TrialRecord
+from codesign.spec.engine_config import EngineConfig
+from codesign.spec.profile import Profile
+
+OnPhase = Callable[[str, float | None], None]
+FOREIGN_CPU_LIMIT = 0.10
+_SUITE_SEED = 20
+
+
+class TrialRunner:
+    """Measures configurations of one profile on this machine; holds the nursery.
+
+    Args:
+        baseline: the unmodified configuration, resolved; the reference of quality.
+        cache_dir: where the reference's log-probabilities are kept.
+        limits: clocks of one session.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        *,
+        baseline: EngineConfig,
+        cache_dir: Path | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self._profile = profile
+        self._baseline = baseline
+        self._cache_dir = cache_dir or default_cache_dir()
+        self._limits = limits or Limits()
+        self._nursery = Nursery()
+        self._provenance: Mapping[str, Any] = {}
+        self._tokens: TokenSource | None = None
+        self._tokenizer: Tokenizer | None = None
+
+    def __enter__(self) -> Self:
+        model = self._profile.model_spec
+        self._provenance = {
+            **provenance(model, self._profile.device),
+            "profile": {"name": self._profile.name, "digest": self._profile.digest},
+            "seed": self._profile.workload.seed,
+        }
+        if model.path is not None and (Path(model.path) / "tokenizer.json").exists():
+            self._tokenizer = Tokenizer(Path(model.path))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._nursery.close()
+
+    def measure(
+        self,
+        identity: TrialIdentity,
+        config: EngineConfig,
+        *,
+        tier: Tier = "screen",
+        on_phase: OnPhase = lambda phase, share: None,
+    ) -> TrialRecord:
+        """Builds and measures one resolved configuration.
+
+        Args:
+            on_phase: called with the phase and the share of it that is done (None where that is not known).
+
+        Raises:
+            WorkError: the cache cannot be written, or other trouble that is not the configuration's.
+        """
+        started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        phases = Phases(on_phase)
+        trial = _Trial(self, config, RULES[tier], phases)
+        outcome = Outcome(kind="ok")
+        try:
+            trial.run()
+        except TrialFailed as failure:
+            outcome = failure.outcome
+        fields = trial.fields(outcome, careful=tier != "screen")
+        return TrialRecord(
+            **dataclasses.asdict(identity),
+            config=config.to_dict(),
+            config_digest=config.digest,
+            tier=tier,
+            phases=phases.seconds,
+            started_at=started_at,
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            provenance=self._provenance,
+            **fields,
+        )
+
+    # What trials of one profile share.
+
+    @property
+    def profile(self) -> Profile:
+        return self._profile
+
+    def open(self) -> ChildSession:
+        return ChildSession(
+            self._nursery,
+            model=self._profile.model_spec,
+            device=self._profile.device,
+            num_threads=self._profile.hardware.cores or os.cpu_count(),
+            limits=self._limits,
+        )
+
+    def tokens(self, vocab_size: int) -> TokenSource:
+        """Where prompts come from: calibration text, or random tokens where the model has no tokenizer."""
+        if self._tokens is None:
+            if self._tokenizer is None:
+                self._tokens = RandomTokens(vocab_size)
+            else:
+                self._tokens = TextTokens([self._tokenizer.encode(text.text) for text in calibration_texts()])
+        return self._tokens
+
+    def suite(self, size: suites.SuiteSize, max_model_len: int, vocab_size: int) -> dict[str, Any] | None:
+        """The quality suite, or None for random weights, whose output means nothing."""
+        if not self._profile.model_spec.has_trained_weights:
+            return None
+        if self._tokenizer is None:
+            return suites.random_suite(vocab_size, size, max_model_len=max_model_len, seed=_SUITE_SEED)
+        return suites.make_suite(self._tokenizer.encode, size, max_model_len=max_model_len, seed=_SUITE_SEED)
+
+    def reference(self, suite: dict[str, Any], on_phase: OnPhase) -> Path:
+        """The file with the unmodified configuration's log-probabilities for this suite; made when it is not there.
+
+        Raises:
+            TrialFailed: the unmodified configuration itself cannot be judged.
+        """
+        model, versions = self._provenance["model"], self._provenance["versions"]
+        named = [model["digest"], self._baseline.digest, suites.digest(suite), versions["torch"], versions["codesign"]]
+        named.append(str(self._provenance["machine"]["cpu"]))
+        path = self._cache_dir / "references" / f"{hashlib.sha256(repr(named).encode()).hexdigest()[:32]}.npy"
+        if path.exists():
+            return path
+        on_phase("reference", None)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WorkError(f"{path.parent}: cannot keep the quality reference there ({error})") from error
+        with self.open() as session:
+            session.build(self._baseline)
+            session.score({**suite, "write_reference": str(path)})
+        return path
+
+
+class _Trial:
+    """The state of one trial on its way, so that a failure keeps what was already known."""
+
+    def __init__(self, runner: TrialRunner, config: EngineConfig, rule: TierRule, phases: Phases) -> None:
+        self._runner, self._config, self._rule, self._phases = runner, config, rule, phases
+        self._facts: BuildFacts | None = None
+        self._readings: Readings | None = None
+        self._trust: dict[str, Any] = {}
+        self._warnings: list[str] = []
+
+    def run(self) -> None:
+        runner, phases = self._runner, self._phases
+        with phases("spawn"):
+            session = runner.open()
+        with session:
+            with phases("build"):
+                self._facts = session.build(self._config)
+            phases.add(self._facts.phases)
+            vocab_size = int(self._facts.resolved["vocab_size"])
+            with phases("warm_up"):
+                self._warm_up(session, runner.tokens(vocab_size))
+            with phases("measure"):
+                blocks, reading = self._window(session, runner.tokens(vocab_size))
+                memory = session.memory()
+            quality = None
+            suite = runner.suite(self._rule.suite, self._config.max_model_len, vocab_size)
+            if suite is not None:
+                reference = runner.reference(suite, phases.say)
+                with phases("quality"):
+                    quality = {**session.score({**suite, "reference": str(reference)}), "is_text": suite["is_text"]}
+                    quality["suite"] = suites.digest(suite)
+            sizes = {**self._facts.bytes, "peak": memory["peak_memory_bytes"], "host_peak": memory["host_peak_bytes"]}
+            self._readings = Readings(blocks=blocks, bytes=sizes, quality=quality, monitor=reading)
+            with phases("close"):
+                session.close()
+
+    def fields(self, outcome: Outcome, *, careful: bool) -> dict[str, Any]:
+        """The record's fields, as far as the trial came."""
+        facts, readings, profile = self._facts, self._readings, self._runner.profile
+        found: dict[str, Any] = {"outcome": outcome, "trust": self._trust}
+        if facts is not None:
+            found |= {"resolved": facts.resolved, "kernels": facts.kernels, "bytes": facts.bytes}
+        if readings is not None and facts is not None:
+            values = metrics(readings, profile)
+            why = impossible(readings, facts, profile.hardware, self._config)
+            if why:
+                found["outcome"] = Outcome(kind="harness", detail=f"physically impossible: {why}")
+            self._say_limits()
+            found |= {
+                "bytes": readings.bytes,
+                "metrics": values,
+                "violations": violations(readings, values, profile.slo, careful=careful),
+                "requests": readings.samples,
+                "quality": readings.quality or {},
+                "monitor": readings.monitor,
+            }
+        found["warnings"] = tuple(self._warnings)
+        return found
+
+    def _warm_up(self, session: ChildSession, tokens: TokenSource) -> None:
+        """Loads of the same lengths until two in a row take the same time, within the tier's bounds."""
+        workload, rule = self._runner.profile.workload, self._rule
+        count = min(workload.num_requests, self._config.max_batch_size)
+        walls: list[float] = []
+        settled = False
+        while not settled and (len(walls) < 2 or sum(walls) < rule.warm_up_s):
+            load = make_load(workload, tokens, block=-1 - len(walls), lengths_of=-1, num_requests=count)
+            walls.append(drive(session, dataclasses.replace(load, arrivals_s=None)).wall_s)
+            settled = len(walls) > 1 and abs(walls[-1] - walls[-2]) <= rule.settle * walls[-2]
+        self._trust |= {"warmup_blocks": len(walls), "warmup_settled": settled}
+        if not settled:
+            self._warnings.append(
+                f"warm-up did not settle within {rule.settle:.0%} in {len(walls)} blocks; the machine is unsteady"
+            )
+
+    def _window(self, session: ChildSession, tokens: TokenSource) -> tuple[tuple[LoadResult, ...], dict[str, Any]]:
+        """The measured blocks and what the monitor saw; measured once more when others used the machine meanwhile."""
+        attempts = []
+        for _ in range(2):
+            with Monitor(make_probe(self._runner.profile.device, session.pid)) as monitor:
+                blocks = self._blocks(session, tokens)
+            wall_s = sum(block.wall_s for block in blocks)
+            attempts.append((blocks, {**monitor.reading, "wall_s": wall_s}))
+            if not _is_disturbed(monitor.reading):
+                break
+        blocks, reading = min(attempts, key=lambda attempt: attempt[1].get("foreign_cpu", 0.0))
+        self._trust |= {
+            "num_blocks": len(blocks),
+            "num_requests": sum(len(block.samples) for block in blocks),
+            "num_processes": 1,
+            "confidence": self._rule.confidence,
+            "windows": len(attempts),
+            "is_disturbed": _is_disturbed(reading),
+            "ignore_eos": self._runner.profile.workload.ignore_eos,
+        }
+        supported = percentile_supported(self._trust["num_requests"], confidence=self._rule.confidence)
+        self._trust["percentile_supported"] = supported
+        if self._trust["is_disturbed"]:
+            share = reading.get("foreign_cpu")
+            what = (
+                f"{share:.0%} of the processor" if share is not None else f"GPU shared with {reading['foreign_pids']}"
+            )
+            self._warnings.append(f"disturbed: other processes used {what} while this was measured, twice")
+        return blocks, reading
+
+    def _blocks(self, session: ChildSession, tokens: TokenSource) -> tuple[LoadResult, ...]:
+        rule, profile = self._rule, self._runner.profile
+        min_s = max(rule.min_s, profile.workload.min_duration_s)
+        blocks: list[LoadResult] = []
+        while True:
+            load = make_load(profile.workload, tokens, block=len(blocks))
+            blocks.append(drive(session, load, on_progress=lambda done, total: self._phases.say("measure", None)))
+            elapsed_s = sum(block.wall_s for block in blocks)
+            requests = sum(len(block.samples) for block in blocks)
+            self._phases.say("measure", min(1.0, elapsed_s / min_s))
+            if elapsed_s >= min_s and requests >= rule.min_requests and len(blocks) >= rule.min_blocks:
+                return tuple(blocks)
+            if elapsed_s >= max(rule.max_s, min_s):
+                return tuple(blocks)
+
+    def _say_limits(self) -> None:
+        weak = unsupported_objectives(self._runner.profile.objectives, self._trust["percentile_supported"])
+        if weak:
+            count = self._trust["num_requests"]
+            self._warnings.append(f"{count} requests do not support {', '.join(weak)}; it only steers the search")
+
+
+def _is_disturbed(reading: Mapping[str, Any]) -> bool:
+    return reading.get("foreign_cpu", 0.0) > FOREIGN_CPU_LIMIT or bool(reading.get("foreign_pids"))
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/codesign`, or `~/.cache/codesign`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codesign"

@@ -1,0 +1,69 @@
+"""Short names for configurations: what differs from the unmodified one.
+
+weights int4 (group_size 64) · kv.policy h2o (kv_budget 0.2) · max_batch_size 32
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from codesign.report.show import visible
+
+# What a person decides on comes first; other keys follow in alphabetical order.
+_ORDER = ("weights", "kv.policy", "kv.codec", "dtype", "max_batch_size")
+# Choices of a family: a mapping with `name` and the member's knobs.
+FAMILIES = ("weights", "kv.policy", "kv.codec", "scheduler", "attention")
+
+
+def parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value, a family choice kept whole: {"dtype": "bf16", "kv.policy": {"name": "full"}, ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "kv" and isinstance(value, Mapping):
+            flat |= {f"kv.{inner}": choice for inner, choice in value.items()}
+        else:
+            flat[key] = value
+    return dict(sorted(flat.items(), key=lambda item: (_ORDER.index(item[0]) if item[0] in _ORDER else 99, item[0])))
+
+
+def differing(config: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of `parts` in which two configurations differ, the more interesting first."""
+    mine, theirs = parts(config), parts(other)
+    return tuple(key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
+
+
+def choice_name(choice: Any) -> str:
+    """`{"name": "int4", "group_size": 64}` -> `int4`; a plain value as it is."""
+    return visible(choice.get("name", "?") if isinstance(choice, Mapping) else choice)
+
+
+class Labels:
+    """Labels of one study. Knobs are named when they vary between its trials, else only when a choice has few."""
+
+    def __init__(self, baseline: Mapping[str, Any] | None, configs: Iterable[Mapping[str, Any]]) -> None:
+        self._baseline = baseline
+        self._values: dict[tuple[str, str, str], set[str]] = {}
+        for config in configs:
+            for key, choice in parts(config).items():
+                if isinstance(choice, Mapping):
+                    for knob, value in choice.items():
+                        self._values.setdefault((key, choice_name(choice), knob), set()).add(repr(value))
+
+    def of(self, config: Mapping[str, Any]) -> str:
+        """The short label; `unmodified` for the baseline's own configuration."""
+        flat = parts(config)
+        if self._baseline is None:
+            keys = tuple(key for key in flat if key in FAMILIES)
+        else:
+            keys = differing(config, self._baseline)
+        shown = [f"{visible(key)} {self._value(key, flat.get(key))}" for key in keys]
+        return " · ".join(shown) or "unmodified"
+
+    def _value(self, key: str, value: Any) -> str:
+        if not isinstance(value, Mapping):
+            return visible("automatic" if value is None else value)
+        knobs = {str(knob): setting for knob, setting in value.items() if knob != "name"}
+        name = choice_name(value)
+        varying = {knob: v for knob, v in knobs.items() if len(self._values.get((key, name, knob), ())) > 1}
+        named = varying or (knobs if len(knobs) <= 2 else {})
+        inside = ", ".join(f"{visible(knob)} {visible(setting)}" for knob, setting in named.items())
+        return f"{name} ({inside})" if inside else name

@@ -1,0 +1,53 @@
+"""Tables for a person at a terminal: a study's front, one trial's record."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from codesign.report.show import quantity
+from codesign.report.study import Study
+from codesign.report.tables import labels_of
+from codesign.results.record import TrialRecord
+
+
+def print_front(folder: Path, console: Console) -> None:
+    """The front, the unmodified configuration beside it, and the named picks."""
+    study = Study.load(folder)
+    labels = labels_of(study)
+    named: dict[int, list[str]] = {}
+    for pick, number in study.picks.items():
+        named.setdefault(number, []).append(pick)
+    table = Table(title=Text(f"{study.name}: {len(study.front)} on the front of {len(study.records)} trials"))
+    for heading in ("trial", "configuration", *(objective.label for objective in study.objectives), "tier", "pick"):
+        table.add_column(Text(heading))
+    shown = list(study.front)
+    if study.baseline is not None and study.baseline.uid not in {record.uid for record in shown}:
+        shown.append(study.baseline)
+    for record in shown:
+        values = [record.metrics.get(objective.metric) for objective in study.objectives]
+        cells = [
+            str(record.number),
+            labels.of(record.config),
+            *("" if value is None else quantity(value.value, value.unit) for value in values),
+            record.tier,
+            ", ".join(named.get(record.number, ())),
+        ]
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+
+
+def print_record(record: TrialRecord, console: Console) -> None:
+    """Every metric of one trial, with what it rests on."""
+    table = Table(title=Text(f"{record.outcome.kind}, tier {record.tier}"))
+    for heading in ("metric", "value", "statistic", "samples", "95 % interval"):
+        table.add_column(heading)
+    for name, metric in record.metrics.items():
+        interval = "" if metric.low is None or metric.high is None else f"{metric.low:.4g} to {metric.high:.4g}"
+        table.add_row(name, quantity(metric.value, metric.unit), metric.statistic, str(metric.num_samples), interval)
+    console.print(table)
+    if record.outcome.kind != "ok":
+        console.print(Text(f"{record.outcome.kind}: {record.outcome.detail}"))
+    for warning in record.warnings:
+        console.print(Text(f"warning: {warning}"))

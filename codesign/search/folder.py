@@ -1,0 +1,186 @@
+"""A study is one folder: where everything lies, what it was started with, and who may write to it.
+
+reports/NAME/
+  study.json       what the study was started with; decides whether the same command may go on in it
+  profile.yaml     the resolved inputs, for people
+  space.yaml
+  trials/          <uid>.json, one immutable record per finished trial: the truth; unreadable ones in damaged/
+  study.db         Optuna's index over the records
+  configs/         trial-N.yaml, what `codesign measure --config` takes
+  leases/          who works here now
+  index.html trials.csv front.json      written by the report
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from codesign.errors import InputError, WorkError
+from codesign.results.files import write_file
+from codesign.results.record import TrialIdentity
+from codesign.search.inputs import Inputs, identity_hash, profile_document
+from codesign.spec.yaml import dump_yaml
+
+SCHEMA_VERSION = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+NOT_STUDIES = ("benchmarks", "example", "measured")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyFolder:
+    """An opened study.
+
+    Attributes:
+        uid: of the study, new for each folder that is created; part of every record's uid.
+    """
+
+    path: Path
+    uid: str
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials"
+
+    @property
+    def leases(self) -> Path:
+        return self.path / "leases"
+
+    @property
+    def index(self) -> Path:
+        return self.path / "study.db"
+
+    def config(self, number: int) -> Path:
+        return self.path / "configs" / f"trial-{number}.yaml"
+
+    def identity(self, number: int, attempt: int, config_digest: str) -> TrialIdentity:
+        """The trial's identity; the same four values always give the same uid."""
+        uid = identity_hash(self.uid, number, attempt, config_digest)
+        return TrialIdentity(study=self.name, number=number, uid=uid, attempt=attempt)
+
+
+@contextlib.contextmanager
+def open_study(out: Path, name: str | None, inputs: Inputs) -> Iterator[StudyFolder]:
+    """The study of these inputs, created or resumed, with every other search kept out of it while the block runs.
+
+    Raises:
+        InputError: a bad name, or a folder that holds another study or something else.
+        WorkError: another search runs in it.
+        OSError: the folder cannot be written.
+    """
+    name = f"{inputs.stem}-{inputs.digest[:6]}" if name is None else name
+    if not _NAME.fullmatch(name) or name in NOT_STUDIES:
+        raise InputError(
+            f"{name!r} cannot name a study: letters, digits and . _ + - (at most 100, not one of "
+            f"{', '.join(NOT_STUDIES)})",
+            key="--name",
+        )
+    path = out / name
+    try:
+        for folder in (path, *(path / part for part in ("trials", "leases", "configs"))):
+            folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(
+            "a file stands where the study's folder should be; choose another --name or --out", file=path
+        ) from None
+    with _lock(path):
+        yield _matching(path, inputs) if (path / "study.json").exists() else _create(path, inputs)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    # The lock is the kernel's, so it ends with the process, however that ends.
+    descriptor = os.open(path / "leases" / "search.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkError(
+                f"{path}: another search is running in this study; wait for it, or give this one its own --name"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _matching(path: Path, inputs: Inputs) -> StudyFolder:
+    known = read_study(path)
+    if not isinstance(known.get("uid"), str):
+        raise InputError("is not a study's description; choose another --name", file=path / "study.json")
+    if known.get("inputs_digest") != inputs.digest:
+        plain = json.loads(json.dumps(inputs.parts))
+        changed = [part for part in plain if plain[part] != known.get(part)]
+        raise InputError(
+            f"{path.name!r} is a study with another {' and '.join(changed) or 'description'}; choose another --name, "
+            "or leave --name out to get one of its own",
+            file=path,
+            key="--name",
+        )
+    return StudyFolder(path, known["uid"])
+
+
+def _create(path: Path, inputs: Inputs) -> StudyFolder:
+    if any((path / "trials").glob("*.json")):
+        raise InputError(
+            "holds trials but no study.json, so nobody can tell what they are trials of; choose another --name",
+            file=path,
+        )
+    uid = uuid.uuid4().hex
+    write_file(path / "profile.yaml", dump_yaml(profile_document(inputs.parts["profile"])).encode())
+    write_file(path / "space.yaml", dump_yaml(inputs.parts["space"]).encode())
+    plain = {
+        "schema_version": SCHEMA_VERSION,
+        "study": path.name,
+        "uid": uid,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "inputs_digest": inputs.digest,
+        "model": inputs.model,
+        "objectives": [dataclasses.asdict(objective) for objective in inputs.objectives],
+        "seed": inputs.seed,
+        **inputs.parts,
+    }
+    write_file(path / "study.json", json.dumps(plain, indent=1, allow_nan=False).encode())
+    return StudyFolder(path, uid)
+
+
+def find_study(text: str | Path) -> Path:
+    """The folder of an existing study, given its path.
+
+    Raises:
+        InputError: there is no study there; names the nearest study beside it.
+    """
+    path = Path(text)
+    candidates = [path, Path("reports") / path] if len(path.parts) == 1 else [path]
+    for candidate in candidates:
+        if (candidate / "study.json").is_file():
+            return candidate
+    siblings = candidates[-1].parent
+    known = [item.parent.name for item in siblings.glob("*/study.json")] if siblings.is_dir() else []
+    raise InputError("there is no study here (a folder with study.json)", file=path, got=path.name, known=known)
+
+
+def read_study(path: Path) -> Mapping[str, Any]:
+    """The description in study.json.
+
+    Raises:
+        InputError: it is not readable as one.
+    """
+    document = path / "study.json"
+    try:
+        plain = json.loads(document.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", file=document) from None
+    if not isinstance(plain, dict):
+        raise InputError("is not a study's description", file=document)
+    return plain

@@ -1,0 +1,113 @@
+"""Worker leases: who holds a study's running trial, and whether that process still lives.
+
+A lease is a small file, `leases/<worker>.json`, that exists before a trial is asked for; the trial is bound to it right
+after. Optuna's own heartbeat misses trials that die before their first beat, and exists only inside `optimize()`. Here
+a worker is dead when its process is gone: same boot, same pid, same start time means alive, anything else is dead, so
+a reused pid or a rebooted machine never keeps a dead trial running.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lease:
+    """Attributes:
+    worker: names the file; new for every process that searches.
+    pid_start_ticks: start time of the process in clock ticks since boot; with the pid it names one process.
+    uid: of the record that the trial in hand will write; "" between trials.
+    """
+
+    worker: str
+    host: str
+    boot_id: str
+    pid: int
+    pid_start_ticks: int
+    uid: str = ""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process that wrote this still runs. A lease of another host counts as alive: we cannot look."""
+        if self.host != socket.gethostname():
+            return True
+        return self.boot_id == _boot_id() and start_ticks(self.pid) == self.pid_start_ticks
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Raises ValueError or TypeError when the text is not a lease."""
+        plain: Any = json.loads(text)
+        if not isinstance(plain, dict):
+            raise ValueError("a lease is a mapping")
+        return cls(**plain)
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[Lease]:
+    """This process's lease, written for as long as the block runs. Raises OSError when it cannot be written."""
+    lease = Lease(
+        worker=uuid.uuid4().hex[:12],
+        host=socket.gethostname(),
+        boot_id=_boot_id(),
+        pid=os.getpid(),
+        pid_start_ticks=start_ticks(os.getpid()) or 0,
+    )
+    write(folder, lease)
+    try:
+        yield lease
+    finally:
+        (folder / f"{lease.worker}.json").unlink(missing_ok=True)
+
+
+def bind(folder: Path, lease: Lease, uid: str) -> None:
+    """Says on the lease which record its worker is working for."""
+    write(folder, dataclasses.replace(lease, uid=uid))
+
+
+def write(folder: Path, lease: Lease) -> None:
+    """Atomic for readers; not fsynced, because after a power cut the boot id has changed and every lease is dead."""
+    path = folder / f"{lease.worker}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(dataclasses.asdict(lease)))
+    os.replace(part, path)
+
+
+def sweep(folder: Path) -> tuple[Lease, ...]:
+    """Leases of living workers; those of dead ones, and files that are no lease, are removed."""
+    living = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            lease = Lease.from_json(path.read_text())
+        except (ValueError, TypeError):
+            path.unlink(missing_ok=True)
+            continue
+        if lease.is_alive:
+            living.append(lease)
+        else:
+            path.unlink(missing_ok=True)
+    for part in folder.glob("*.part"):
+        if part.stem not in {lease.worker for lease in living}:
+            part.unlink(missing_ok=True)
+    return tuple(living)
+
+
+def start_ticks(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot; None when there is none or it is a zombie."""
+    try:
+        # The command in parentheses may hold anything, so count fields from the last parenthesis.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def _boot_id() -> str:
+    return _BOOT_ID.read_text().strip()

@@ -1,0 +1,76 @@
+"""Checks one file that a person wrote, whatever it is: profile, part of a profile, search space or configuration."""
+
+from pathlib import Path
+from typing import Any
+
+from codesign.errors import shown
+from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, load_config
+from codesign.spec.hardware import Hardware
+from codesign.spec.model_source import Architecture
+from codesign.spec.profile import SECTIONS, load_profile
+from codesign.spec.section import Section, validate
+from codesign.spec.space import load_space
+from codesign.spec.workload import Workload
+from codesign.spec.yaml import load_yaml
+
+_ENGINE = (*PLAIN_FIELDS, *dict.fromkeys(key.partition(".")[0] for key in FAMILIES))
+# The key that gives a part of a profile away -> what it is.
+_PARTS: dict[str, tuple[str, type[Section]]] = {
+    "device": ("hardware", Hardware),
+    "scenario": ("workload", Workload),
+    "model_type": ("model", Architecture),
+}
+
+
+def check_file(path: str | Path) -> str:
+    """What the file is: "profile", "hardware", "workload", "model", "search space" or "configuration".
+
+    A profile is checked with everything that it names: included files, model, search space. A file that could be a
+    search space or a configuration is a space when it has constraints, lists or ranges, or maps members to knobs.
+
+    Raises:
+        InputError: the first thing that is wrong, with file, line, key, what is allowed, the nearest known name.
+    """
+    document = load_yaml(path)
+    plain = document.value
+    if not isinstance(plain, dict):
+        raise document.error(f"must be a profile, a search space or a configuration, got {shown(plain)}")
+    if any(name in SECTIONS for name in plain):
+        profile = load_profile(path, fetch=_unfetched)
+        if profile.search_space is not None:
+            load_space(profile.search_space)
+        return "profile"
+    for name, (noun, kind) in _PARTS.items():
+        if name in plain:
+            validate(kind, document)
+            return noun
+    if not any(name in _ENGINE or name == "constraints" for name in plain):
+        known = (*SECTIONS, *_ENGINE, "constraints", *_PARTS)
+        first = next(iter(plain), "")
+        raise document.error(
+            "is no profile, search space or configuration: it has none of their keys",
+            (first,) if first else (),
+            got=first,
+            known=known,
+        )
+    if _is_space(plain):
+        load_space(path)
+        return "search space"
+    load_config(path)
+    return "configuration"
+
+
+def _is_space(plain: dict[str, Any]) -> bool:
+    kv = plain.get("kv")
+    families = [plain.get(key) for key in FAMILIES if "." not in key]
+    families += kv.values() if isinstance(kv, dict) else []
+    return (
+        "constraints" in plain
+        or any(isinstance(plain.get(name), list | dict) for name in PLAIN_FIELDS)
+        or any(isinstance(choice, list) or (isinstance(choice, dict) and "name" not in choice) for choice in families)
+    )
+
+
+def _unfetched(name: str, revision: str) -> Path:
+    """A hub id is well-formed whether or not its files are here; a check downloads nothing."""
+    return Path(name, revision)

@@ -1,0 +1,145 @@
+"""The one script for a machine with a GPU: everything that only such a machine can show, in under ten minutes.
+
+    python tests/benchmarks/gpu_campaign.py [--out reports/benchmarks/gpu] [--minutes 9]
+
+Parts, in order, correctness before speed. Each writes its JSON with provenance as soon as it is done, so that a cut
+loses one part at most:
+
+    tests      pytest -m gpu
+    ceilings   read bandwidth and matrix products, as `codesign probe` measures them
+    search     `codesign search` on a random-weights model of the shape of Llama-3.1-8B
+
+A new part is a function and a row of PARTS.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from codesign.measure.monitor import gpus
+from codesign.measure.probe import probe
+from codesign.measure.provenance import provenance
+from codesign.results.ledger import read_records
+from codesign.spec.model import ModelSpec
+from codesign.spec.yaml import dump_yaml
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
+SPACE = {
+    "choices": {
+        "max_batch_size": [1, 8, 32],
+        "kv.policy": {
+            "full": {},
+            "streaming_llm": {"kv_budget": [0.1, 0.25]},
+            "h2o": {"kv_budget": [0.1, 0.25]},
+            "pyramidkv": {"kv_budget": [0.1, 0.25]},
+        },
+    }
+}
+
+
+def tests(seconds: float) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rA"],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    return {"exit_status": done.returncode, "output": done.stdout.splitlines()[-60:]}
+
+
+def ceilings(seconds: float) -> dict[str, Any]:
+    return probe(say)
+
+
+def search(seconds: float) -> dict[str, Any]:
+    """A study of real trials within the time left, and the records it left behind without the raw samples."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        profile = {
+            "hardware": probe(say),
+            "model": {**LLAMA_8B, "weights": "random"},
+            "workload": {"scenario": "offline", "prompt_tokens": 512, "output_tokens": 64, "num_requests": 32},
+            "objectives": ["throughput_tokens_per_s", "tpot_ms", "kv_bytes", "energy_per_token_j"],
+            "search_space": "space.yaml",
+        }
+        (folder / "space.yaml").write_text(dump_yaml(SPACE))
+        (folder / "llama_8b.yaml").write_text(dump_yaml(profile))
+        command = ["search", str(folder / "llama_8b.yaml"), "--name", "gpu", "--out", str(folder), "--trials", "12"]
+        done = subprocess.run(
+            [sys.executable, "-m", "codesign", *command, "--budget", f"{seconds * 0.9:.0f}s"],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        records, damaged = read_records(folder / "gpu" / "trials")
+        return {
+            "exit_status": done.returncode,
+            "stderr": done.stderr.splitlines()[-20:],
+            "damaged": len(damaged),
+            "records": [{**json.loads(record.to_json()), "requests": len(record.requests)} for record in records],
+        }
+
+
+PARTS: dict[str, tuple[Callable[[float], dict[str, Any]], float]] = {
+    "tests": (tests, 180.0),
+    "ceilings": (ceilings, 60.0),
+    "search": (search, 270.0),
+}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("reports/benchmarks/gpu"))
+    parser.add_argument("--minutes", type=float, default=9.0, help="of wall time for all parts")
+    arguments = parser.parse_args()
+    if not gpus():
+        say("no NVIDIA GPU answers here; this script measures nothing without one")
+        return 2
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    deadline_s = time.monotonic() + arguments.minutes * 60
+    where = provenance(ModelSpec(name="llama-3.1-8b shape", architecture=LLAMA_8B), "cuda")
+    failed = False
+    for name, (part, longest_s) in PARTS.items():
+        seconds = min(longest_s, deadline_s - time.monotonic())
+        if seconds < 20:
+            say(f"{name}: no time left")
+            continue
+        say(f"{name}: at most {seconds:.0f} s")
+        start_s = time.monotonic()
+        try:
+            result: dict[str, Any] = part(seconds)
+        except subprocess.TimeoutExpired as error:
+            result = {"exit_status": None, "error": str(error)}
+        document = {"part": name, "seconds": time.monotonic() - start_s, "provenance": where, "result": result}
+        (arguments.out / f"{name}.json").write_text(json.dumps(document, indent=1, default=str) + "\n")
+        failed = failed or result.get("exit_status", 0) not in (0, 5)
+        say(f"{name}: {document['seconds']:.0f} s, exit {result.get('exit_status', 0)}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""From readings to metrics: definitions, intervals, and what must be absent."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codesign.measure.load import LoadResult
+from codesign.measure.summary import (
+    Readings,
+    mean_interval,
+    metrics,
+    share_interval,
+    unsupported_objectives,
+    violations,
+)
+from codesign.results.record import RequestSample
+from codesign.spec.hardware import Hardware
+from codesign.spec.metrics import Objective
+from codesign.spec.model import ModelSpec
+from codesign.spec.profile import Profile
+from codesign.spec.slo import Slo
+from codesign.spec.workload import Workload
+
+
+def sample(*, ttft_ms: float = 20.0, gap_ms: float = 5.0, tokens: int = 5) -> RequestSample:
+    return RequestSample(
+        prompt_tokens=8,
+        output_tokens=tokens,
+        finish_reason="length",
+        ttft_ms=ttft_ms,
+        e2e_ms=ttft_ms + gap_ms * (tokens - 1),
+        tpot_ms=gap_ms if tokens > 1 else None,
+        itl_ms=(gap_ms,) * (tokens - 1),
+    )
+
+
+def readings(blocks: list[list[RequestSample]], *, wall_s: float = 1.0, **changes: Any) -> Readings:
+    results = tuple(LoadResult(samples=tuple(samples), wall_s=wall_s, tokens={}) for samples in blocks)
+    fields: dict[str, Any] = {
+        "blocks": results,
+        "bytes": {"peak": 300, "weights": 200, "kv": 100},
+        "quality": None,
+        "monitor": {"source": "psutil", "wall_s": wall_s * len(blocks)},
+    }
+    return Readings(**{**fields, **changes})
+
+
+def profile(*objectives: Objective, **changes: Any) -> Profile:
+    plain = {"scenario": "offline", "prompt_tokens": 8, "output_tokens": 5, "num_requests": 4}
+    fields: dict[str, Any] = {
+        "path": Path("here.yaml"),
+        "hardware": Hardware(name="here", device="cpu"),
+        "model_spec": ModelSpec(name="m", architecture={}),
+        "workload": Workload.model_validate(plain),
+        "slo": Slo(),
+        "objectives": objectives,
+        "search_space": None,
+        "sections": {},
+    }
+    return Profile(**{**fields, **changes})
+
+
+def test_throughput_is_all_output_tokens_over_all_wall_time() -> None:
+    found = metrics(readings([[sample()] * 4] * 3, wall_s=2.0), profile())["throughput_tokens_per_s"]
+
+    assert found.value == pytest.approx(3 * 4 * 5 / 6.0)
+    assert found.num_samples == 3
+    assert found.low == pytest.approx(found.value)
+
+
+def test_an_objective_brings_its_own_statistic() -> None:
+    samples = [sample(ttft_ms=float(value)) for value in range(1, 101)]
+    found = metrics(readings([samples]), profile(Objective.of("ttft_ms", "p90")))["ttft_ms"]
+
+    assert (found.value, found.statistic, found.num_samples) == (90.0, "p90", 100)
+
+
+def test_what_was_not_measured_is_absent() -> None:
+    found = metrics(readings([[sample(tokens=1)]]), profile())
+
+    assert not {
+        "tpot_ms",
+        "itl_ms",
+        "kl_divergence",
+        "energy_per_token_j",
+        "cost_per_mtok",
+        "goodput_requests_per_s",
+    } & set(found)
+
+
+def test_energy_and_power_come_from_the_counter() -> None:
+    monitor = {"source": "nvml", "energy_j": 50.0, "wall_s": 10.0}
+    found = metrics(readings([[sample()] * 2], wall_s=10.0, monitor=monitor), profile())
+
+    assert found["energy_per_token_j"].value == pytest.approx(5.0)
+    assert found["power_w"].value == pytest.approx(5.0)
+
+
+def test_cost_follows_price_and_speed() -> None:
+    hardware = Hardware(name="here", device="cpu", price_per_hour=3.6)
+    found = metrics(readings([[sample()] * 2], wall_s=10.0), profile(hardware=hardware))
+
+    assert found["cost_per_mtok"].value == pytest.approx(0.001 * 10 / 10 * 1e6)
+
+
+def test_goodput_counts_requests_that_meet_every_limit() -> None:
+    slo = Slo.model_validate({"ttft_ms": {"p50": 30}, "tpot_ms": {"p99": 6}})
+    samples = [sample(), sample(ttft_ms=31), sample(gap_ms=7), sample(tokens=1)]
+    found = metrics(readings([samples], wall_s=2.0), profile(slo=slo))
+
+    assert found["goodput_requests_per_s"].value == pytest.approx(2 / 2.0)
+
+
+def test_a_broken_limit_is_a_share_of_its_bound() -> None:
+    slo = Slo.model_validate({"ttft_ms": {"p50": 10}, "quality": {"max_kl": 0.1}})
+    data = readings([[sample(ttft_ms=12.0)]])
+    found = violations(data, metrics(data, profile(slo=slo)), slo, careful=False)
+
+    assert found == {"slo.ttft_ms.p50": pytest.approx(0.2)}
+
+
+def test_a_careful_decision_uses_the_upper_bound_of_a_percentile() -> None:
+    """One slow request of 100: the empirical p90 is fine, but 100 requests cannot promise p95 below the slow one."""
+    slo = Slo.model_validate({"ttft_ms": {"p95": 25}})
+    samples = [sample()] * 95 + [sample(ttft_ms=50.0)] * 5
+    data = readings([samples])
+    values = metrics(data, profile(slo=slo))
+
+    assert violations(data, values, slo, careful=False)["slo.ttft_ms.p95"] <= 0
+    assert violations(data, values, slo, careful=True)["slo.ttft_ms.p95"] > 0
+
+
+def test_quality_is_weighted_by_tokens_and_perplexity_is_of_the_mean() -> None:
+    quality = {
+        "is_text": True,
+        "num_tokens": [100, 300],
+        "kl": [0.4, 0.0],
+        "top1": [0.5, 0.9],
+        "nll": [1.0, 2.0],
+        "retrieved": [True, True, False, True],
+    }
+    found = metrics(readings([[sample()]], quality=quality), profile())
+
+    assert found["kl_divergence"].value == pytest.approx(0.1)
+    assert found["top1_agreement"].value == pytest.approx(0.8)
+    assert found["perplexity"].value == pytest.approx(math.exp(1.75))
+    assert found["retrieval_accuracy"].value == pytest.approx(0.75)
+    assert found["retrieval_accuracy"].num_samples == 4
+
+
+def test_random_tokens_say_nothing_about_text() -> None:
+    quality = {"is_text": False, "num_tokens": [10], "kl": [0.1], "top1": [1.0], "nll": [5.0], "retrieved": []}
+    found = metrics(readings([[sample()]], quality=quality), profile())
+
+    assert "kl_divergence" in found
+    assert not {"perplexity", "retrieval_accuracy"} & set(found)
+
+
+def test_the_mean_interval_covers_what_it_says() -> None:
+    rng = random.Random(1)
+    covered = 0
+    for _ in range(2000):
+        interval = mean_interval([rng.gauss(3.0, 1.0) for _ in range(5)])
+        assert interval is not None
+        covered += interval[0] <= 3.0 <= interval[1]
+
+    assert 0.935 < covered / 2000 < 0.965
+
+
+def test_two_values_support_no_interval() -> None:
+    assert mean_interval([1.0, 2.0]) is None
+
+
+def test_a_share_of_one_still_has_a_lower_bound_below_one() -> None:
+    low, high = share_interval(12, 12)
+
+    assert low == pytest.approx(0.757, abs=0.005)
+    assert high == 1.0
+
+
+def test_an_unsupported_percentile_is_named() -> None:
+    objectives = (Objective.of("ttft_ms", "p99"), Objective.of("tpot_ms"), Objective.of("kl_divergence"))
+
+    assert unsupported_objectives(objectives, 90.0) == ["ttft_ms p99"]
