@@ -42,9 +42,7 @@ TARGET = Shape(
 )
 """Deep and thin, with a vocabulary matrix at each end: on two CPU cores the body's products are what training costs, and a draft of
 two layers costs about two tenths of a step."""
-DRAFT = Shape(
-    hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=160
-)
+DRAFT = Shape(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=160)
 
 
 class Norm(nn.Module):

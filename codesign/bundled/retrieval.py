@@ -88,7 +88,9 @@ def retrieval_prompt(
     if num_filler < 0:
         raise ValueError(f"a distance of {distance_tokens} tokens cannot hold {num_distractors} distractor lines")
     if len(filler_ids) < num_filler + lead_tokens:
-        raise ValueError(f"{len(filler_ids)} filler tokens; a distance of {distance_tokens} needs {num_filler + lead_tokens}")
+        raise ValueError(
+            f"{len(filler_ids)} filler tokens; a distance of {distance_tokens} needs {num_filler + lead_tokens}"
+        )
     start = rng.randint(0, len(filler_ids) - num_filler - lead_tokens)
     lead = list(filler_ids[start : start + lead_tokens])
     filler = list(filler_ids[start + lead_tokens : start + lead_tokens + num_filler])

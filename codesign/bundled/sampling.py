@@ -50,7 +50,9 @@ class Sampler:
                 rows.append((self._window(num_tokens + 1), [1.0] * (num_tokens + 1)))
         ids = torch.tensor([ids for ids, _ in rows])
         weights = torch.tensor([weights for _, weights in rows])
-        return Batch(token_ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous(), weights=weights[:, 1:].contiguous())
+        return Batch(
+            token_ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous(), weights=weights[:, 1:].contiguous()
+        )
 
     def _window(self, num_tokens: int) -> list[int]:
         start = self.rng.randrange(len(self.text_ids) - num_tokens)

@@ -1,6 +1,6 @@
 """Trains the pair's byte-level BPE: 4096 ids, digits one by one, so that a number is copied digit by digit.
 
-    python -m codesign.bundled.tokenizer     rewrites target/ and draft/ tokenizer files from the training split
+python -m codesign.bundled.tokenizer     rewrites target/ and draft/ tokenizer files from the training split
 """
 
 import json

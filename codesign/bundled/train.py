@@ -131,7 +131,9 @@ class Trainer:
             stage, step = self.stage, self.step_count
             while (index := self._claim()) < stage.num_micro_batches:
                 sampler.rng.seed(f"{self.seed} {step} {index}")
-                batch = sampler.batch(stage.micro_sequences, stage.num_tokens, retrieval=stage.retrieval, repeat=stage.repeat)
+                batch = sampler.batch(
+                    stage.micro_sequences, stage.num_tokens, retrieval=stage.retrieval, repeat=stage.repeat
+                )
                 loss = loss_function(batch) / stage.num_micro_batches
                 loss.backward()
                 self.losses[process] += loss.item()
@@ -154,7 +156,12 @@ class Trainer:
             return int(self.next_micro_batch.value) - 1
 
     def save(self, path: Path) -> None:
-        state = {"values": self.state.values, "first": self.state.first, "second": self.state.second, "counts": self.counts}
+        state = {
+            "values": self.state.values,
+            "first": self.state.first,
+            "second": self.state.second,
+            "counts": self.counts,
+        }
         torch.save(state, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
 
@@ -173,7 +180,9 @@ def quick_evaluation(model: Llama, heldout_ids: Tensor, tokenizer: Tokenizer, nu
     parts = [f"perplexity {np.exp(np.mean(losses)):.2f} at {num_tokens}"]
     for distance in (num_tokens // 4, num_tokens * 4 // 5):
         prompts = [
-            retrieval_prompt(lambda text: tokenizer.encode(text).ids, heldout_ids.tolist(), distance_tokens=distance, seed=seed)
+            retrieval_prompt(
+                lambda text: tokenizer.encode(text).ids, heldout_ids.tolist(), distance_tokens=distance, seed=seed
+            )
             for seed in range(24)
         ]
         num_right = 0
@@ -203,7 +212,9 @@ def load_text_ids(work: Path, tokenizer: Tokenizer) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, outside the repository")
-    parser.add_argument("--minutes", type=float, default=95, help="wall clock of the whole run, what was done before included")
+    parser.add_argument(
+        "--minutes", type=float, default=95, help="wall clock of the whole run, what was done before included"
+    )
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--export", action="store_true")
     parser.add_argument("--processes", type=int, default=2)
@@ -231,7 +242,9 @@ def run(trainer: Trainer, work: Path) -> None:
     heldout_ids = torch.from_numpy(token_array([text.text for text in heldout_texts()], tokenizer).astype(np.int64))
     log(f"{trainer.model.num_parameters()} parameters, {len(sampler.text_ids)} tokens of text")
     others = [
-        torch.multiprocessing.get_context("fork").Process(target=trainer.work, args=(process, sampler, lambda: None), daemon=True)
+        torch.multiprocessing.get_context("fork").Process(
+            target=trainer.work, args=(process, sampler, lambda: None), daemon=True
+        )
         for process in range(1, trainer.num_processes)
     ]
     for other in others:

@@ -3,9 +3,9 @@
     {"event":"step","tokens":[["r0",17,""]]}\n        one object per line, and nothing else
 
 JSON and never pickle: reading a line can cost time and memory, both bounded here, but it can never run code. What is
-refused is a `ProtocolFault`: a line over the limit, text that is not UTF-8 or not JSON, NaN and infinity (`1e999` is one
-too), lone surrogates, nesting deeper than 32, and anything but an object. Half a line before the end is kept as `half_line`: whether it is a lie
-or a death in mid-sentence, the exit of the process tells.
+refused is a `ProtocolFault`: a line over the limit, text that is not UTF-8 or not JSON, NaN and infinity (`1e999` is
+one too), lone surrogates, nesting deeper than 32, and anything but an object. Half a line before the end is kept as
+`half_line`: whether it is a lie or a death in mid-sentence, the exit of the process tells.
 """
 
 import collections

@@ -137,6 +137,7 @@ class _Child:
                 request = request_from_plain(command["request"])
                 self._engine.submit(request)
                 self._live.add(request.request_id)
+                self._aborted.discard(request.request_id)  # the same id again is a new request
             case "abort":
                 if command["request_id"] in self._live:  # else it finished while the command was on its way
                     self._live.remove(command["request_id"])

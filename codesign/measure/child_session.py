@@ -39,7 +39,6 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _STDERR_TAIL_BYTES = 4000
-_KILL_S = 10.0
 _LAST_WORDS_S = 2.0
 _SHARE_OF_AVAILABLE = 0.9
 
@@ -53,6 +52,7 @@ class Limits:
         progress_s: longest silence while there is work; then it is a hang.
         wall_s: the whole session.
         grace_s: from asking the child to end to killing it.
+        kill_s: from killing it to giving up on the nursery.
         memory_bytes: private memory that the child may take on CPU, beyond what it is born with; more is `oom`. None:
             0.9 of what the machine has to give. On CUDA there is no such limit, since it maps huge ranges.
     """
@@ -61,6 +61,7 @@ class Limits:
     progress_s: float = 60.0
     wall_s: float = 1800.0
     grace_s: float = 10.0
+    kill_s: float = 10.0
     memory_bytes: int | None = None
 
 
@@ -155,7 +156,7 @@ class ChildSession:
         return self._checked(messages.build_facts, self._await("built", self._limits.start_up_s))
 
     def submit(self, request: Request) -> None:
-        if request.request_id in self._outstanding:
+        if request.request_id in self._outstanding or request.request_id in self._aborting:
             raise ValueError(f"request {request.request_id!r} is already running")
         if not self._outstanding:
             self._heard_s = time.perf_counter()
@@ -377,7 +378,7 @@ class ChildSession:
             if not self._wait_for_end(grace_s):
                 self._fork.kill()
                 trouble += ", nor on SIGTERM"
-                self._wait_for_end(_KILL_S)
+                self._wait_for_end(self._limits.kill_s)
         self._left = self._fork.left
         if (end := self._fork.exit) is None:
             if not self._fork.destroy_nursery():
@@ -398,7 +399,7 @@ class ChildSession:
             left = end_s - time.perf_counter()
             if left <= 0:
                 return False
-            sources = [self._fork] if self._is_stderr_ended else [self._fork, self._stderr]
+            sources: list[Any] = [self._fork] if self._is_stderr_ended else [self._fork, self._stderr]
             ready, _, _ = select.select(sources, [], [], left)
             if self._fork in ready:
                 self._fork.pump()

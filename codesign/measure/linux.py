@@ -1,9 +1,11 @@
 """The few things that only Linux tells or does, and Python has no name for: process control and /proc."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -48,32 +50,52 @@ def children_of(parent: int) -> set[int]:
     """Process ids whose parent is `parent`, zombies included."""
     found = set()
     for pid in _pids():
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_bytes()
-        except OSError:
-            continue
-        # "pid (name) state ppid ...": the name may hold anything, parentheses too
-        if int(stat[stat.rindex(b")") + 2 :].split()[1]) == parent:
-            found.add(pid)
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if int(_stat_fields(pid)[1]) == parent:
+                found.add(pid)
     return found
 
 
-def processes_with_environment(entry: str) -> set[int]:
-    """Other live processes that were started with `entry` ("NAME=value") in their environment, or forked from one."""
-    return {pid for pid in _pids() if pid != os.getpid() and _carries(pid, entry)}
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot, or None when it has ended; pid and start name one process."""
+    try:
+        fields = _stat_fields(pid)
+    except OSError:
+        return None
+    return None if fields[0] == b"Z" else int(fields[19])
 
 
-def kill_by_environment(entry: str, *, timeout_s: float) -> bool:
-    """Kills every process that carries `entry`; returns whether none is left after at most `timeout_s`."""
+def pid_namespace() -> str:
+    """The namespace in which our process ids count: a container on this machine has another."""
+    return os.readlink("/proc/self/ns/pid").strip("pid:[]")
+
+
+def environment_entry(pid: int, name: str) -> str | None:
+    """The value that `name` had when the process, or the one it was forked from, was started; None if unreadable."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # gone, a zombie, or another user's
+        return None
+    prefix = name.encode() + b"="
+    return next((entry[len(prefix) :].decode(errors="replace") for entry in entries if entry.startswith(prefix)), None)
+
+
+def kill_by_environment(name: str, is_wanted: Callable[[str], bool], *, timeout_s: float) -> bool:
+    """Kills every other process whose value of `name` is wanted; whether none is left after at most `timeout_s`."""
+
+    def matches(pid: int) -> bool:
+        value = environment_entry(pid, name)
+        return value is not None and is_wanted(value)
+
     deadline = time.monotonic() + timeout_s
-    while found := processes_with_environment(entry):
+    while found := [pid for pid in _pids() if pid != os.getpid() and matches(pid)]:
         for pid in found:
             try:
                 pidfd = os.pidfd_open(pid)
             except ProcessLookupError:
                 continue
             try:
-                if _carries(pid, entry):  # still that process, now that it is held: its number may have been reused
+                if matches(pid):  # still that process, now that it is held: its number may have been reused
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             except ProcessLookupError:
                 pass
@@ -85,11 +107,10 @@ def kill_by_environment(entry: str, *, timeout_s: float) -> bool:
     return True
 
 
-def _carries(pid: int, entry: str) -> bool:
-    try:
-        return entry.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:  # gone, a zombie, or another user's
-        return False
+def _stat_fields(pid: int) -> list[bytes]:
+    """Fields of /proc/PID/stat from `state` on; the name before it may hold anything, parentheses too."""
+    stat = Path(f"/proc/{pid}/stat").read_bytes()
+    return stat[stat.rindex(b")") + 2 :].split()
 
 
 def _pids() -> list[int]:

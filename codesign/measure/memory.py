@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 _UNLIMITED = 2**60  # "no limit" is written as a huge number by version 1 of control groups
 
 
@@ -39,12 +41,12 @@ def available_bytes() -> int:
     """Memory that a new process can take before the kernel has to kill: the machine's, or less in a control group."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in OWN_CGROUPS.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            folder, limit, usage = Path("/sys/fs/cgroup") / path.strip("/"), "memory.max", "memory.current"
+            folder, limit, usage = CGROUP_ROOT / path.strip("/"), "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
-            folder = Path("/sys/fs/cgroup/memory") / path.strip("/")
+            folder = CGROUP_ROOT / "memory" / path.strip("/")
             limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue

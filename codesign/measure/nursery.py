@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from typing import IO, Any, Self
+from collections.abc import Callable, Sequence
+from typing import IO, Any, Self, TypeVar
 
 from codesign.errors import Unsupported
 from codesign.measure import linux
@@ -29,7 +29,11 @@ from codesign.measure.session import TrialFailed
 from codesign.measure.taxonomy import Exit
 from codesign.results.record import Outcome
 
+T = TypeVar("T")
+
 ENGINE_MODULES = ("torch", "codesign.engine.build", "codesign.measure.quality")
+# In the environment of all that comes from a nursery: whose it is (pid namespace, pid, start time) and a nonce.
+_MARKER = "CODESIGN_NURSERY"
 _START_S = 120.0
 _ANSWER_S = 15.0
 _END_S = 10.0
@@ -61,7 +65,7 @@ class Nursery:
         Raises:
             TrialFailed: `harness`, when it does not come up in two attempts.
         """
-        self._try_twice(lambda process: None)
+        self._try_twice(lambda process: process)
 
     def fork(self, channel: int, stderr: int, *, data_limit_bytes: int | None) -> "Fork":
         """A fresh child that speaks over `channel`; both descriptors are copied, the caller closes its own.
@@ -71,7 +75,7 @@ class Nursery:
         """
         return self._try_twice(lambda process: process.fork(channel, stderr, data_limit_bytes))
 
-    def _try_twice(self, action: Any) -> Any:
+    def _try_twice(self, action: Callable[["_Process"], T]) -> T:
         for is_last in (False, True):
             try:
                 if self._process is None or self._process.is_dead():
@@ -101,7 +105,8 @@ class _Process:
     """One run of the nursery process."""
 
     def __init__(self, preload: Sequence[str]) -> None:
-        self._marker = f"CODESIGN_NURSERY={os.urandom(16).hex()}"
+        _bury_the_abandoned()
+        self._marker = f"{_search_name(os.getpid())}-{os.urandom(8).hex()}"
         self._ids = itertools.count()
         self._answers: dict[int, tuple[dict[str, Any], list[int]]] = {}
         self._exits: dict[int, tuple[Exit, list[int]]] = {}
@@ -109,11 +114,11 @@ class _Process:
         self.is_known_dead = False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `destroy`
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arguments = [str(theirs.fileno()), str(os.getpid())]
         with theirs:
             self._popen = subprocess.Popen(
                 # -P and our own sys.path: it imports what we would import, and nothing from the folder it stands in
-                [sys.executable, "-P", "-m", "codesign.measure.nursery_process"]
-                + [str(theirs.fileno()), str(os.getpid()), *preload],
+                [sys.executable, "-P", "-m", "codesign.measure.nursery_process", *arguments, *preload],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
@@ -176,7 +181,7 @@ class _Process:
             self.is_known_dead = True
             raise _NurseryDied(self._death()) from None
 
-    def _wait(self, condition: Any, seconds: float, complaint: str) -> None:
+    def _wait(self, condition: Callable[[], bool], seconds: float, complaint: str) -> None:
         deadline = time.monotonic() + seconds
         while True:
             self.pump()
@@ -221,7 +226,7 @@ class _Process:
         self._stderr.close()
         self.control.close()
         # Its children die with it; what those had detached went to init, and is known by what it inherited.
-        return linux.kill_by_environment(self._marker, timeout_s=_END_S)
+        return linux.kill_by_environment(_MARKER, lambda value: value == self._marker, timeout_s=_END_S)
 
 
 class Fork:
@@ -277,10 +282,30 @@ class Fork:
         os.close(self._pidfd)
 
 
+def _bury_the_abandoned() -> None:
+    """Kills what is left of nurseries whose search process is gone.
+
+    A killed search process takes its nursery along, and that everything else. Only when both were killed at once can
+    something that an engine detached live on; the next nursery finds it here.
+    """
+
+    def is_abandoned(marker: str) -> bool:
+        search, _, _ = marker.rpartition("-")
+        match search.split("-"):
+            case [namespace, pid, _] if pid.isdigit() and namespace == linux.pid_namespace():
+                return search != _search_name(int(pid))
+        return False
+
+    linux.kill_by_environment(_MARKER, is_abandoned, timeout_s=_END_S)
+
+
+def _search_name(pid: int) -> str:
+    return f"{linux.pid_namespace()}-{pid}-{linux.start_time(pid)}"
+
+
 def _environment(marker: str) -> dict[str, str]:
-    name, value = marker.split("=")
     return {
-        name: value,
+        _MARKER: marker,
         "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
         # numpy's OpenBLAS starts its threads when it is imported; the engine's ops run in torch, not there
         "OPENBLAS_NUM_THREADS": "1",

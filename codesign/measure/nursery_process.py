@@ -1,4 +1,4 @@
-"""The nursery: a single-threaded process that has imported torch and the engine, runs no op, and forks the engines' processes.
+"""The nursery: a single-threaded process that has imported torch and the engine, runs no op, and forks the children.
 
     search process ──control socket──> nursery ──fork──> child      (0.13 s instead of the 2 s of a fresh import)
           └──────────── one socketpair and one stderr pipe per child ───┘
@@ -151,7 +151,7 @@ class _NurseryProcess:
     def _sweep(self, keep: set[int]) -> set[int]:
         """Kills our children that are not in `keep`, and theirs, which become ours. Returns those that did not go.
 
-        An orphan of a session that is still open goes too: nothing that an engine starts is meant to outlive its parent.
+        An orphan of a session that is still open goes too: what an engine starts must not outlive its parent.
         """
         deadline = time.monotonic() + _SWEEP_S
         while orphans := linux.children_of(os.getpid()) - keep:
@@ -194,7 +194,7 @@ def _peek() -> "os.waitid_result | None":
 def main() -> None:
     """`python -m codesign.measure.nursery_process CONTROL_FD SEARCH_PID MODULE...`, started by measure.nursery only."""
     control_fd, search_pid, *modules = sys.argv[1:]
-    # While it imports, it cannot watch. The thread that started it waits for `ready`, so the signal can mean only one thing.
+    # While it imports it cannot watch. The thread that started it waits for `ready`, so the signal means the process.
     linux.set_parent_death_signal(signal.SIGKILL)
     search_pidfd = os.pidfd_open(int(search_pid))
     if os.getppid() != int(search_pid):

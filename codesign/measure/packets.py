@@ -1,4 +1,4 @@
-"""Packets of JSON with descriptors, over the control socket between a search process and its nursery: both ends are ours."""
+"""Packets of JSON with descriptors, between a search process and its nursery: both ends are ours."""
 
 import array
 import json
@@ -16,7 +16,7 @@ def send_packet(control: socket.socket, message: Mapping[str, Any], descriptors:
 
 
 def receive_packet(control: socket.socket, *, block: bool) -> tuple[dict[str, Any], list[int]] | None:
-    """The next message with the descriptors that came along (the caller closes them), or None when the other end is gone.
+    """The next message and the descriptors with it (the caller closes them), or None when the other end is gone.
 
     `socket.recv_fds` of Python 3.11 drops its flags, so this asks for them itself.
 

@@ -193,8 +193,13 @@ def _quality(scores: Mapping[str, Any]) -> dict[str, MetricValue]:
         found["top1_agreement"] = over_sequences("top1_agreement", scores["top1"])
     if scores["is_text"]:
         nll = over_sequences("perplexity", scores["nll"])
-        bounds = {name: None if (v := getattr(nll, name)) is None else math.exp(v) for name in ("low", "high")}
-        found["perplexity"] = dataclasses.replace(nll, value=math.exp(nll.value), statistic="", **bounds)
+        found["perplexity"] = dataclasses.replace(
+            nll,
+            value=math.exp(nll.value),
+            statistic="",
+            low=None if nll.low is None else math.exp(nll.low),
+            high=None if nll.high is None else math.exp(nll.high),
+        )
     if scores["retrieved"]:
         retrieved = scores["retrieved"]
         low, high = share_interval(sum(retrieved), len(retrieved))

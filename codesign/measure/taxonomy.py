@@ -3,7 +3,8 @@
     the child says so        -> its own typed report, if it is one that a child may make
     else the process ended   -> by a signal from outside (kernel OOM killer or not), by its own fault, or in silence
 
-The parent's clocks (`hang`), the channel's rules (`protocol`) and a dead nursery (`harness`) are judged where they are seen.
+The parent's clocks (`hang`), the channel's rules (`protocol`) and a dead nursery (`harness`) are judged where they
+are seen.
 """
 
 import dataclasses

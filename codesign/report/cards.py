@@ -63,11 +63,11 @@ def card_metrics(study: Study, record: TrialRecord) -> list[dict[str, Any]]:
 
 
 def changed(study: Study, record: TrialRecord, name: str) -> dict[str, str] | None:
-    """Against the unmodified configuration; None for itself and where either was not measured."""
+    """Against the unmodified configuration, as one of all that are; None for itself and what was not measured."""
     baseline = study.baseline
     if baseline is None or record.uid == baseline.uid:
         return None
-    found = change(record, baseline, name)
+    found = change(record, baseline, name, num_compared=study.num_compared)
     if found is None:
         return None
     return {

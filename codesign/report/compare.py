@@ -70,18 +70,27 @@ class Change:
         return f"{self.size} {self.spread}".strip()
 
 
-def change(record: TrialRecord, other: TrialRecord, metric: str) -> Change | None:
-    """`record` against `other`; None where either lacks the metric or a ratio has no meaning (a value <= 0)."""
+def change(record: TrialRecord, other: TrialRecord, metric: str, *, num_compared: int = 1) -> Change | None:
+    """`record` against `other`.
+
+    Args:
+        num_compared: how many trials `record` was picked from. The best of many looks good by luck, so the interval is
+            widened until all of them together keep 95 % (Bonferroni).
+
+    Returns:
+        None where either lacks the metric or a ratio has no meaning (a value <= 0).
+    """
+    widen = NormalDist().inv_cdf(1 - 0.025 / max(1, num_compared)) / NormalDist().inv_cdf(0.975)
     mine, theirs = record.metrics.get(metric), other.metrics.get(metric)
     if mine is None or theirs is None or metric not in METRICS:
         return None
     if metric in BY_DIFFERENCE:
-        bounds = _recover(_bounds(mine), _bounds(theirs))
+        bounds = _recover(_bounds(mine), _bounds(theirs), widen)
         effect, equal, floor = mine.value - theirs.value, 0.0, 0.0
     else:
         if mine.value <= 0 or theirs.value <= 0:
             return None
-        logs = _recover(_log_bounds(mine), _log_bounds(theirs))
+        logs = _recover(_log_bounds(mine), _log_bounds(theirs), widen)
         bounds = None if logs is None else (math.exp(logs[0]), math.exp(logs[1]))
         floor = 0.0 if metric in EXACT else max(FLOOR[record.tier], FLOOR[other.tier])
         effect, equal = mine.value / theirs.value, 1.0
@@ -114,16 +123,17 @@ def _bounds(metric: MetricValue) -> _Bounds | None:
 
 
 def _log_bounds(metric: MetricValue) -> _Bounds | None:
-    if metric.low is None or metric.high is None or metric.low <= 0:
+    if metric.low is None or metric.high is None or metric.value <= 0:
         return None
-    return math.log(metric.low), math.log(metric.value), math.log(metric.high)
+    low = math.log(metric.low) if metric.low > 0 else -math.inf  # so few samples that zero is not excluded
+    return low, math.log(metric.value), math.log(metric.high)
 
 
-def _recover(mine: _Bounds | None, theirs: _Bounds | None) -> tuple[float, float] | None:
+def _recover(mine: _Bounds | None, theirs: _Bounds | None, widen: float) -> tuple[float, float] | None:
     if mine is None or theirs is None:
         return None
     (l1, x1, u1), (l2, x2, u2) = mine, theirs
-    return x1 - x2 - math.hypot(x1 - l1, u2 - x2), x1 - x2 + math.hypot(u1 - x1, x2 - l2)
+    return x1 - x2 - widen * math.hypot(x1 - l1, u2 - x2), x1 - x2 + widen * math.hypot(u1 - x1, x2 - l2)
 
 
 def tied_with(record: TrialRecord, others: Iterable[TrialRecord], metric: str) -> list[TrialRecord]:
@@ -157,10 +167,11 @@ def luck_of_the_best(records: Iterable[TrialRecord], metric: str) -> tuple[int, 
     """(N, relative gain) that the best of N configurations *of equal worth* would show by chance alone.
 
     Expected maximum of N normal deviates (Blom: Phi^-1((N - 3/8) / (N + 1/4))) times the median standard error of the
-    trials' logarithms. None with fewer than two intervals.
+    trials' logarithms, taken from the upper half of their intervals as if those were normal: with few blocks too
+    large, so this is an upper figure. None with fewer than two intervals.
     """
     errors = sorted(
-        (bounds[2] - bounds[0]) / (2 * 1.96)
+        (bounds[2] - bounds[1]) / 1.96
         for record in records
         if metric in record.metrics and (bounds := _log_bounds(record.metrics[metric])) is not None
     )

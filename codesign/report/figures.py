@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from codesign.report.payoff import Payoff
-from codesign.report.show import visible
+from codesign.report.show import spoken, visible
 from codesign.spec.metrics import METRICS
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8A8F98", "#22262B"
@@ -41,12 +41,12 @@ def plotly_text(text: object) -> str:
 
 
 def axis_title(metric: str) -> str:
-    """`throughput_tokens_per_s (tokens/s), higher is better`."""
+    """`throughput (tokens/s): higher is better`."""
     known = METRICS.get(metric)
     if known is None:
         return plotly_text(metric)
     unit = f" ({known.unit})" if known.unit else ""
-    return f"{metric}{unit}, {'higher' if known.direction == 'maximize' else 'lower'} is better"
+    return f"{spoken(metric)}{unit}: {'higher' if known.direction == 'maximize' else 'lower'} is better"
 
 
 def step_shape(x: str) -> str:
@@ -170,7 +170,7 @@ def payoff_figure(payoffs: Sequence[Payoff]) -> dict[str, Any] | None:
             )
         )
     figure.add_vline(x=1, line={"color": GREY, "width": 1, "dash": "dash"})
-    figure.update_layout(_layout("speed against the unmodified choice (1 = equal)", ""), height=130 + 26 * len(shown))
+    figure.update_layout(_layout("speed, × the unmodified choice", ""), height=130 + 26 * len(shown))
     figure.update_xaxes(type="log", tickvals=_RATIO_TICKS, ticktext=[f"{tick:g}×" for tick in _RATIO_TICKS])
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], automargin=True)
     return _plain(figure)
@@ -180,7 +180,9 @@ _RATIO_TICKS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 
 
 
 def _gain(metric: str, typical: float, low: float | None, high: float | None) -> tuple[float, float, float]:
-    low, high = (typical if low is None else low), (typical if high is None else high)
+    # A bar that has no end stops a factor of ten away; the text beside it says the truth.
+    low = typical if low is None else max(low, typical / 10)
+    high = typical if high is None else min(high, typical * 10)
     return (typical, low, high) if METRICS[metric].direction == "maximize" else (1 / typical, 1 / high, 1 / low)
 
 
@@ -243,7 +245,7 @@ def _layout(x_title: str, y_title: str) -> dict[str, Any]:
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
         "margin": {"l": 60, "r": 16, "t": 16, "b": 56},
         "xaxis": {**axis, "title": {"text": x_title, "font": {"size": 13}}},
-        "yaxis": {**axis, "title": {"text": y_title, "font": {"size": 13}}},
+        "yaxis": {**axis, "title": {"text": y_title, "font": {"size": 13}, "standoff": 12}},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         "hovermode": "closest",
     }

@@ -53,7 +53,7 @@ def spreadsheet_cell(value: object) -> object:
 def number(value: float) -> str:
     """Three significant figures, no exponent between 0.001 and a million: `1234` -> `1,234`, `0.05` -> `0.05`."""
     if not math.isfinite(value):
-        return str(value)
+        return "∞" if value > 0 else "−∞"  # an end of an interval; values themselves are always finite
     size = abs(value)
     if size == 0 or size >= 1e6 or size < 1e-3:
         return f"{value:.3g}"

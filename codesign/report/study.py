@@ -13,6 +13,7 @@ from codesign.results import pareto
 from codesign.results.ledger import Damaged, read_records
 from codesign.results.record import TrialRecord
 from codesign.spec.metrics import METRICS, Objective
+from codesign.units import format_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Study:
         """The hardware's name in the profile, and what the trials say they ran on."""
         hardware = self.profile.get("hardware")
         named = hardware.get("name") if isinstance(hardware, dict) else hardware
-        seen = {str(record.provenance["machine"]) for record in self.records if "machine" in record.provenance}
+        seen = {machine_text(record.provenance) for record in self.records}
         return " / ".join(dict.fromkeys(str(part) for part in (named, *sorted(seen)) if part)) or "unknown machine"
 
     @cached_property
@@ -97,6 +98,11 @@ class Study:
     @cached_property
     def failed(self) -> tuple[TrialRecord, ...]:
         return tuple(record for record in self.records if record.outcome.kind != "ok")
+
+    @property
+    def num_compared(self) -> int:
+        """How many measured trials are held against the baseline, so that a picked one is judged as one of so many."""
+        return max(1, sum(record.number != 0 for record in self.measured))
 
     @cached_property
     def front(self) -> tuple[TrialRecord, ...]:
@@ -126,8 +132,23 @@ class Study:
     def metric_names(self) -> tuple[str, ...]:
         """Metrics that some trial has: the objectives first, then the order of the metrics table."""
         seen = {name for record in self.measured for name in record.metrics}
-        ordered = [objective.metric for objective in self.objectives] + list(METRICS) + sorted(seen)
+        ordered = [*(objective.metric for objective in self.objectives), *METRICS]
         return tuple(name for name in dict.fromkeys(ordered) if name in seen)
+
+
+def machine_text(provenance: Mapping[str, Any]) -> str:
+    """`AMD EPYC 7R13, 2 cores, 23.4 GiB`, with the GPUs first; "" where the record does not say."""
+    machine = provenance.get("machine")
+    if not isinstance(machine, dict):
+        return str(machine or "")
+    gpus = provenance.get("gpus")
+    names = [str(gpu.get("name", "GPU")) for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
+    parts = [f"{names.count(name)} × {name}" for name in dict.fromkeys(names)]
+    parts += [str(machine["cpu"])] if "cpu" in machine else []
+    parts += [f"{machine['cores']} cores"] if "cores" in machine else []
+    memory = machine.get("memory_bytes")
+    parts += [format_bytes(memory)] if isinstance(memory, int | float) else []
+    return ", ".join(parts)
 
 
 def _objectives(plain: Any, file: Path) -> tuple[Objective, ...]:

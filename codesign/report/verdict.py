@@ -69,11 +69,16 @@ def _speed_claim(study: Study) -> str:
     record = study.trial(fastest)
     if record.uid == baseline.uid:
         return "none of those that keep the limits is faster than the unmodified one."
-    gain = next((c for metric in SPEED if (c := change(record, baseline, metric)) is not None), None)
+    compared = study.num_compared
+    found = (change(record, baseline, metric, num_compared=compared) for metric in SPEED)
+    gain = next((c for c in found if c is not None), None)
     if gain is None or gain.judgement == "unknown":
         return "whether any is faster than the unmodified one cannot be told from these readings."
     if gain.judgement != "better":
-        return f"none is measurably faster than the unmodified one (best: {gain.text()} its {spoken(gain.metric)})."
+        return (
+            f"none is measurably faster than the unmodified one (the best of {compared}: {gain.text()} its "
+            f"{spoken(gain.metric)})."
+        )
     label = labels_of(study).of(record.config)
     return (
         f"the fastest, {label}, gives {gain.text()} the unmodified {spoken(gain.metric)} "
@@ -119,8 +124,8 @@ def _luck(study: Study) -> tuple[str, ...]:
         luck = luck_of_the_best(study.measured, metric)
         if luck is not None:
             return (
-                f"The best of {luck[0]} equal configurations would look {number(100 * luck[1])} % better by chance "
-                f"alone at the spread seen inside these trials: confirm before deploying.",
+                f"The best of {luck[0]} equal configurations would look up to {number(100 * luck[1])} % better by "
+                f"chance alone at the spread seen inside these trials: confirm before deploying.",
             )
     return ()
 

@@ -101,6 +101,11 @@ def method(study: Study) -> list[str]:
         lines.append(
             f"Warm-up settled in {steady} of {len(settled)} trials that say so; it is not part of any latency."
         )
+    disturbed = sum(record.trust.get("is_disturbed") is True for record in study.measured)
+    if disturbed:
+        lines.append(
+            f"{plural(disturbed, 'trial')} shared the machine with other work while measured; see its warning."
+        )
     seconds = sum(sum(record.phases.values()) for record in study.records)
     times = sorted(time for record in study.records for time in (record.started_at, record.finished_at) if time)
     if times:
@@ -127,6 +132,8 @@ def limits(study: Study) -> list[str]:
         "`codesign measure` before you build on it.",
         "Intervals see what varies inside a trial, not between processes, hours or machines. So a speed, memory or "
         f"energy difference counts only beyond {floors}, and anything less is shown as a tie.",
+        f"Intervals against the unmodified configuration are widened for {plural(study.num_compared, 'comparison')} "
+        "with it, so that the luckiest of many equal configurations is not called better.",
         "Results hold for this model, this workload and this machine; another batch size or prompt length can turn "
         "them round.",
     ]

@@ -79,7 +79,7 @@ def open_study(out: Path, name: str | None, inputs: Inputs) -> Iterator[StudyFol
         WorkError: another search runs in it.
         OSError: the folder cannot be written.
     """
-    name = name or f"{inputs.stem}-{inputs.digest[:6]}"
+    name = f"{inputs.stem}-{inputs.digest[:6]}" if name is None else name
     if not _NAME.fullmatch(name) or name in NOT_STUDIES:
         raise InputError(
             f"{name!r} cannot name a study: letters, digits and . _ + - (at most 100, not one of "

@@ -9,14 +9,12 @@ that was measured before is dropped, because its result is known to the sampler 
 """
 
 import random
-from collections.abc import Callable, Collection, Sequence
-
-import optuna
+from collections.abc import Collection, Sequence
 
 from codesign.results.record import TrialRecord
+from codesign.search.advisor import Advisor
 from codesign.search.objective import FAILURE, Told, sentinel
 from codesign.search.sampler import derived_seed
-from codesign.search.storage import Index
 from codesign.search.suggest import Point, Points
 from codesign.spec.metrics import Objective
 
@@ -24,41 +22,32 @@ NUM_DRAWS = 8
 NUM_RANDOM_DRAWS = 200
 MAX_LISTED = 100_000
 
-Claim = Callable[[optuna.Trial], None]
-
 
 def propose(
     *,
     points: Points,
-    index: Index,
+    advisor: Advisor,
     objectives: Sequence[Objective],
     records: Sequence[TrialRecord],
     number: int,
     seed: int,
-    claim: Claim,
-) -> tuple[optuna.Trial, Point] | None:
-    """The next RUNNING trial and its configuration; None when the space holds nothing new.
+) -> Point | None:
+    """The next configuration; None when the space holds nothing new.
 
     Args:
         number: of the record to come.
-        claim: called with each trial as soon as it is RUNNING, before anything else is done with it.
     """
     if number == 0:
-        return _added(index, points.baseline(), claim)
+        return points.baseline()
     measured = {record.config_digest for record in records}
     for draw in range(NUM_DRAWS):
-        trial = index.ask(seed, number, draw)
-        claim(trial)
-        point = points.suggested(trial)
+        point = advisor.suggest(number, draw)
         if point.refusal is not None:
             values = tuple(sentinel(objective, records) for objective in objectives)
-            index.reject(trial, Told(values=values, constraints={FAILURE: 1.0}, is_sentinel=True), point.refusal)
-        elif point.config.digest in measured:
-            index.reject(trial, None, "measured before")
-        else:
-            return trial, point
-    point_left = unmeasured(points, measured, random.Random(derived_seed(seed, number)))
-    return None if point_left is None else _added(index, point_left, claim)
+            advisor.learn(point, Told(values=values, constraints={FAILURE: 1.0}, is_sentinel=True))
+        elif point.config.digest not in measured:
+            return point
+    return unmeasured(points, measured, random.Random(derived_seed(seed, number)))
 
 
 def unmeasured(points: Points, measured: Collection[str], rng: random.Random) -> Point | None:
@@ -78,9 +67,3 @@ def unmeasured(points: Points, measured: Collection[str], rng: random.Random) ->
         return None
     left = [point for point in points.all() if is_new(point)]
     return rng.choice(left) if left else None
-
-
-def _added(index: Index, point: Point, claim: Claim) -> tuple[optuna.Trial, Point]:
-    trial = index.add(point)
-    claim(trial)
-    return trial, point

@@ -1,15 +1,15 @@
 """study.db: Optuna's index over the ledger, and nothing more.
 
-The records in `trials/` are the truth. This index exists so that a sampler can be asked quickly and so that Optuna's
-own tools can open a study. It is checked against the records on every start and rebuilt from them when it is missing,
-truncated or in disagreement. That is why its writes are not fsynced (`synchronous=OFF` makes them ten times cheaper):
-after a power cut it is at worst rebuilt.
+The records in `trials/` are the truth. This index shows what is running and lets Optuna's own tools open a study. It is
+checked against the records on every start and rebuilt from them when it is missing, truncated or in disagreement. That
+is why its writes are not fsynced (`synchronous=OFF` makes them ten times cheaper): after a power cut it is at worst
+rebuilt.
 
-    ask/add -> RUNNING -> claim(worker) -> bind(uid) -> record on disk -> tell
+    start -> RUNNING with its worker and record uid, in one transaction -> record on disk -> tell
 """
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from codesign.results.record import TrialRecord
+from codesign.search.advisor import frozen
 from codesign.search.objective import Told, told
-from codesign.search.sampler import make_sampler
 from codesign.search.suggest import Point, Points
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
@@ -36,64 +36,76 @@ class Index:
     def __init__(self, study: optuna.Study, storage: optuna.storages.RDBStorage) -> None:
         self._study = study
         self._storage = storage
+        self._study_id = storage.get_study_id_from_name(study.study_name)
 
-    def running(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-
-    def finished_uids(self) -> list[str]:
-        """Record uids of the trials that were told, in Optuna's order."""
-        states = (TrialState.COMPLETE, TrialState.FAIL)
-        trials = self._study.get_trials(deepcopy=False, states=states)
-        return [trial.user_attrs[_UID] for trial in trials if trial.user_attrs.get(_UID)]
-
-    def trials(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
-
-    def ask(self, seed: int, *place: int) -> optuna.Trial:
-        """A new RUNNING trial whose knobs the sampler will suggest."""
-        self._study.sampler = make_sampler(seed, *place)
-        return self._study.ask()
-
-    def add(self, point: Point) -> optuna.Trial:
-        """A new RUNNING trial with given knobs."""
+    def start(self, point: Point, worker: str, uid: str) -> int:
+        """Adds a RUNNING trial that belongs to a worker's lease and to the record to come. Returns its id."""
         template = optuna.create_trial(
-            state=TrialState.RUNNING, params=dict(point.params), distributions=dict(point.distributions)
+            state=TrialState.RUNNING,
+            params=dict(point.params),
+            distributions=dict(point.distributions),
+            user_attrs={_WORKER: worker, _UID: uid},
         )
-        study_id = self._storage.get_study_id_from_name(self._study.study_name)
-        trial_id = self._storage.create_new_trial(study_id, template_trial=template)
-        return optuna.Trial(self._study, trial_id)
+        trial_id: int = self._storage.create_new_trial(self._study_id, template_trial=template)
+        return trial_id
 
-    def claim(self, trial: optuna.Trial, worker: str) -> None:
-        """Says which worker runs the trial. Until then it is nobody's, and the next start finishes it."""
-        trial.set_user_attr(_WORKER, worker)
-
-    def bind(self, trial: optuna.Trial, uid: str) -> None:
-        """Says which record the trial will write."""
-        trial.set_user_attr(_UID, uid)
-
-    def tell(self, number: int, told: Told | None) -> None:
-        """Finishes RUNNING trial `number` (Optuna's number). None tells FAIL: it happened, and teaches nothing."""
+    def tell(self, trial_id: int, told: Told | None) -> None:
+        """Finishes a RUNNING trial. None tells FAIL: it happened, and teaches nothing."""
         if told is None:
-            self._study.tell(number, state=TrialState.FAIL)
+            self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
             return
-        trial = optuna.Trial(self._study, self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number))
+        trial = optuna.Trial(self._study, trial_id)
         for name, amount in told.constraints.items():
             trial.set_constraint(name, amount)
-        trial.set_user_attr("sentinel", told.is_sentinel)
-        self._study.tell(number, list(told.values))
+        if told.is_sentinel:
+            trial.set_user_attr("sentinel", True)
+        self._storage.set_trial_state_values(trial_id, state=TrialState.COMPLETE, values=told.values)
 
-    def reject(self, trial: optuna.Trial, told: Told | None, reason: str) -> None:
-        """Finishes a trial that is not measured and has no record."""
-        trial.set_user_attr("rejected", reason)
-        self.tell(trial.number, told)
+    def add(self, trial: FrozenTrial) -> None:
+        """Adds a finished trial."""
+        self._storage.create_new_trial(self._study_id, template_trial=trial)
+
+    def reap(
+        self, objectives: Sequence[Objective], records: Sequence[TrialRecord], living: Collection[str]
+    ) -> list[FrozenTrial]:
+        """Finishes what dead workers left RUNNING: told where the record exists, FAIL where it does not.
+
+        Args:
+            living: workers whose trials are left alone.
+        Returns:
+            Every trial as it was before.
+        """
+        places = {record.uid: place for place, record in enumerate(records)}
+        trials: list[FrozenTrial] = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        for trial in trials:
+            if trial.state.is_finished() or trial.user_attrs.get(_WORKER) in living:
+                continue
+            place = places.get(trial.user_attrs.get(_UID, ""))
+            self.tell(trial._trial_id, None if place is None else told(records[place], objectives, records[:place]))
+        return trials
+
+    def disagreement(
+        self, objectives: Sequence[Objective], records: Sequence[TrialRecord], trials: Sequence[FrozenTrial]
+    ) -> str | None:
+        """In what the index differs from the ledger, or None.
+
+        Args:
+            trials: as `reap` returned them.
+        """
+        if self._study.user_attrs.get(_OBJECTIVES) != [objective.label for objective in objectives]:
+            return "its objectives are others"
+        known = {record.uid for record in records}
+        # A trial that ended without a record (a signal, a kill) is FAIL here and unknown there.
+        indexed = sorted(
+            uid
+            for trial in trials
+            if (uid := trial.user_attrs.get(_UID)) and (uid in known or trial.state == TrialState.COMPLETE)
+        )
+        return None if indexed == sorted(known) else "its trials are not those of the records"
 
     def close(self) -> None:
         self._storage.remove_session()
         self._storage.engine.dispose()
-
-    @property
-    def _study_id(self) -> int:
-        return self._storage.get_study_id_from_name(self._study.study_name)
 
 
 def open_index(
@@ -103,7 +115,7 @@ def open_index(
     points: Points,
     objectives: Sequence[Objective],
     records: Sequence[TrialRecord],
-    living: Sequence[str],
+    living: Collection[str],
     say: Callable[[str], None],
 ) -> Index:
     """The index of a study, in agreement with its records: dead trials finished, rebuilt where necessary.
@@ -118,8 +130,7 @@ def open_index(
     if reason is None:
         try:
             index = _connect(path, name, objectives)
-            reap(index, objectives, records, living)
-            reason = _disagreement(index, objectives, records)
+            reason = index.disagreement(objectives, records, index.reap(objectives, records, living))
             if reason is None:
                 return index
             index.close()
@@ -140,29 +151,15 @@ def rebuild(
     for old in (part, part.with_name(part.name + "-journal")):
         old.unlink(missing_ok=True)
     index = _connect(part, name, objectives)
-    earlier: list[TrialRecord] = []
-    for record in records:
-        index._study.add_trial(_frozen(record, points, told(record, objectives, earlier)))
-        earlier.append(record)
+    for place, record in enumerate(records):
+        point = points.located(EngineConfig.from_dict(record.config))
+        index.add(frozen(point, told(record, objectives, records[:place]), **{_UID: record.uid}))
     index.close()
     # The journal of the old file first: SQLite would roll the new file back with it.
     for suffix in ("-journal", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     part.replace(path)
     return _connect(path, name, objectives)
-
-
-def reap(index: Index, objectives: Sequence[Objective], records: Sequence[TrialRecord], living: Sequence[str]) -> None:
-    """Finishes what dead workers left RUNNING: told where the record exists, FAIL where it does not."""
-    by_uid = {record.uid: place for place, record in enumerate(records)}
-    for trial in index.running():
-        if trial.user_attrs.get(_WORKER) in living:
-            continue
-        place = by_uid.get(trial.user_attrs.get(_UID, ""))
-        if place is None:
-            index._study.tell(trial.number, state=TrialState.FAIL)
-        else:
-            index.tell(trial.number, told(records[place], objectives, records[:place]))
 
 
 def _connect(path: Path, name: str, objectives: Sequence[Objective]) -> Index:
@@ -195,26 +192,6 @@ def _damage(path: Path) -> str | None:
     except sqlite3.DatabaseError as error:
         return f"it is damaged ({error})"
     return None if answer == "ok" else f"it is damaged ({str(answer).splitlines()[0]})"
-
-
-def _disagreement(index: Index, objectives: Sequence[Objective], records: Sequence[TrialRecord]) -> str | None:
-    if index._study.user_attrs.get(_OBJECTIVES) != [objective.label for objective in objectives]:
-        return "its objectives are others"
-    if sorted(index.finished_uids()) != sorted(record.uid for record in records):
-        return "its trials are not those of the records"
-    return None
-
-
-def _frozen(record: TrialRecord, points: Points, told: Told | None) -> FrozenTrial:
-    point = points.located(EngineConfig.from_dict(record.config))
-    return optuna.create_trial(
-        state=TrialState.FAIL if told is None else TrialState.COMPLETE,
-        values=None if told is None else list(told.values),
-        params=dict(point.params),
-        distributions=dict(point.distributions),
-        user_attrs={_UID: record.uid} | ({} if told is None else {"sentinel": told.is_sentinel}),
-        constraints=None if told is None else told.constraints,
-    )
 
 
 def is_full(error: BaseException) -> bool:

@@ -1,6 +1,6 @@
 """The study loop: propose, measure, write the record, tell the sampler; until the limits say stop.
 
-    lease -> ask -> claim -> bind(uid) -> measure -> record on disk (fsynced) -> tell -> report
+    lease -> propose -> RUNNING in the index -> measure -> record on disk (fsynced) -> tell -> report
 
 Whatever dies at whichever arrow, the next start finds a readable study: a trial without a record never happened, a
 record that was not told is told then. Only KeyboardInterrupt, a full disk and bugs of our own stop the loop; how a
@@ -14,13 +14,12 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
-import optuna
-
 from codesign.errors import WorkError
 from codesign.results.files import write_file
 from codesign.results.ledger import write_record
 from codesign.results.record import Outcome, TrialIdentity, TrialRecord
 from codesign.search import lease as leases
+from codesign.search.advisor import Advisor
 from codesign.search.disk import explained
 from codesign.search.folder import StudyFolder
 from codesign.search.interrupt import Interrupt
@@ -112,6 +111,7 @@ class Study:
         self._write_report = write_report
         self._predict = predict
         self._seed = seed
+        self._advisor = Advisor(points, objectives, seed)
         self._records: list[TrialRecord] = []
         self._durations_s: list[float] = []
         self._attempts: collections.Counter[int] = collections.Counter()
@@ -136,6 +136,9 @@ class Study:
                 living=[other.worker for other in living if other.worker != lease.worker],
                 say=self._progress.say,
             )
+            for place, record in enumerate(self._records):
+                point = self._points.located(EngineConfig.from_dict(record.config))
+                self._advisor.learn(point, told(record, self._objectives, self._records[:place]))
             try:
                 return self._loop(index, lease, limits)
             finally:
@@ -162,39 +165,33 @@ class Study:
 
     def _one(self, index: Index, lease: leases.Lease) -> str | None:
         """One trial from proposal to tell. Returns why there was none to run, or None."""
-
-        def claim(trial: optuna.Trial) -> None:
-            index.claim(trial, lease.worker)
-
         retry = self._retry()
         if retry is not None:
             number, attempt = retry.number, retry.attempt + 1
-            point = self._points.located(EngineConfig.from_dict(retry.config))
-            trial = index.add(point)
-            claim(trial)
+            point: Point | None = self._points.located(EngineConfig.from_dict(retry.config))
         else:
             number, attempt = max((record.number for record in self._records), default=-1) + 1, 0
-            proposed = propose(
+            point = propose(
                 points=self._points,
-                index=index,
+                advisor=self._advisor,
                 objectives=self._objectives,
                 records=self._records,
                 number=number,
                 seed=self._seed,
-                claim=claim,
             )
-            if proposed is None:
-                return "every configuration that the search space allows has been tried"
-            trial, point = proposed
+        if point is None:
+            return "every configuration that the search space allows has been tried"
         identity = self._folder.identity(number, attempt, point.config.digest)
         leases.bind(self._folder.leases, lease, identity.uid)
-        index.bind(trial, identity.uid)
+        trial_id = index.start(point, lease.worker, identity.uid)
         record = self._measured(identity, point)
         if record is None:
-            index.tell(trial.number, None)
+            index.tell(trial_id, None)
             return None
         write_record(self._folder.trials, record)
-        index.tell(trial.number, told(record, self._objectives, self._records))
+        result = told(record, self._objectives, self._records)
+        index.tell(trial_id, result)
+        self._advisor.learn(point, result)
         self._keep(record)
         return None
 

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from codesign.spec.engine_config import EngineConfig
@@ -69,9 +70,24 @@ def build_slow(model: ModelSpec, config: EngineConfig, *, device: str, num_threa
     return FakeEngine(step_s=0.02)
 
 
+def build_heavy(model: ModelSpec, config: EngineConfig, *, device: str, num_threads: int | None) -> FakeEngine:
+    """Takes 100 MiB and gives them back."""
+    _ = bytearray(100 * 2**20)
+    return FakeEngine()
+
+
+def build_marking(model: ModelSpec, config: EngineConfig, *, device: str, num_threads: int | None) -> FakeEngine:
+    """Closing it writes the file that the model is named after."""
+    engine = FakeEngine()
+    engine.close = lambda: Path(model.name).write_text("closed")  # type: ignore[method-assign, assignment, return-value]
+    return engine
+
+
 def run_suite(engine: FakeEngine, suite: Mapping[str, Any], progress: Callable[..., None]) -> Mapping[str, Any]:
     """Says progress for `suite["steps"]` steps of 0.1 s, then gives the suite back."""
     for step in range(suite.get("steps", 0)):
         time.sleep(0.1)
         progress(step)
+    if "count_only" in suite:
+        return {"num_items": len(suite["count_only"])}
     return {"suite": dict(suite), "was_closed": engine.has_closed}

@@ -40,6 +40,15 @@ FAILURES: dict[str, str] = {
     "harness": "the nursery died twice",
 }
 assert set(FAILURES) == set(get_args(OutcomeKind)) - {"ok"}
+PROVENANCE: dict[str, Any] = {
+    "machine": {"cpu": "AMD EPYC", "isa": ["avx2"], "cores": 2, "memory_bytes": 24 * 2**30, "os": "Linux 6.1"},
+    "device": "cpu",
+    "versions": {"codesign": "0.1.0", "python": "3.11.2", "torch": "2.13.0+cpu"},
+    "code": {"commit": "622b761", "is_dirty": False},
+    "model": {"name": "bundled", "digest": "9f2c" * 4},
+    "profile": {"name": "cpu", "digest": "3c5a" * 4},
+    "seed": 0,
+}
 # How each choice moves speed (by batch size), bytes, and quality.
 WEIGHTS: dict[str, dict[str, Any]] = {
     "native": {"bytes": 1.0, "kl": 0.0, "speed": {1: 1.0, 4: 1.0, 8: 1.0, 32: 1.0}},
@@ -146,17 +155,18 @@ def ok_record(
         requests=requests,
         bytes={"weights": weights_bytes, "kv": kv_bytes, "kv_staging": 786_432, "workspace": 0, "peak": peak},
         monitor={"source": "psutil", "cpu_percent": 187.0, "rss_bytes": peak},
-        phases={"spawn": 0.14, "load": 0.06, "quantize": 0.4, "warm_up": 0.5, "measure": 3.1, "quality": 0.8},
-        kernels={"weights": "aten::mm", "attention": "aten::_scaled_dot_product_flash_attention_for_cpu"},
-        trust={"num_blocks": 5, "warmup_steps": 20, "warmup_settled": True, "percentile_supported": 90},
-        provenance={
-            "machine": "AMD EPYC, 2 cores, 24 GiB",
-            "versions": {"codesign": "0.1.0", "python": "3.11.2", "torch": "2.13.0+cpu"},
-            "profile": "cpu",
-            "seed": 0,
-            "model_digest": "9f2c" * 4,
-            "commit": "622b761",
+        phases={
+            "spawn": 0.14,
+            "build": 0.5,
+            "load": 0.06,
+            "quantize": 0.4,
+            "warm_up": 0.5,
+            "measure": 3.1,
+            "quality": 0.8,
         },
+        kernels={"weights": "aten::mm", "attention": "aten::_scaled_dot_product_flash_attention_for_cpu"},
+        trust={"num_blocks": 5, "num_requests": 38, "warmup_settled": True, "percentile_supported": 90.0},
+        provenance=PROVENANCE,
         started_at="2026-11-20T09:00:00Z",
         finished_at="2026-11-20T09:00:05Z",
     )
@@ -171,7 +181,7 @@ def failed_record(number: int, plain: Mapping[str, Any], kind: str, *, study: st
         config_digest=digest(plain),
         outcome=Outcome(kind=kind, detail=FAILURES[kind]),  # type: ignore[arg-type]
         phases={"spawn": 0.14, "load": 0.06},
-        provenance={"machine": "AMD EPYC, 2 cores, 24 GiB", "profile": "cpu", "seed": 0},
+        provenance=PROVENANCE,
         started_at="2026-11-20T09:00:00Z",
         finished_at="2026-11-20T09:00:02Z",
     )

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from codesign.results.record import TrialIdentity, TrialRecord
 from codesign.search.folder import open_study
@@ -52,11 +53,22 @@ class Heard:
         self.finished_records.append(record)
 
 
+def sections_of(hardware: str, objectives: Sequence[Objective]) -> dict[str, Any]:
+    """What `Profile.sections` holds."""
+    return {
+        "hardware": {"name": hardware, "device": "cpu"},
+        "model": {"name": "fake", "path": "/models/fake", "architecture": None, "seed": 0},
+        "workload": {"scenario": "offline", "prompt_tokens": {"fixed": 8}, "output_tokens": {"fixed": 8}},
+        "slo": {},
+        "objectives": [dataclasses.asdict(objective) for objective in objectives],
+    }
+
+
 def inputs_of(space: SearchSpace, objectives: Sequence[Objective] = OBJECTIVES, profile: str = "p") -> Inputs:
     return Inputs(
         stem="small",
         model="fake",
-        parts={"profile": {"name": profile}, "space": dict(space.plain), "target": "native"},
+        parts={"profile": sections_of(profile, objectives), "space": dict(space.plain), "target": "native"},
         objectives=tuple(objectives),
     )
 

@@ -9,6 +9,7 @@ a sequence much longer or shorter than its neighbour starts a new one. Each prom
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ _MAX_PADDING = 0.2
 _CHEAP_ROWS = 64
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Span:
+class Span(NamedTuple):  # a tuple because every sequence of every step makes one per layer group
     """One sequence of the step as one layer group sees it.
 
     Attributes:

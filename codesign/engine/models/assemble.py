@@ -64,8 +64,10 @@ class Assembler:
         ]
         tensors = source.read(outer_shapes(self.shape))
         embedding = self._own(tensors["model.embed_tokens.weight"])
-        head_weight = embedding if self.shape.ties_embeddings else self._own(tensors["lm_head.weight"])
-        head = self._pack(Native(), "lm_head", head_weight, None)
+        if self.shape.ties_embeddings:
+            head = Native().wrap(embedding, None, workspace=self.workspace)
+        else:
+            head = self._pack(Native(), "lm_head", self._own(tensors["lm_head.weight"]), None)
         source.finish(dict(all_shapes(self.shape)))
         return Decoder(
             self.shape, embedding=embedding, layers=layers, norm=self._norm(tensors["model.norm.weight"]), head=head

@@ -106,7 +106,8 @@ class Decoder(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held: the sum of the unique untyped storages of all tensors."""
+        """Bytes held: the unique untyped storages of all tensors, and weights that kernel libraries keep packed."""
         tensors = [*self.buffers(), *self.parameters()]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(storages.values())
+        opaque = sum(module.opaque_bytes for module in self.modules() if isinstance(module, Linear))
+        return sum(storages.values()) + opaque

@@ -1,0 +1,123 @@
+"""Quality is judged through the step loop of the built engine: it must see what eviction and rounding do."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from codesign.bundled import target_path
+from codesign.engine.build import build_engine
+from codesign.engine.engine import Engine
+from codesign.engine.models.tokenizer import Tokenizer
+from codesign.engine.step import StepPlan
+from codesign.measure import suite as suites
+from codesign.measure.quality import run_suite
+from codesign.spec.engine_config import EngineConfig
+from codesign.spec.model import ModelSpec
+
+SIZE = suites.SuiteSize(num_sequences=2, sequence_tokens=160, num_prompts=2, prompt_tokens=320)
+MAX_MODEL_LEN = 352
+EIGHT_ROWS = {"policy": {"name": "streaming_llm", "kv_budget": 8}}
+
+
+def bundled_engine(**config: Any) -> Engine:
+    spec = ModelSpec(name="bundled", path=str(target_path()))
+    plain = {"dtype": "fp32", "max_batch_size": 2, "max_model_len": MAX_MODEL_LEN, **config}
+    return build_engine(spec, EngineConfig.from_dict(plain))
+
+
+@pytest.fixture(scope="module")
+def suite() -> dict[str, Any]:
+    encode = Tokenizer(target_path()).encode
+    return suites.make_suite(encode, SIZE, max_model_len=MAX_MODEL_LEN, seed=3)
+
+
+@pytest.fixture(scope="module")
+def reference(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "full.npy"
+    run_suite(bundled_engine(), {**suite, "write_reference": str(path)}, lambda: None)
+    return path
+
+
+def judged(suite: dict[str, Any], reference: Path, **config: Any) -> dict[str, Any]:
+    return run_suite(bundled_engine(**config), {**suite, "reference": str(reference)}, lambda: None)
+
+
+def test_the_unmodified_model_is_no_distance_from_itself(suite: dict[str, Any], reference: Path) -> None:
+    scores = judged(suite, reference)
+
+    assert max(map(abs, scores["kl"])) < 1e-7  # the file holds fp32
+    assert scores["top1"] == [1.0, 1.0]
+
+
+def test_a_policy_that_keeps_eight_rows_shows_it(suite: dict[str, Any], reference: Path) -> None:
+    scores = judged(suite, reference, kv=EIGHT_ROWS)
+
+    assert min(scores["kl"]) > 0.1
+
+
+def test_one_plain_forward_pass_would_have_seen_no_eviction(suite: dict[str, Any]) -> None:
+    """The whole text as one prompt: the policy acts after it, so its logits are those of the full cache."""
+    tokens = tuple(suite["text"]["sequences"][0])
+    plan = StepPlan(
+        slots=(0,),
+        query_lens=(len(tokens),),
+        token_ids=tokens,
+        positions=tuple(range(len(tokens))),
+        is_prompt=(True,),
+        is_prompt_end=(True,),
+        logits_rows=tuple(range(len(tokens))),
+    )
+    evicting, full = (bundled_engine(**config).parts.runner.run(plan) for config in ({"kv": EIGHT_ROWS}, {}))
+    log_p, log_q = torch.log_softmax(full.double(), -1), torch.log_softmax(evicting.double(), -1)
+
+    assert float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) < 1e-6
+
+
+def test_rounding_weights_harder_costs_more(suite: dict[str, Any], reference: Path) -> None:
+    int8 = judged(suite, reference, weights="int8")
+    int4 = judged(suite, reference, weights={"name": "int4", "group_size": 128})
+
+    assert 0 < sum(int8["kl"]) < sum(int4["kl"])
+
+
+def test_likelihood_is_that_of_the_text(suite: dict[str, Any], reference: Path) -> None:
+    """The reference file holds log-probabilities: those of the forced tokens must add up to the reported ones."""
+    import numpy as np
+
+    scores = judged(suite, reference)
+    log_probs = np.load(reference)
+    num_prefill = suite["text"]["num_prefill"]
+    forced = suite["text"]["sequences"][0][num_prefill:]
+    by_hand = -sum(float(log_probs[row][token]) for row, token in enumerate(forced)) / len(forced)
+
+    assert scores["nll"][0] == pytest.approx(by_hand, abs=1e-5)
+    assert np.allclose(np.exp(log_probs.astype(np.float64)).sum(-1), 1.0, atol=1e-5)
+    assert scores["nll"][0] < math.log(4096)
+
+
+def test_a_suite_is_fixed_by_its_seed() -> None:
+    encode = Tokenizer(target_path()).encode
+    one, same, other = (suites.make_suite(encode, SIZE, max_model_len=MAX_MODEL_LEN, seed=seed) for seed in (1, 1, 2))
+
+    assert suites.digest(one) == suites.digest(same) != suites.digest(other)
+
+
+def test_a_suite_fits_the_engine_and_spreads_its_distances() -> None:
+    encode = Tokenizer(target_path()).encode
+    made = suites.make_suite(encode, suites.SCREEN, max_model_len=MAX_MODEL_LEN, seed=0)
+    distances = [item["distance"] for item in made["retrieval"]]
+
+    assert all(len(item["prompt"]) + len(item["answer"]) <= MAX_MODEL_LEN for item in made["retrieval"])
+    assert distances == sorted(distances)
+    assert distances[0] == suites.SHORTEST_DISTANCE
+    assert distances[-1] > MAX_MODEL_LEN / 2
+
+
+def test_a_length_too_short_to_judge_is_refused() -> None:
+    from codesign.errors import InputError
+
+    with pytest.raises(InputError, match="at least"):
+        suites.make_suite(Tokenizer(target_path()).encode, SIZE, max_model_len=100, seed=0)

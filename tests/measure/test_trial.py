@@ -1,0 +1,127 @@
+"""One trial end to end: real nursery, real child, real engine, real clocks."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codesign.engine.models.tiny import tiny_config
+from codesign.measure import trial as trials
+from codesign.measure.suite import SuiteSize
+from codesign.measure.tier import RULES
+from codesign.measure.trial import TrialRunner
+from codesign.results.record import TrialIdentity, TrialRecord
+from codesign.spec.engine_config import EngineConfig
+from codesign.spec.model import ModelSpec
+from codesign.spec.profile import Profile, load_profile
+
+PROFILE = """
+hardware: {name: here, device: cpu, cores: 1}
+model: bundled
+workload: {scenario: offline, prompt_tokens: 24, output_tokens: 8, num_requests: 4}
+slo: {tpot_ms: {p50: 0.000001}, quality: {max_kl: 10}}
+objectives: [throughput_tokens_per_s, kl_divergence]
+"""
+BASELINE = EngineConfig.from_dict({"dtype": "fp32", "max_batch_size": 2, "max_model_len": 256}).resolve()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    size = SuiteSize(num_sequences=3, sequence_tokens=48, num_prompts=2, prompt_tokens=200)
+    rule = dataclasses.replace(RULES["screen"], min_s=0.05, min_requests=4, warm_up_s=0.05, suite=size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(trials.RULES, "screen", rule)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trial")
+
+
+@pytest.fixture(scope="module")
+def profile(folder: Path) -> Profile:
+    (folder / "p.yaml").write_text(PROFILE)
+    return load_profile(folder / "p.yaml")
+
+
+@pytest.fixture(scope="module")
+def runner(profile: Profile, folder: Path) -> Iterator[TrialRunner]:
+    with TrialRunner(profile, baseline=BASELINE, cache_dir=folder / "cache") as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def baseline(runner: TrialRunner) -> TrialRecord:
+    return measured(runner)
+
+
+def measured(runner: TrialRunner, number: int = 0, **changes: Any) -> TrialRecord:
+    config = EngineConfig.from_dict({**BASELINE.to_dict(), **changes}).resolve()
+    return runner.measure(TrialIdentity(study="s", number=number, uid=f"u{number}"), config)
+
+
+def test_a_trial_leaves_a_complete_record(baseline: TrialRecord) -> None:
+    record = baseline
+
+    assert record.outcome.kind == "ok"
+    for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "throughput_tokens_per_s", "kl_divergence", "perplexity"):
+        assert record.metrics[name].value >= 0, name
+        assert record.metrics[name].num_samples >= 3, name
+    assert {"weights", "kv", "peak"} <= set(record.bytes)
+    assert {"spawn_s", "build_s", "warm_up_s", "measure_s", "quality_s", "close_s"} <= set(record.phases)
+    assert record.monitor["source"] == "psutil"
+    assert record.kernels["attention"]
+    assert {"machine", "versions", "model", "profile", "seed", "code"} <= set(record.provenance)
+    assert len(record.requests) == record.trust["num_requests"]
+    assert TrialRecord.from_json(record.to_json()) == record
+
+
+def test_the_unmodified_configuration_agrees_with_its_own_reference(baseline: TrialRecord) -> None:
+    assert baseline.metrics["kl_divergence"].value < 1e-7
+    assert baseline.metrics["top1_agreement"].value == 1.0
+
+
+def test_int8_weights_hold_fewer_bytes_and_move_the_output(runner: TrialRunner, baseline: TrialRecord) -> None:
+    int8 = measured(runner, 1, weights="int8")
+
+    assert int8.bytes["weights"] < 0.6 * baseline.bytes["weights"]
+    assert int8.metrics["kl_divergence"].value > 1e-6
+
+
+def test_a_broken_service_level_is_a_violation(baseline: TrialRecord) -> None:
+    assert baseline.violations["slo.tpot_ms.p50"] > 0
+    assert baseline.violations["slo.quality.max_kl"] <= 0
+    assert not baseline.is_feasible
+
+
+def test_a_configuration_that_cannot_be_built_is_a_typed_result(runner: TrialRunner) -> None:
+    """The context of the bundled model is shorter than this."""
+    record = measured(runner, max_model_len=10**6)
+
+    assert record.outcome.kind == "unsupported"
+    assert "positions" in record.outcome.detail
+    assert record.metrics == {}
+
+
+@pytest.mark.usefixtures("baseline")
+def test_the_reference_is_made_once(runner: TrialRunner, folder: Path) -> None:
+    [reference] = (folder / "cache" / "references").iterdir()
+    before = reference.stat().st_mtime_ns
+    measured(runner, 1)
+
+    assert reference.stat().st_mtime_ns == before
+
+
+def test_random_weights_are_timed_and_not_judged(profile: Profile, folder: Path) -> None:
+    config = tiny_config(max_position_embeddings=512)
+    random_profile = dataclasses.replace(profile, model_spec=ModelSpec(name="tiny", architecture=config))
+    with TrialRunner(random_profile, baseline=BASELINE, cache_dir=folder) as runner:
+        record = measured(runner)
+
+    assert record.outcome.kind == "ok"
+    assert record.metrics["throughput_tokens_per_s"].value > 0
+    assert "kl_divergence" not in record.metrics
+    assert record.quality == {}
