@@ -57,7 +57,7 @@ def sections_of(hardware: str, objectives: Sequence[Objective]) -> dict[str, Any
     """What `Profile.sections` holds."""
     return {
         "hardware": {"name": hardware, "device": "cpu"},
-        "model": {"name": "fake", "path": "/models/fake", "architecture": None, "seed": 0},
+        "model": {"name": "fake", "path": "/models/fake", "seed": 0},
         "workload": {"scenario": "offline", "prompt_tokens": {"fixed": 8}, "output_tokens": {"fixed": 8}},
         "slo": {},
         "objectives": [dataclasses.asdict(objective) for objective in objectives],
