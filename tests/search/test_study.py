@@ -15,15 +15,7 @@ from codesign.search.limits import Limits
 from codesign.search.study import Misfit
 from codesign.spec.engine_config import EngineConfig
 from tests.search.fake_measure import OBJECTIVES, FakeMeasure, OnPhase
-from tests.search.studies import Heard, run_study, space_of
-
-
-def optuna_trials(out: Path, name: str = "study") -> list[optuna.trial.FrozenTrial]:
-    storage = optuna.storages.RDBStorage(f"sqlite:///{out / name / 'study.db'}")
-    trials = optuna.load_study(study_name=name, storage=storage).trials
-    storage.remove_session()
-    storage.engine.dispose()
-    return trials
+from tests.search.studies import Heard, optuna_trials, run_study, space_of
 
 
 def test_trial_0_is_the_unmodified_configuration(tmp_path: Path) -> None:
@@ -175,9 +167,7 @@ def test_what_cannot_fit_is_recorded_without_being_built_and_does_not_count(tmp_
     assert all(by_uid[r.uid].constraints["memory"] == 0.5 for r in predicted)
 
 
-def test_a_space_that_holds_nothing_that_fits_comes_to_an_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_space_that_holds_nothing_that_fits_comes_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "MAX_MISFITS", 7)
     space = space_of(tmp_path, "max_step_tokens: {low: 128, high: 100000}\n")
     result = run_study(tmp_path, space, predict=lambda config: Misfit("too large", 1.0), limits=Limits(trials=5))
