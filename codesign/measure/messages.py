@@ -1,6 +1,5 @@
 """What a child may say, checked for type and range before anybody uses it."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -20,13 +19,11 @@ def step_tokens(message: Mapping[str, Any]) -> list[tuple[str, int, str]]:
     if not isinstance(tokens, list):
         raise ProtocolFault("a step without a list of tokens")
     for entry in tokens:
-        match entry:
-            case [str(), int(token_id), str(finish_reason)] if (
-                not isinstance(token_id, bool) and 0 <= token_id < 2**31 and finish_reason in _FINISH_REASONS
-            ):
-                continue
-        raise ProtocolFault(f"not a token: {ascii(entry)[:80]}")
-    return [tuple(entry) for entry in tokens]
+        if not (isinstance(entry, list) and [type(item) for item in entry] == [str, int, str]):
+            raise ProtocolFault(f"not a token: {ascii(entry)[:80]}")
+        if not (0 <= entry[1] < 2**31 and entry[2] in _FINISH_REASONS):
+            raise ProtocolFault(f"not a token: {ascii(entry)[:80]}")
+    return [(request_id, token_id, finish_reason) for request_id, token_id, finish_reason in tokens]
 
 
 def build_facts(message: Mapping[str, Any]) -> BuildFacts:
@@ -71,6 +68,6 @@ def _size(value: Any, key: str) -> int:
 def _seconds(value: Any, key: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ProtocolFault(f"{key!a} is not a number of seconds: {ascii(value)[:80]}")
-    if not (math.isfinite(value) and 0 <= value <= _MAX_SECONDS):
+    if not 0 <= value <= _MAX_SECONDS:  # false for NaN too
         raise ProtocolFault(f"{key!a} is not a number of seconds: {ascii(value)[:80]}")
     return float(value)

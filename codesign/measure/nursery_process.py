@@ -108,7 +108,8 @@ class _NurseryProcess:
                 run_child(end, stderr, nursery_pid=nursery_pid, data_limit_bytes=data_limit_bytes)
             finally:
                 os._exit(1)  # never back into the nursery's loop
-        os.setpgid(pid, pid)  # the child does the same: whoever comes first
+        with contextlib.suppress(OSError):  # the child does the same: whoever comes first
+            os.setpgid(pid, pid)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _MANAGED)
         self._children[child_id] = pid
         pidfd = os.pidfd_open(pid)

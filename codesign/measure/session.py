@@ -1,6 +1,6 @@
 """Session: one protocol for everything that can be built, loaded and judged, ours or somebody else's.
 
-    session = start(...)            # a fresh process (or a server to talk to)
+    session = ChildSession(...)     # a fresh process (or a server to talk to)
     facts = session.build(config)   # what was built: bytes by part, kernels, phases
     session.submit(request)         # then session.poll() yields what came out, stamped by the parent's clock
     session.score(suite)            # quality of this very engine, through its own step loop

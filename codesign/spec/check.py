@@ -6,6 +6,7 @@ from typing import Any
 from codesign.errors import shown
 from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, load_config
 from codesign.spec.hardware import Hardware
+from codesign.spec.model_source import Architecture
 from codesign.spec.profile import SECTIONS, load_profile
 from codesign.spec.section import Section, validate
 from codesign.spec.space import load_space
@@ -13,11 +14,16 @@ from codesign.spec.workload import Workload
 from codesign.spec.yaml import load_yaml
 
 _ENGINE = (*PLAIN_FIELDS, *dict.fromkeys(key.partition(".")[0] for key in FAMILIES))
-_PARTS: dict[str, tuple[str, type[Section]]] = {"device": ("hardware", Hardware), "scenario": ("workload", Workload)}
+# The key that gives a part of a profile away -> what it is.
+_PARTS: dict[str, tuple[str, type[Section]]] = {
+    "device": ("hardware", Hardware),
+    "scenario": ("workload", Workload),
+    "model_type": ("model", Architecture),
+}
 
 
 def check_file(path: str | Path) -> str:
-    """What the file is ("profile", "hardware", "workload", "search space" or "configuration"), when nothing is wrong.
+    """What the file is: "profile", "hardware", "workload", "model", "search space" or "configuration".
 
     A profile is checked with everything that it names: included files, model, search space. A file that could be a
     search space or a configuration is a space when it has constraints, lists or ranges, or maps members to knobs.

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from codesign.bundled import target_path
 from codesign.errors import InputError, shown
 from codesign.spec.model import ModelSpec
 from codesign.spec.section import Count, Name, Positive, Section, Share, validate
@@ -24,7 +25,7 @@ from codesign.spec.yaml import Document, Key
 
 Fetch = Callable[[str, str], Path]  # (id, revision) -> directory
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w][\w.-]{0,95}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 _COMMIT = r"^[0-9a-f]{40}$"
 
 
@@ -111,8 +112,6 @@ def model_from_text(text: str, *, folder: Path) -> ModelSpec:
         InputError: neither; the text says what is there.
     """
     if text == "bundled":
-        from codesign.bundled import target_path
-
         return ModelSpec(name="bundled", path=str(target_path()))
     try:
         path = (folder / Path(text).expanduser()).resolve()

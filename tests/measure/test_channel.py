@@ -83,13 +83,14 @@ def test_each_message_has_the_time_at_which_its_last_chunk_was_read(pair: Pair) 
         b'{"\\udfff": 1}',
         b'{"a": 1} {"b": 2}',
         b'{"a": ' + b"1" * 5000 + b"}",
+        b'{"a": ' + b"1" * 21 + b"}",
         b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
         b'{"a": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}",
         b"\x80\x04\x95",
         b"\x00" * 100,
     ],
-    ids=range(21),
+    ids=range(22),
 )
 def test_what_is_not_one_plain_json_object_is_a_fault(line: bytes) -> None:
     with pytest.raises(ProtocolFault) as fault:
@@ -125,7 +126,11 @@ def test_random_bytes_are_a_fault_or_an_object(line: bytes) -> None:
 
 
 @given(
-    st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner), max_leaves=20)
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(),
+        lambda inner: st.lists(inner),
+        max_leaves=20,
+    )
 )
 def test_what_one_channel_sends_the_other_receives(value: Any) -> None:
     one, other = socket.socketpair()

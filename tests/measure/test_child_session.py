@@ -2,6 +2,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 
@@ -234,3 +235,17 @@ def test_an_unknown_engine_is_a_crash_that_names_it(nursery: Nursery) -> None:
 def test_a_memory_limit_on_cuda_is_refused(nursery: Nursery) -> None:
     with pytest.raises(ValueError, match="memory_bytes"):
         ChildSession(nursery, model=MODEL, device="cuda", limits=Limits(memory_bytes=MIB))
+
+
+def test_an_interrupt_while_it_opens_leaves_nothing(
+    nursery: Nursery, nothing_left: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ChildSession, "_await", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        open_session(nursery)
+
+    nothing_left()

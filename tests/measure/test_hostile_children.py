@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pickle
+import random
 import signal
 import threading
 import time
@@ -25,7 +26,8 @@ from codesign.spec.request import Request, SamplingParams
 from codesign.units import MIB
 
 PATIENT = Limits(start_up_s=30, progress_s=30, wall_s=60, grace_s=10, memory_bytes=192 * MIB)
-HASTY = Limits(start_up_s=1.5, progress_s=1.0, wall_s=30, grace_s=0.5, kill_s=2.0, memory_bytes=192 * MIB)
+HASTY = Limits(start_up_s=20, progress_s=1.0, wall_s=30, grace_s=0.5, kill_s=2.0, memory_bytes=192 * MIB)
+HASTY_START = dataclasses.replace(HASTY, start_up_s=1.0)
 
 
 def request(request_id: str = "r", max_tokens: int = 3) -> Request:
@@ -54,7 +56,7 @@ def outcome_of(nursery: Nursery, name: str, limits: Limits = PATIENT) -> Outcome
 
 
 CASES: list[tuple[str, Limits, OutcomeKind, str]] = [
-    ("allocation_bomb", PATIENT, "oom", "MemoryError"),
+    ("allocation_bomb", PATIENT, "oom", "MemoryError (it may take 192 MiB)"),
     ("small_allocation_bomb", PATIENT, "oom", "MemoryError"),
     ("tensor_bomb", PATIENT, "oom", "allocate"),
     ("bomb_in_step", PATIENT, "oom", "MemoryError"),
@@ -71,7 +73,7 @@ CASES: list[tuple[str, Limits, OutcomeKind, str]] = [
     ("aborts", PATIENT, "crashed", "SIGABRT"),
     ("exits_with_0", PATIENT, "crashed", "status 0 without a result"),
     ("sys_exit", PATIENT, "crashed", "SystemExit: 3"),
-    ("hang_in_build", HASTY, "hang", "in hang_in_build"),
+    ("hang_in_build", HASTY_START, "hang", "in hang_in_build"),
     ("hang", HASTY, "hang", "no step for 1 s"),
     ("busy_hang", HASTY, "hang", "in spin"),
     ("ignores_sigterm", HASTY, "hang", "in forever"),
@@ -103,7 +105,7 @@ CASES: list[tuple[str, Limits, OutcomeKind, str]] = [
     ("boolean_token", PATIENT, "protocol", "not a token"),
     ("too_many_tokens", PATIENT, "protocol", "more tokens than"),
     ("aborts_unasked", PATIENT, "protocol", "nobody asked"),
-    ("endless_stderr", HASTY, "hang", "warning: "),
+    ("endless_stderr", HASTY_START, "hang", "warning: "),
     ("daemon_and_segfault", PATIENT, "crashed", "SIGSEGV"),
 ]
 
@@ -156,6 +158,42 @@ def test_the_kernels_kill_in_the_middle_of_work_is_told_apart_from_ours(
 
     assert failure.value.outcome.kind == "killed_by_os"
     nothing_left()
+
+
+def test_a_sigkill_while_the_kernel_kills_for_memory_is_oom(
+    nursery: Nursery, nothing_left: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter((7, 8))
+    monkeypatch.setattr("codesign.measure.child_session.kernel_oom_kills", lambda: next(counts))
+
+    assert outcome_of(nursery, "kills_itself").kind == "oom"
+    nothing_left()
+
+
+@pytest.mark.parametrize("victim", ["child", "nursery"])
+def test_a_kill_at_any_moment_is_typed_and_the_next_session_works(victim: str) -> None:
+    moments = random.Random(20)
+    with Nursery(preload=()) as nursery:
+        for _ in range(8):
+            nursery.start()
+            assert nursery.pid is not None
+            entry = entry_of(nursery.pid)
+            with contextlib.suppress(TrialFailed), start(nursery, "fake_engine:build_slow", PATIENT) as session:
+                pid = session.pid if victim == "child" else nursery.pid
+                killer = threading.Timer(moments.uniform(0, 0.15), os.kill, (pid, signal.SIGKILL))
+                killer.start()
+                try:
+                    session.build(EngineConfig())
+                    session.submit(request(max_tokens=1000))
+                    while True:
+                        session.poll(5.0)
+                except TrialFailed as failure:
+                    assert failure.outcome.kind == {"child": "killed_by_os", "nursery": "harness"}[victim]
+                finally:
+                    killer.join()
+            assert family_of(entry) <= {nursery.pid}
+
+            assert len(run(nursery, "fake_engine:build", PATIENT)) == 3
 
 
 @pytest.mark.parametrize("name", ["orphan", "daemon", "family"])

@@ -18,28 +18,35 @@ from codesign.engine.attention.rope import Rope, rotate
 from codesign.engine.attention.weights import column_sums, weights
 from codesign.engine.batch import Batch
 from codesign.engine.kv.codec import KVCodec
+from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
-from codesign.engine.kv.store import DenseStore, LayerGroup
+from codesign.engine.kv.store import DenseStore
+from codesign.engine.step import StepPlan
 from codesign.errors import Unsupported
 
 
 @dataclasses.dataclass(frozen=True)
 class _GroupStep:
-    """What one layer group does in this step: `written` tokens of the packed [N] go to `flat_rows`."""
+    """What one layer group does in this step."""
 
-    written: slice | Tensor
-    flat_rows: Tensor | None
+    calls: tuple[Call, ...]
     new_sinks: NewSinks | None
     turn: Turn | None
-    calls: tuple[Call, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
+    """Attributes:
+    output_tokens: which packed tokens are output tokens; None means all of them.
+    rows: layer -> where those go.
+    """
+
     cos: Tensor
     signed_sin: Tensor
+    output_tokens: Tensor | None
+    rows: dict[int, Tensor]
     groups: tuple[_GroupStep, ...]
 
 
@@ -89,6 +96,7 @@ class Attention:
         self.kernel = backend.kernel
         if is_bounded and policy.evidence == "column_sums":
             self.kernel += " + column pass"
+        self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
         self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
         self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
         self._dtype, self._device = dtype, device
@@ -98,7 +106,6 @@ class Attention:
             for number, group in enumerate(self.store.groups)
             for index, layer in enumerate(group.layers)
         }
-        self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}
         self._step: _Step | None = None
 
     @property
@@ -118,7 +125,7 @@ class Attention:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def begin(self, batch: Batch) -> None:
-        """Raises ValueError for a plan that commits what is not pending or outgrows `max_model_len`."""
+        """Raises ValueError for a plan that breaks the rules of StepPlan or outgrows `max_model_len`."""
         plan = batch.plan
         self.store.commit(plan.commits)
         for slot in plan.frees:
@@ -126,65 +133,54 @@ class Attention:
             for layer in self._where:
                 self.staged_prompts.pop((layer, slot), None)
         starts = plan.query_starts
-        for index, slot in enumerate(plan.slots):
-            length = plan.query_lens[index]
-            if self.store.num_tokens[slot] + length > self._max_model_len:
-                raise ValueError(f"slot {slot}: more than max_model_len = {self._max_model_len} tokens")
-            if plan.is_prompt[index]:
-                continue
-            if length > self._max_query_len:
-                raise ValueError(
-                    f"slot {slot}: {length} output tokens in one step, max_query_len is {self._max_query_len}"
-                )
-            self.store.write_pending(slot, length, plan.positions[starts[index]])
-        self._step = _Step(
-            cos=self._cos[batch.positions][:, None],
-            signed_sin=self._signed_sin[batch.positions][:, None],
-            groups=tuple(self._group_step(group, batch) for group in self.store.groups),
-        )
+        self._check(plan, starts)
+        groups = tuple(self._group_step(group, plan, starts) for group in self.store.groups)
+        output_tokens, rows = self._reserve(batch, starts)
+        cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
+        self._step = _Step(cos[:, None], signed_sin[:, None], output_tokens, rows, groups)
 
-    def _group_step(self, group: LayerGroup, batch: Batch) -> _GroupStep:
-        plan = batch.plan
-        starts = plan.query_starts
-        spans: list[Span] = []
-        tokens: list[int] = []
-        slots_rows: list[tuple[int, int]] = []
+    def _check(self, plan: StepPlan, starts: tuple[int, ...]) -> None:
         for index, slot in enumerate(plan.slots):
-            start, length, is_prompt = starts[index], plan.query_lens[index], plan.is_prompt[index]
-            num_tokens = self.store.num_tokens[slot]
+            length, num_tokens = plan.query_lens[index], self.store.num_tokens[slot]
+            if self.store.num_pending[slot]:
+                raise ValueError(f"slot {slot} has pending rows; commit or free them first")
+            if plan.positions[starts[index]] != num_tokens:
+                raise ValueError(f"slot {slot}: position {plan.positions[starts[index]]} after {num_tokens} tokens")
+            if num_tokens + length > self._max_model_len:
+                raise ValueError(f"slot {slot}: more than max_model_len = {self._max_model_len} tokens")
+            if not plan.is_prompt[index] and length > self._max_query_len:
+                raise ValueError(f"slot {slot}: {length} output tokens, max_query_len is {self._max_query_len}")
+
+    def _group_step(self, group: LayerGroup, plan: StepPlan, starts: tuple[int, ...]) -> _GroupStep:
+        spans: list[Span] = []
+        for index, slot in enumerate(plan.slots):
+            is_prompt, num_tokens = plan.is_prompt[index], self.store.num_tokens[slot]
             num_past = num_tokens if is_prompt else group.rows_after(num_tokens)
             spans.append(
-                Span(
-                    slot=slot,
-                    start=start,
-                    num_queries=length,
-                    num_past=num_past,
-                    is_prompt=is_prompt,
-                    is_prompt_end=plan.is_prompt_end[index],
-                )
+                Span(slot, starts[index], plan.query_lens[index], num_past, is_prompt, plan.is_prompt_end[index])
             )
-            if not (is_prompt and group.is_bounded):
-                tokens.extend(range(start, start + length))
-                slots_rows.extend((slot, num_past + row) for row in range(length))
         calls = cut(spans, num_groups=self._num_groups, dtype=self._dtype, device=self._device)
-        new_sinks, turn = self._sinks(group, spans, plan.positions)
-        if not tokens:
-            return _GroupStep(slice(0, 0), None, new_sinks, turn, calls)
-        written: slice | Tensor = slice(tokens[0], tokens[-1] + 1)
-        if tokens[-1] + 1 - tokens[0] != len(tokens):
-            written = torch.tensor(tokens, device=self._device)
-        flat_rows = group.flat_rows(slots_rows)
-        group.place(flat_rows, slots_rows, batch.positions[written])
-        return _GroupStep(written, flat_rows, new_sinks, turn, calls)
-
-    def _sinks(
-        self, group: LayerGroup, spans: list[Span], positions: tuple[int, ...]
-    ) -> tuple[NewSinks | None, Turn | None]:
         if group.sinks is None:
-            return None, None
-        tokens = [(t, span.slot, positions[t]) for span in spans for t in span.tokens]
-        shifts = [(span.slot, positions[span.start] - span.num_past) for span in spans if not span.is_prompt]
-        return group.sinks.new(tokens), group.sinks.turn(shifts, self._cos, self._signed_sin)
+            return _GroupStep(calls, None, None)
+        tokens = [(token, span.slot, plan.positions[token]) for span in spans for token in span.tokens]
+        shifts = [(span.slot, plan.positions[span.start] - span.num_past) for span in spans if not span.is_prompt]
+        turn = group.sinks.turn(shifts, self._cos, self._signed_sin)
+        return _GroupStep(calls, group.sinks.new(tokens), turn)
+
+    def _reserve(self, batch: Batch, starts: tuple[int, ...]) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Which packed tokens are output tokens (None: all), and layer -> the rows they go to."""
+        plan = batch.plan
+        output = [index for index, is_prompt in enumerate(plan.is_prompt) if not is_prompt]
+        if not output:
+            return None, {}
+        tokens, positions = None, batch.positions
+        if len(output) < len(plan.slots):
+            ranges = [range(starts[index], starts[index + 1]) for index in output]
+            tokens = torch.tensor([token for own in ranges for token in own], device=self._device)
+            positions = positions[tokens]
+        pending = [(plan.slots[index], plan.query_lens[index]) for index in output]
+        first_positions = [plan.positions[starts[index]] for index in output]
+        return tokens, self.store.reserve(pending, first_positions, positions)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """[N, H, D] from q [N, H, D] and k, v [N, H_kv, D], packed as in the batch, before RoPE."""
@@ -192,29 +188,36 @@ class Attention:
         assert step is not None, "begin(batch) comes first"
         number, index = self._where[layer]
         group, part = self.store.groups[number], step.groups[number]
-        if part.new_sinks is not None and group.sinks is not None:
-            group.sinks.store(index, part.new_sinks, k)
-        if part.turn is not None:
-            group.turn_sinks(index, part.turn)
-        q, k = rotate(q, step.cos, step.signed_sin), rotate(k, step.cos, step.signed_sin)
-        if part.flat_rows is not None:
-            group.write(index, part.flat_rows, k[part.written], v[part.written])
+        if group.sinks is not None:
+            if part.new_sinks is not None:
+                group.sinks.store(index, part.new_sinks, k)
+            if part.turn is not None:
+                group.sinks.apply(index, part.turn)
+        num_heads = q.shape[1]
+        rotated = rotate(torch.cat((q, k), dim=1), step.cos, step.signed_sin)
+        q, k = rotated[:, :num_heads], rotated[:, num_heads:]
+        if step.rows:
+            tokens = step.output_tokens
+            new_key, new_value = (k, v) if tokens is None else (k[tokens], v[tokens])
+            self.store.write(step.rows[layer], new_key, new_value)
         if len(part.calls) == 1:
             return self._attend(part.calls[0], layer, group, index, q, k, v)
-        out = torch.empty_like(q)
+        out = q.new_empty(q.shape)
         for call in part.calls:
-            out[call.tokens] = self._attend(call, layer, group, index, q, k, v)
+            own = call.tokens
+            out[own] = self._attend(call, layer, group, index, q[own], k[own], v[own])
         return out
 
     def _attend(self, call: Call, layer: int, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[n, H, D] of the tokens of one call."""
         if call.is_prompt:
             return self._attend_prompt(call, layer, group, index, q, k, v)
         return self._attend_output(call, group, index, q)
 
     def _attend_output(self, call: Call, group: LayerGroup, index: int, q: Tensor) -> Tensor:
         """Output tokens: query groups folded into rows, B slots in one call, straight from the cache."""
-        shape = (len(call.spans), call.num_queries, self._num_kv_heads, self._num_groups, q.shape[-1])
-        query = q[call.tokens].view(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H_kv, G * Q, D]
+        shape = (len(call.spans), call.num_queries, self._num_kv_heads, self._num_groups, q.shape[2])
+        query = q.view(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H_kv, G * Q, D]
         key = group.key[index, call.slots, :, : call.num_rows]
         value = group.value[index, call.slots, :, : call.num_rows]
         out = self.backend.attend(query, key, value, mask=call.mask, is_causal=False, scale=self._scale)
@@ -224,28 +227,25 @@ class Attention:
             mass = weight.view(*key.shape[:2], self._num_groups, call.num_queries, -1).mean(dim=2)  # [B, H_kv, Q, R]
             group.pending_column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
         out = out.reshape(*key.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
-        return out.reshape(-1, *q.shape[1:])
+        return out.reshape(q.shape)
 
     def _attend_prompt(
         self, call: Call, layer: int, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         """A prompt chunk; when it is the last one of a bounded layer, its rows are selected and admitted here."""
         (span,) = call.spans
-        query = q[call.tokens].transpose(0, 1)  # [H, n, D]
+        query, new_key, new_value = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [H, n, D]
         if not group.is_bounded:
-            key, value = (
-                group.key[index, span.slot, :, : call.num_rows],
-                group.value[index, span.slot, :, : call.num_rows],
-            )
+            group.key[index, span.slot, :, span.num_past : call.num_rows] = new_key
+            group.value[index, span.slot, :, span.num_past : call.num_rows] = new_value
+            key = group.key[index, span.slot, :, : call.num_rows]
+            value = group.value[index, span.slot, :, : call.num_rows]
             return self._backend_prompt(call, query, key, value)
-        staged = self.staged_prompts.get((layer, span.slot))
+        where = (layer, span.slot)
+        staged = self.staged_prompts.get(where)
         if staged is None:
-            staged = self.staged_prompts[layer, span.slot] = StagedPrompt(
-                self.policy, max_model_len=self._max_model_len
-            )
-        key, value = staged.append(
-            k[call.tokens].transpose(0, 1), v[call.tokens].transpose(0, 1), query, is_last=span.is_prompt_end
-        )
+            staged = self.staged_prompts[where] = StagedPrompt(self.policy, max_model_len=self._max_model_len)
+        key, value = staged.append(new_key, new_value, query, is_last=span.is_prompt_end)
         if self.policy.evidence == "column_sums":
             sums = column_sums(query[None], key[None], mask=call.mask, is_causal=call.is_causal, scale=self._scale)
             staged.add_column_sums(sums[0])
@@ -255,7 +255,7 @@ class Attention:
             num_rows = group.rows_after(call.num_rows)
             kept = self.policy.select(prompt, num_rows) if num_rows < call.num_rows else None
             group.admit(index, span.slot, prompt, kept)
-            del self.staged_prompts[layer, span.slot]
+            del self.staged_prompts[where]
         return out
 
     def _backend_prompt(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

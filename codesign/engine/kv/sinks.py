@@ -34,26 +34,17 @@ class Turn:
 
 
 class SinkKeys:
-    """key [L, S, H_kv, num_sinks, D] of one layer group whose slots have `num_rows` rows per KV head."""
+    """key [L, S, H_kv, num_sinks, D], beside the slots [L, S, H_kv, C, D] of one layer group."""
 
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        num_slots: int,
-        num_kv_heads: int,
-        num_sinks: int,
-        num_rows: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.key = torch.zeros(num_layers, num_slots, num_kv_heads, num_sinks, head_dim, dtype=dtype, device=device)
+    def __init__(self, slots: Tensor, num_sinks: int) -> None:
+        num_layers, num_slots, num_kv_heads, num_rows, head_dim = slots.shape
+        self.key = slots.new_zeros(num_layers, num_slots, num_kv_heads, num_sinks, head_dim)
         self._flat_key = [self.key[index].view(-1, head_dim) for index in range(num_layers)]
-        plane = torch.arange(num_slots * num_kv_heads, device=device).view(num_slots, num_kv_heads)
+        self._flat_slots = [slots[index].view(-1, head_dim) for index in range(num_layers)]
+        plane = torch.arange(num_slots * num_kv_heads, device=slots.device).view(num_slots, num_kv_heads)
         self._copy_start = plane * num_sinks
         self._row_start = plane * num_rows
-        self._rank = torch.arange(num_sinks, device=device)
+        self._rank = torch.arange(num_sinks, device=slots.device)
 
     @property
     def num_sinks(self) -> int:
@@ -86,7 +77,7 @@ class SinkKeys:
         """key [N, H_kv, D], unrotated, of the step's packed tokens."""
         self._flat_key[index].index_copy_(0, new.copies, key[new.tokens].flatten(0, 1))
 
-    def apply(self, index: int, turn: Turn, slot_rows: Tensor) -> None:
-        """Writes turned keys into slot_rows [S * H_kv * num_rows, D] of the layer."""
+    def apply(self, index: int, turn: Turn) -> None:
+        """Writes the turned keys into the slots of layer `layers[index]`."""
         key = rotate(self._flat_key[index][turn.copies], turn.cos, turn.signed_sin)
-        slot_rows.index_copy_(0, turn.rows, key)
+        self._flat_slots[index].index_copy_(0, turn.rows, key)

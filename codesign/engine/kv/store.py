@@ -1,164 +1,34 @@
 """DenseStore: rows of every (layer, slot, KV head) in tensors that are allocated once and never move.
 
-A slot's rows are `[committed | pending | unused]`. Layers that keep equally many rows share one LayerGroup, so that a
-step's bookkeeping is done once per group, not once per layer:
+A slot's rows are `[committed | pending | unused]`. All layers lie in one tensor of rows, layers with equal budgets
+side by side, so that a step's bookkeeping and its evictions are a few operations for all layers together:
 
-    key, value [L, S, H_kv, C, D]     C = budget + max_query_len; an unbounded layer has room for every position, C =
-                                      max_model_len, and a pending row is written where it stays
-    position   [L, S, H_kv, C]        int32; one plane for all layers and heads where no row is ever evicted
-    column     [L, S, H_kv, C]        fp32 attention mass, only for a policy that asks (evidence "column_sums")
-    pending_column [L, S, H_kv, Q, C] what each pending query added, kept apart until it is accepted
+    key, value [rows, D]        layer by layer [S, H_kv, C]; C = budget + max_query_len, or max_model_len where nothing
+                                is ever evicted: there row == position, and a pending row is written where it stays
+    position   [rows] int32     of bounded layers
+    column     [rows] fp32      attention mass, only for a policy that asks (evidence "column_sums")
 
 How many rows exist is `min(tokens, budget)`: plain integers, the device is never asked. Rows past the count hold
 anything finite.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
-from codesign.engine.kv.sinks import SinkKeys, Turn
-
-
-class LayerGroup:
-    """Layers with the same budget. `is_bounded`: prompts are staged and rows are overwritten in place."""
-
-    def __init__(
-        self,
-        *,
-        layers: tuple[int, ...],
-        budget: int,
-        num_slots: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_model_len: int,
-        max_query_len: int,
-        policy: KVPolicy,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.layers = layers
-        self.budget = budget
-        self.is_bounded = budget < max_model_len
-        self.num_kv_heads = num_kv_heads
-        self.num_rows = budget + max_query_len if self.is_bounded else max_model_len
-        planes = (len(layers), num_slots, num_kv_heads)
-        shape = (*planes, self.num_rows)
-        # Zeros, not empty: masked rows are multiplied by 0, and 0 * NaN would reach a result.
-        self.key = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.value = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        position_shape = shape if self.is_bounded else (1, num_slots, 1, self.num_rows)
-        self._position = torch.zeros(position_shape, dtype=torch.int32, device=device)
-        self.position = self._position.expand(shape)
-        self.column: Tensor | None = None
-        self.pending_column: Tensor | None = None
-        self.sinks: SinkKeys | None = None
-        if self.is_bounded and policy.evidence == "column_sums":
-            self.column = torch.zeros(shape, dtype=torch.float32, device=device)
-            self.pending_column = torch.zeros(*planes, max_query_len, self.num_rows, device=device)
-        if self.is_bounded and policy.key_space == "pre_rope":
-            self.sinks = SinkKeys(
-                num_layers=len(layers),
-                num_slots=num_slots,
-                num_kv_heads=num_kv_heads,
-                num_sinks=policy.num_sink_tokens,
-                num_rows=self.num_rows,
-                head_dim=head_dim,
-                dtype=dtype,
-                device=device,
-            )
-        self._head_start = torch.arange(num_kv_heads, device=device) * self.num_rows
-        self._plane_start = torch.arange(len(layers) * num_slots * num_kv_heads, device=device).view(planes)
-        self._plane_start *= self.num_rows
-        self._flat_key = [self.key[index].view(-1, head_dim) for index in range(len(layers))]
-        self._flat_value = [self.value[index].view(-1, head_dim) for index in range(len(layers))]
-
-    def rows_after(self, num_tokens: int) -> int:
-        """Rows that exist per KV head once `num_tokens` tokens are committed."""
-        return min(num_tokens, self.budget)
-
-    def flat_rows(self, slots_rows: list[tuple[int, int]]) -> Tensor:
-        """[N * H_kv] where `write` puts N tokens, given the (slot, row) of each."""
-        starts = [slot * self.num_kv_heads * self.num_rows + row for slot, row in slots_rows]
-        return (torch.tensor(starts, device=self.key.device)[:, None] + self._head_start).flatten()
-
-    def place(self, flat_rows: Tensor, slots_rows: list[tuple[int, int]], positions: Tensor) -> None:
-        """Labels the rows that the step is about to write in every layer: positions [N], no attention mass yet."""
-        device = self.key.device
-        if self.is_bounded:
-            num_layers = len(self.layers)
-            labels = positions.to(torch.int32).repeat_interleave(self.num_kv_heads).expand(num_layers, -1)
-            self._position.view(num_layers, -1).index_copy_(1, flat_rows, labels)
-            if self.column is not None:
-                self.column.view(num_layers, -1).index_fill_(1, flat_rows, 0.0)
-        else:
-            plane_rows = torch.tensor([slot * self.num_rows + row for slot, row in slots_rows], device=device)
-            self._position.view(-1).index_copy_(0, plane_rows, positions.to(torch.int32))
-
-    def write(self, index: int, flat_rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """key, value [N, H_kv, D] into the rows of layer `layers[index]`."""
-        self._flat_key[index].index_copy_(0, flat_rows, key.flatten(0, 1))
-        self._flat_value[index].index_copy_(0, flat_rows, value.flatten(0, 1))
-
-    def admit(self, index: int, slot: int, prompt: Prompt, kept: Tensor | None) -> None:
-        """Moves a finished prompt into the slot: the rows `kept` [H_kv, K], or all of them."""
-        num_heads, num_tokens, head_dim = prompt.key.shape
-        if kept is None:
-            kept = torch.arange(num_tokens, device=self.key.device).expand(num_heads, -1)
-        num_rows = kept.shape[1]
-        wide = kept[:, :, None].expand(-1, -1, head_dim)
-        self.key[index, slot, :, :num_rows] = prompt.key.gather(1, wide)
-        self.value[index, slot, :, :num_rows] = prompt.value.gather(1, wide)
-        self._position[index, slot, :, :num_rows] = kept
-        if self.column is not None:
-            assert prompt.column_sums is not None
-            self.column[index, slot, :, :num_rows] = prompt.column_sums.gather(1, kept)
-
-    def credit(self, accepted: list[tuple[int, int]]) -> None:
-        """Adds the attention mass of the first n pending queries of each (slot, n) to the rows they looked at."""
-        if self.column is None or self.pending_column is None:
-            return
-        slots = torch.tensor([slot for slot, _ in accepted], device=self.key.device)
-        counts = torch.tensor([count for _, count in accepted], device=self.key.device)
-        pending = self.pending_column[:, slots]
-        is_accepted = torch.arange(pending.shape[3], device=self.key.device) < counts[:, None]
-        self.column[:, slots] += (pending * is_accepted[None, :, None, :, None]).sum(dim=3)
-
-    def overwrite(self, policy: KVPolicy, slots: list[int], num_new: int, next_positions: list[int]) -> None:
-        """Lets the policy name `num_new` rows per KV head of each full slot, and puts the pending rows there."""
-        device, num_layers = self.key.device, len(self.layers)
-        index = torch.tensor(slots, device=device)
-        full, new = slice(0, self.budget), slice(self.budget, self.budget + num_new)
-        position = self._position[:, index]
-        column = None if self.column is None else self.column[:, index]
-        rows = Rows(
-            position=position[..., full].flatten(0, 1),
-            column=None if column is None else column[..., full].flatten(0, 1),
-            next_position=torch.tensor(next_positions, device=device).repeat(num_layers),
-        )
-        victims = policy.victims(rows, num_new).view(num_layers, len(slots), self.num_kv_heads, num_new)
-        target = (self._plane_start[:, index, :, None] + victims).flatten()
-        for tensor in (self.key, self.value):
-            tensor.view(-1, tensor.shape[-1]).index_copy_(
-                0, target, tensor[:, index, :, new].reshape(-1, tensor.shape[-1])
-            )
-        self._position.view(-1).index_copy_(0, target, position[..., new].flatten())
-        if self.column is not None and column is not None:
-            self.column.view(-1).index_copy_(0, target, column[..., new].flatten())
-
-    def turn_sinks(self, index: int, turn: Turn) -> None:
-        assert self.sinks is not None
-        self.sinks.apply(index, turn, self._flat_key[index])
-
-    def tensors(self) -> list[Tensor]:
-        optional = (self.column, self.pending_column, None if self.sinks is None else self.sinks.key)
-        return [self.key, self.value, self._position, *(tensor for tensor in optional if tensor is not None)]
+from codesign.engine.kv.group import LayerGroup
+from codesign.engine.kv.policy import KVPolicy
 
 
 class DenseStore:
     """Attributes:
+    groups: layers with equal budgets, with views of their rows.
     num_tokens: [S] committed tokens of each slot (rows of a layer: `group.rows_after(num_tokens)`).
     num_pending: [S] rows written after them and not committed yet.
+
+    Raises:
+        ValueError: a budget that leaves too few rows to evict for what one step can commit.
     """
 
     def __init__(
@@ -174,29 +44,49 @@ class DenseStore:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.policy = policy
+        self.policy, self.device = policy, device
         self.budgets = policy.budgets(num_layers=num_layers, max_model_len=max_model_len)
-        for budget in sorted(set(self.budgets)):
-            if budget < max_model_len and policy.evictable(budget) < max_query_len:
+        bounded = sorted({budget for budget in self.budgets if budget < max_model_len})
+        for budget in bounded:
+            if policy.evictable(budget) < max_query_len:
                 raise ValueError(
                     f"kv_budget gives a layer {budget} rows, of which {policy.evictable(budget)} can be evicted; "
                     f"a step can commit {max_query_len} at once and needs as many"
                 )
-        self.groups = tuple(
-            LayerGroup(
-                layers=tuple(layer for layer, own in enumerate(self.budgets) if own == budget),
+        capacity = {budget: budget + max_query_len for budget in bounded} | {max_model_len: max_model_len}
+        num_planes = num_slots * num_kv_heads
+        num_rows = num_planes * sum(capacity[budget] for budget in self.budgets)
+        num_bounded = num_planes * sum(capacity[budget] for budget in self.budgets if budget in bounded)
+        # Zeros, not empty: masked rows are multiplied by 0, and 0 * NaN would reach a result.
+        self.key = torch.zeros(num_rows, head_dim, dtype=dtype, device=device)
+        self.value = torch.zeros(num_rows, head_dim, dtype=dtype, device=device)
+        self.position = torch.zeros(num_bounded, dtype=torch.int32, device=device)
+        self.column: Tensor | None = None
+        if bounded and policy.evidence == "column_sums":
+            self.column = torch.zeros(num_bounded, dtype=torch.float32, device=device)
+        groups, start = [], 0
+        for budget in (*bounded, *({max_model_len} & set(self.budgets))):
+            layers = tuple(layer for layer, own in enumerate(self.budgets) if own == budget)
+            group = LayerGroup(
+                self.key,
+                self.value,
+                self.position if budget in bounded else None,
+                self.column if budget in bounded else None,
+                layers=layers,
                 budget=budget,
-                num_slots=num_slots,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                max_model_len=max_model_len,
+                start=start,
+                shape=(len(layers), num_slots, num_kv_heads, capacity[budget]),
                 max_query_len=max_query_len,
                 policy=policy,
-                dtype=dtype,
-                device=device,
             )
-            for budget in dict.fromkeys(self.budgets)
-        )
+            groups.append(group)
+            start += group.num_rows
+        self.groups = tuple(groups)
+        # [L, S, H_kv] first row, bounded layers first
+        self._layer_order = [layer for group in self.groups for layer in group.layers]
+        self._num_bounded_layers = sum(len(group.layers) for group in self.groups if group.is_bounded)
+        self._row_start = torch.cat([group.row_start for group in self.groups])
+        self._budget = torch.tensor([self.budgets[layer] for layer in self._layer_order], device=device)[:, None]
         self.num_tokens = [0] * num_slots
         self.num_pending = [0] * num_slots
         self.next_position = [0] * num_slots
@@ -205,12 +95,36 @@ class DenseStore:
         """Prompt tokens, committed as they come."""
         self.num_tokens[slot] += num_tokens
 
-    def write_pending(self, slot: int, num_tokens: int, first_position: int) -> None:
-        if self.num_pending[slot]:
-            raise ValueError(f"slot {slot} has {self.num_pending[slot]} pending rows; commit or free it first")
-        self.num_pending[slot], self.next_position[slot] = num_tokens, first_position
+    def reserve(
+        self, pending: Sequence[tuple[int, int]], first_positions: Sequence[int], positions: Tensor
+    ) -> dict[int, Tensor]:
+        """Where the pending rows of each (slot, number of rows) go.
 
-    def commit(self, commits: tuple[tuple[int, int], ...]) -> None:
+        Args:
+            first_positions: of the first row of each.
+            positions: [N] of all rows, slot after slot.
+        Returns:
+            layer -> [N * H_kv] rows for `write`. Labels them with their positions; they have no attention mass yet.
+        """
+        facts = [(slot, self.num_tokens[slot], row) for slot, count in pending for row in range(count)]
+        slot, num_tokens, row = torch.tensor(facts, device=self.device).unbind(1)
+        past = torch.minimum(num_tokens, self._budget) + row  # [L, N]
+        rows = self._row_start[:, slot] + past[..., None]  # [L, N, H_kv]
+        if self._num_bounded_layers:
+            bounded = rows[: self._num_bounded_layers]
+            self.position[bounded] = positions.to(torch.int32)[:, None]
+            if self.column is not None:
+                self.column[bounded] = 0.0
+        for (own, count), first in zip(pending, first_positions, strict=True):
+            self.num_pending[own], self.next_position[own] = count, first
+        return dict(zip(self._layer_order, rows.flatten(1).unbind(0), strict=True))
+
+    def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        """key, value [N, H_kv, D] into the rows that `reserve` named."""
+        self.key.index_copy_(0, rows, key.reshape(-1, key.shape[-1]))
+        self.value.index_copy_(0, rows, value.reshape(-1, value.shape[-1]))
+
+    def commit(self, commits: Sequence[tuple[int, int]]) -> None:
         """Accepts the first n pending rows of each (slot, n) and drops its others.
 
         Raises:
@@ -220,29 +134,39 @@ class DenseStore:
             if not 0 <= count <= self.num_pending[slot]:
                 raise ValueError(f"slot {slot}: cannot commit {count} of {self.num_pending[slot]} pending rows")
         accepted = [(slot, count) for slot, count in commits if count]
-        for group in self.groups:
-            if group.is_bounded and accepted:
-                self._commit_bounded(group, accepted)
+        moves = [
+            move for group in self.groups if group.is_bounded and accepted for move in self._evict(group, accepted)
+        ]
+        if moves:
+            target = torch.cat([move[0] for move in moves])
+            source = torch.cat([move[1] for move in moves])
+            for tensor in (self.key, self.value, self.position, self.column):
+                if tensor is not None:
+                    tensor.index_copy_(0, target, tensor[source])
         for slot, count in commits:
             self.num_tokens[slot] += count
             self.num_pending[slot] = 0
 
-    def _commit_bounded(self, group: LayerGroup, accepted: list[tuple[int, int]]) -> None:
-        group.credit(accepted)
-        by_count: dict[int, list[tuple[int, int]]] = {}
+    def _evict(self, group: LayerGroup, accepted: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """(rows to overwrite, pending rows that go there); before that the scores are moved, since they decide."""
+        by_count: dict[int, list[int]] = {}
+        by_excess: dict[int, list[tuple[int, int]]] = {}
         for slot, count in accepted:
-            num_appended = min(count, group.budget - group.rows_after(self.num_tokens[slot]))
-            if count > num_appended:
-                first = self.next_position[slot] + num_appended
-                by_count.setdefault(count - num_appended, []).append((slot, first))
+            by_count.setdefault(count, []).append(slot)
+            excess = group.rows_after(self.num_tokens[slot]) + count - group.budget
+            if excess > 0:
+                by_excess.setdefault(excess, []).append((slot, self.next_position[slot] + count - excess))
         for count, slots in by_count.items():
-            group.overwrite(self.policy, [slot for slot, _ in slots], count, [first for _, first in slots])
+            group.credit(slots, count)
+        return [group.replace(self.policy, full, excess) for excess, full in by_excess.items()]
 
     def release(self, slot: int) -> None:
-        self.num_tokens[slot] = self.num_pending[slot] = self.next_position[slot] = 0
+        self.num_tokens[slot] = self.num_pending[slot] = 0
 
     @property
     def num_bytes(self) -> int:
-        """Sum of unique storages."""
-        storages = [tensor.untyped_storage() for group in self.groups for tensor in group.tensors()]
+        """Sum of unique storages of what holds rows and their scores."""
+        tensors = [self.key, self.value, self.position, self.column]
+        tensors += [tensor for group in self.groups for tensor in (group.pending_column, group.sink_key)]
+        storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

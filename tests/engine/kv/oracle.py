@@ -46,8 +46,8 @@ class Ended:
 
 
 def softmax(score: Array) -> Array:
-    weight = np.exp(score - score.max())
-    return weight / weight.sum()
+    weight = np.exp(score - score.max(axis=-1, keepdims=True))
+    return weight / weight.sum(axis=-1, keepdims=True)
 
 
 class Oracle:
@@ -71,9 +71,10 @@ class Oracle:
         self.heads = [[[Head() for _ in range(num_kv_heads)] for _ in range(num_slots)] for _ in range(num_layers)]
         self.queries: dict[tuple[int, int], list[Array]] = {}
 
-    def rotate(self, x: Array, position: int) -> Array:
+    def rotate(self, x: Array, position: Array) -> Array:
+        """x [..., D], position broadcasts against x without D."""
         half = x.shape[-1] // 2
-        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * position * self.inv_freq)
+        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * position[..., None] * self.inv_freq)
         return np.concatenate((turned.real, turned.imag), axis=-1)
 
     def begin(self, plan: StepPlan) -> None:
@@ -108,40 +109,49 @@ class Oracle:
         starts = plan.query_starts
         for index, slot in enumerate(plan.slots):
             tokens = range(starts[index], starts[index + 1])
+            position = np.array([plan.positions[token] for token in tokens])
             for kv_head, head in enumerate(self.heads[layer][slot]):
                 group = slice(kv_head * self.num_groups, (kv_head + 1) * self.num_groups)
-                for token in tokens:
-                    row = Row(plan.positions[token], k[token, kv_head], v[token, kv_head])
-                    is_prompt = plan.is_prompt[index]
-                    if is_prompt:
-                        head.rows[row.position] = row
-                    else:
-                        head.pending.append(row)
-                    out[token, group] = self.attend(head, q[token, group], row.position, is_prompt)
+                new = [Row(plan.positions[token], k[token, kv_head], v[token, kv_head]) for token in tokens]
+                query = q[tokens.start : tokens.stop, group]
+                if plan.is_prompt[index]:
+                    head.rows.update({row.position: row for row in new})
+                    out[tokens.start : tokens.stop, group], mass = self.attend(
+                        list(head.rows.values()), query, position
+                    )
+                    for row, weight in zip(head.rows.values(), mass.sum(axis=0), strict=True):
+                        row.column += float(weight)
+                    continue
+                head.pending = new
+                for step, token in enumerate(tokens):
+                    rows = [*head.rows.values(), *new[: step + 1]]
+                    assert all(row.position <= plan.positions[token] for row in rows), "causality"
+                    out[token, group], mass = self.attend_output(rows, query[step], position[step])
+                    head.pending_mass.append({row.position: float(w) for row, w in zip(rows, mass, strict=True)})
             if plan.is_prompt[index]:
                 queries = self.queries.setdefault((layer, slot), [])
-                queries.extend(self.rotate(q[token], plan.positions[token]) for token in tokens)
+                queries.extend(self.rotate(q[tokens.start : tokens.stop], position[:, None]))
             if plan.is_prompt_end[index]:
                 self.end_prompt(layer, slot)
         return out
 
-    def attend(self, head: Head, query: Array, position: int, is_prompt: bool) -> Array:
-        """[G, D]; adds the mass of a prompt query at once, keeps that of an output query apart."""
-        rows = sorted([*head.rows.values(), *head.pending], key=lambda row: row.position)
-        assert all(row.position <= position for row in rows), "causality"
-        places = [row.position for row in rows]
-        if self.policy.key_space == "pre_rope" and not is_prompt:
-            places, position = list(range(len(rows))), len(rows) - 1
-        key = np.stack([self.rotate(row.key, place) for row, place in zip(rows, places, strict=True)])
-        value = np.stack([row.value for row in rows])
-        weight = np.stack([softmax(key @ single * self.scale) for single in self.rotate(query, position)])
-        mass = dict(zip([row.position for row in rows], weight.mean(axis=0), strict=True))
-        if is_prompt:
-            for row in rows:
-                row.column += mass[row.position]
-        else:
-            head.pending_mass.append(mass)
-        return weight @ value
+    def attend_output(self, rows: list[Row], query: Array, position: int) -> tuple[Array, Array]:
+        """[G, D] of one query [G, D], and the mass [R] of its rows; by rank where positions are cache-relative."""
+        if self.policy.key_space == "pre_rope":
+            rank = {row.position: rank for rank, row in enumerate(sorted(rows, key=lambda row: row.position))}
+            rows = [Row(rank[row.position], row.key, row.value) for row in rows]
+            position = len(rows) - 1
+        out, mass = self.attend(rows, query[None], np.array([position]))
+        return out[0], mass[0]
+
+    def attend(self, rows: list[Row], query: Array, position: Array) -> tuple[Array, Array]:
+        """[n, G, D] of queries [n, G, D], and the mass [n, R] that each gives to each row."""
+        row_position = np.array([row.position for row in rows])
+        key = self.rotate(np.stack([row.key for row in rows]), row_position)
+        score = self.rotate(query, position[:, None]) @ key.T * self.scale
+        score = np.where((row_position <= position[:, None])[:, None], score, -np.inf)
+        weight = softmax(score)
+        return weight @ np.stack([row.value for row in rows]), weight.mean(axis=1)
 
     def end_prompt(self, layer: int, slot: int) -> None:
         heads, budget = self.heads[layer][slot], self.budgets[layer]
@@ -151,7 +161,7 @@ class Oracle:
         if num_tokens <= budget:
             return
         ended = Ended(
-            key=np.stack([[self.rotate(row.key, row.position) for row in own] for own in rows]),
+            key=self.rotate(np.array([[row.key for row in own] for own in rows]), np.arange(num_tokens)),
             value=np.stack([[row.value for row in own] for own in rows]),
             query=query,
             column=np.array([[row.column for row in own] for own in rows]),
@@ -180,12 +190,12 @@ def streaming_victims(policy: Any, rows: list[Row], count: int, next_position: i
     return sorted(row.position for row in rows if row.position >= policy.num_sink_tokens)[:count]
 
 
-def h2o_kept(policy: Any, column: dict[int, float], budget: int, next_position: int) -> tuple[list[int], list[int]]:
+def h2o_kept(policy: Any, column: dict[int, float], budget: int, num_tokens: int) -> tuple[list[int], list[int]]:
     """(protected, others from best to worst)."""
     recent = max(1, int(budget * policy.recent_fraction + 0.5))
     if policy.score_norm == "query_count":
-        column = {position: mass / (next_position - position) for position, mass in column.items()}
-    protected = [p for p in column if p < policy.num_sink_tokens or p >= next_position - recent]
+        column = {position: mass / (num_tokens - position) for position, mass in column.items()}
+    protected = [p for p in column if p < policy.num_sink_tokens or p >= num_tokens - recent]
     others = {p: mass for p, mass in column.items() if p not in protected}
     return protected, best(others, len(others))
 
@@ -199,7 +209,7 @@ def h2o_select(policy: Any, ended: Ended, budget: int) -> list[list[int]]:
 
 
 def h2o_victims(policy: Any, rows: list[Row], count: int, next_position: int) -> list[int]:
-    _, others = h2o_kept(policy, {row.position: row.column for row in rows}, len(rows), next_position)
+    _, others = h2o_kept(policy, {row.position: row.column for row in rows}, len(rows), next_position + count)
     return others[::-1][:count]
 
 

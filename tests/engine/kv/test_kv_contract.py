@@ -40,7 +40,7 @@ def test_random_traffic_agrees_with_a_dictionary_of_rows(
     num_evicted = 0
     for seed in range(2):
         plans = random_plans(
-            seed, num_steps=60, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN
+            seed, num_steps=50, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN
         )
         attention = make_attention(policy, codec=codec, backend=backend)
         num_evicted += replay(attention, make_oracle(policy, name), plans, seed=seed)

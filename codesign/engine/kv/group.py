@@ -1,0 +1,106 @@
+"""LayerGroup: the layers of a store that keep equally many rows, as views [L, S, H_kv, C] of its tensors."""
+
+import torch
+from torch import Tensor
+
+from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
+from codesign.engine.kv.sinks import SinkKeys
+
+
+class LayerGroup:
+    """Attributes:
+    layers: which layers, in the order of the first dimension.
+    budget: rows kept per KV head; `is_bounded` when prompts are staged and rows are overwritten in place.
+    key, value: [L, S, H_kv, C, D].
+    position: [L, S, H_kv, C] int32.
+    column: [L, S, H_kv, C] fp32, or None.
+    pending_column: [L, S, H_kv, Q, C] fp32: what each pending query looked at, kept apart until it is accepted.
+    row_start: [L, S, H_kv] first row in the store's tensors.
+    """
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor | None,
+        column: Tensor | None,
+        *,
+        layers: tuple[int, ...],
+        budget: int,
+        start: int,
+        shape: tuple[int, int, int, int],
+        max_query_len: int,
+        policy: KVPolicy,
+    ) -> None:
+        self.layers, self.budget, self.is_bounded = layers, budget, position is not None
+        num_layers, num_slots, num_kv_heads, capacity = shape
+        self.num_rows = num_layers * num_slots * num_kv_heads * capacity
+        own = slice(start, start + self.num_rows)
+        device, head_dim = key.device, key.shape[1]
+        self.key, self.value = key[own].view(*shape, head_dim), value[own].view(*shape, head_dim)
+        self.row_start = start + capacity * torch.arange(self.num_rows // capacity, device=device).view(shape[:3])
+        row_is_position = torch.arange(capacity, dtype=torch.int32, device=device).expand(shape)
+        self.position = row_is_position if position is None else position[own].view(shape)
+        self.column = None if column is None else column[own].view(shape)
+        self.pending_column: Tensor | None = None
+        if self.column is not None:
+            self.pending_column = torch.zeros(*shape[:3], max_query_len, capacity, device=device)
+        self.sinks: SinkKeys | None = None
+        if self.is_bounded and policy.key_space == "pre_rope":
+            self.sinks = SinkKeys(self.key, policy.num_sink_tokens)
+
+    @property
+    def sink_key(self) -> Tensor | None:
+        return None if self.sinks is None else self.sinks.key
+
+    def rows_after(self, num_tokens: int) -> int:
+        """Rows that exist per KV head once `num_tokens` tokens are committed."""
+        return min(num_tokens, self.budget)
+
+    def admit(self, index: int, slot: int, prompt: Prompt, kept: Tensor | None) -> None:
+        """Moves a finished prompt into the slot: the rows `kept` [H_kv, K], or all of them."""
+        num_heads, num_tokens, head_dim = prompt.key.shape
+        if kept is None:
+            kept = torch.arange(num_tokens, device=self.key.device).expand(num_heads, -1)
+        num_rows = kept.shape[1]
+        wide = kept[:, :, None].expand(-1, -1, head_dim)
+        self.key[index, slot, :, :num_rows] = prompt.key.gather(1, wide)
+        self.value[index, slot, :, :num_rows] = prompt.value.gather(1, wide)
+        self.position[index, slot, :, :num_rows] = kept
+        if self.column is not None:
+            assert prompt.column_sums is not None
+            self.column[index, slot, :, :num_rows] = prompt.column_sums.gather(1, kept)
+
+    def credit(self, slots: list[int], count: int) -> None:
+        """Adds the attention mass of the first `count` pending queries of each slot to the rows they looked at."""
+        if self.column is None or self.pending_column is None:
+            return
+        index = _index(slots, self.key.device)
+        self.column[:, index] += self.pending_column[:, index, :, :count].sum(dim=3)
+
+    def replace(self, policy: KVPolicy, slots: list[tuple[int, int]], num_new: int) -> tuple[Tensor, Tensor]:
+        """Lets the policy name `num_new` rows per KV head of each full (slot, position of its first new row).
+
+        Returns:
+            rows to overwrite and the pending rows that go there, as rows of the store.
+        """
+        device, num_layers = self.key.device, len(self.layers)
+        index = _index([slot for slot, _ in slots], device)
+        next_position = torch.tensor([position for _, position in slots], device=device)
+        column = None if self.column is None else self.column[:, index, :, : self.budget].flatten(0, 1)
+        rows = Rows(
+            position=self.position[:, index, :, : self.budget].flatten(0, 1),
+            column=column,
+            next_position=next_position.repeat(num_layers),
+        )
+        start = self.row_start[:, index].flatten(0, 1)[..., None]
+        target = start + policy.victims(rows, num_new)
+        source = start + torch.arange(self.budget, self.budget + num_new, device=device)
+        return target.flatten(), source.flatten()
+
+
+def _index(slots: list[int], device: torch.device) -> slice | Tensor:
+    """Neighbouring slots as a slice: views instead of copies."""
+    if slots == list(range(slots[0], slots[-1] + 1)):
+        return slice(slots[0], slots[-1] + 1)
+    return torch.tensor(slots, device=device)

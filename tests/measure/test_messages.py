@@ -1,0 +1,92 @@
+from typing import Any
+
+import pytest
+
+from codesign.measure.channel import ProtocolFault
+from codesign.measure.messages import build_facts, scores, sizes, step_tokens
+
+FACTS: dict[str, Any] = {
+    "resolved": {"a": [1]},
+    "bytes": {"kv": 0},
+    "kernels": {"linear": "x"},
+    "phases": {"load_s": 1},
+}
+
+
+def test_tokens_come_out_as_they_are() -> None:
+    tokens = [["a", 0, ""], ["b", 2**31 - 1, "stop"], ["c", 5, "length"], ["d", 5, "aborted"]]
+
+    assert step_tokens({"tokens": tokens}) == [tuple(entry) for entry in tokens]
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        None,
+        {},
+        "abc",
+        [[]],
+        ["abc"],
+        [["a", 1]],
+        [["a", 1, "", 2]],
+        [[1, 1, ""]],
+        [["a", 1.0, ""]],
+        [["a", True, ""]],
+        [["a", -1, ""]],
+        [["a", 2**31, ""]],
+        [["a", 1, None]],
+        [["a", 1, "done"]],
+        [["a", 1, ""], ["a", "1", ""]],
+    ],
+    ids=repr,
+)
+def test_what_is_not_a_list_of_tokens_is_a_fault(tokens: object) -> None:
+    with pytest.raises(ProtocolFault):
+        step_tokens({"tokens": tokens})
+
+
+def test_facts_come_out_as_they_are() -> None:
+    facts = build_facts({"facts": FACTS})
+
+    assert (facts.resolved, facts.bytes, facts.kernels, facts.phases) == tuple(FACTS.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"resolved": None},
+        {"resolved": {str(number): 0 for number in range(1001)}},
+        {"bytes": []},
+        {"bytes": {"kv": -1}},
+        {"bytes": {"kv": 1.5}},
+        {"bytes": {"kv": True}},
+        {"bytes": {"kv": 2**50 + 1}},
+        {"kernels": {"linear": 1}},
+        {"kernels": {"linear": None}},
+        {"phases": {"load_s": -0.1}},
+        {"phases": {"load_s": "1"}},
+        {"phases": {"load_s": 1e7}},
+        {"phases": {"load_s": True}},
+        {"phases": {"load_s": 10**400}},
+        {"extra": {}},
+    ],
+    ids=lambda change: repr(change)[:40],
+)
+def test_facts_of_a_wrong_shape_are_a_fault(change: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolFault):
+        build_facts({"facts": {**FACTS, **change}})
+
+
+@pytest.mark.parametrize("missing", list(FACTS))
+def test_facts_with_a_part_missing_are_a_fault(missing: str) -> None:
+    with pytest.raises(ProtocolFault):
+        build_facts({"facts": {key: value for key, value in FACTS.items() if key != missing}})
+
+
+def test_sizes_and_scores_are_checked_too() -> None:
+    assert sizes({"event": "memory", "device_bytes": 5}) == {"device_bytes": 5}
+    assert scores({"scores": {"kl": [0.1]}}) == {"kl": [0.1]}
+    with pytest.raises(ProtocolFault):
+        sizes({"event": "memory", "device_bytes": -5})
+    with pytest.raises(ProtocolFault):
+        scores({"scores": [0.1]})
