@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from codesign.results.record import TrialIdentity, TrialRecord
 from codesign.search.folder import open_study
 from codesign.search.inputs import Inputs
@@ -102,3 +104,11 @@ def run_study(
             seed=seed,
         )
         return study.run(limits or Limits(trials=8))
+
+
+def optuna_trials(out: Path, name: str = "study") -> list[optuna.trial.FrozenTrial]:
+    storage = optuna.storages.RDBStorage(f"sqlite:///{out / name / 'study.db'}")
+    trials = optuna.load_study(study_name=name, storage=storage).trials
+    storage.remove_session()
+    storage.engine.dispose()
+    return trials
