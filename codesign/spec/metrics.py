@@ -53,7 +53,7 @@ METRICS: dict[str, Metric] = _table(
 )
 
 STATISTICS_ALLOWED = "a percentile such as p50, p99, p99.9, or mean, max"
-STATISTIC = re.compile(r"p(?!0+(\.0*)?$)\d{1,2}(\.\d{1,2})?|mean|max")
+STATISTIC = re.compile(r"p(?!0+(\.0*)?$)[0-9]{1,2}(\.[0-9]{1,2})?|mean|max")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from tests.search.kill_runner import CRASH_POINTS
 from tests.search.test_study import optuna_trials
 
 ROOT = Path(__file__).parents[2]
-NUM_RANDOM_KILLS = 40
+NUM_RANDOM_KILLS = 25
 
 
 class Runner:
@@ -148,7 +148,7 @@ def test_searches_killed_at_random_moments_lose_double_and_leave_nothing(runner:
     resumed_s = time.monotonic() - began_s
 
     assert (done, nothing_to_do) == (0, 0)
-    assert killed >= 10
+    assert killed >= 8
     assert resumed_s < 5
     records, _ = read_records(tmp_path / "study" / "trials")
     check_study(tmp_path, runner.acked, 4 + NUM_RANDOM_KILLS)

@@ -88,21 +88,23 @@ class Call:
 def cut(spans: Sequence[Span], *, num_groups: int, dtype: torch.dtype, device: torch.device) -> tuple[Call, ...]:
     """The calls of a step, in packed order."""
     runs: list[list[Span]] = []
+    longest = total = 0
     for span in spans:
-        if runs and _may_join(runs[-1], span):
-            runs[-1].append(span)
-        else:
-            runs.append([span])
+        rows = span.num_rows
+        if runs and _are_neighbours(runs[-1][-1], span):
+            padding = max(longest, rows) * (len(runs[-1]) + 1) - total - rows
+            if padding <= max(_MAX_PADDING * (total + rows), _CHEAP_ROWS):
+                runs[-1].append(span)
+                longest, total = max(longest, rows), total + rows
+                continue
+        runs.append([span])
+        longest = total = rows
     return tuple(_call(run, num_groups, dtype, device) for run in runs)
 
 
-def _may_join(run: list[Span], span: Span) -> bool:
-    last = run[-1]
-    if span.is_prompt or last.is_prompt or span.num_queries != last.num_queries or span.slot != last.slot + 1:
-        return False
-    rows = [member.num_rows for member in run] + [span.num_rows]
-    padding = max(rows) * len(rows) - sum(rows)
-    return padding <= max(_MAX_PADDING * sum(rows), _CHEAP_ROWS)
+def _are_neighbours(last: Span, span: Span) -> bool:
+    is_output = not (span.is_prompt or last.is_prompt)
+    return is_output and span.slot == last.slot + 1 and span.num_queries == last.num_queries
 
 
 def _call(run: list[Span], num_groups: int, dtype: torch.dtype, device: torch.device) -> Call:

@@ -71,14 +71,12 @@ class LayerGroup:
             assert prompt.column_sums is not None
             self.column[index, slot, :, :num_rows] = prompt.column_sums.gather(1, kept)
 
-    def credit(self, accepted: list[tuple[int, int]]) -> None:
-        """Adds the attention mass of the first n pending queries of each (slot, n) to the rows they looked at."""
+    def credit(self, slots: list[int], count: int) -> None:
+        """Adds the attention mass of the first `count` pending queries of each slot to the rows they looked at."""
         if self.column is None or self.pending_column is None:
             return
-        slots, counts = torch.tensor(accepted, device=self.key.device).unbind(1)
-        pending = self.pending_column[:, slots]
-        is_accepted = torch.arange(pending.shape[3], device=self.key.device) < counts[:, None]
-        self.column[:, slots] += (pending * is_accepted[None, :, None, :, None]).sum(dim=3)
+        index = _index(slots, self.key.device)
+        self.column[:, index] += self.pending_column[:, index, :, :count].sum(dim=3)
 
     def replace(self, policy: KVPolicy, slots: list[tuple[int, int]], num_new: int) -> tuple[Tensor, Tensor]:
         """Lets the policy name `num_new` rows per KV head of each full (slot, position of its first new row).
@@ -87,7 +85,8 @@ class LayerGroup:
             rows to overwrite and the pending rows that go there, as rows of the store.
         """
         device, num_layers = self.key.device, len(self.layers)
-        index, next_position = torch.tensor(slots, device=device).unbind(1)
+        index = _index([slot for slot, _ in slots], device)
+        next_position = torch.tensor([position for _, position in slots], device=device)
         column = None if self.column is None else self.column[:, index, :, : self.budget].flatten(0, 1)
         rows = Rows(
             position=self.position[:, index, :, : self.budget].flatten(0, 1),
@@ -98,3 +97,10 @@ class LayerGroup:
         target = start + policy.victims(rows, num_new)
         source = start + torch.arange(self.budget, self.budget + num_new, device=device)
         return target.flatten(), source.flatten()
+
+
+def _index(slots: list[int], device: torch.device) -> slice | Tensor:
+    """Neighbouring slots as a slice: views instead of copies."""
+    if slots == list(range(slots[0], slots[-1] + 1)):
+        return slice(slots[0], slots[-1] + 1)
+    return torch.tensor(slots, device=device)

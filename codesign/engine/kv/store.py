@@ -109,16 +109,15 @@ class DenseStore:
         facts = [(slot, self.num_tokens[slot], row) for slot, count in pending for row in range(count)]
         slot, num_tokens, row = torch.tensor(facts, device=self.device).unbind(1)
         past = torch.minimum(num_tokens, self._budget) + row  # [L, N]
-        rows = (self._row_start[:, slot] + past[..., None]).flatten(1)
+        rows = self._row_start[:, slot] + past[..., None]  # [L, N, H_kv]
         if self._num_bounded_layers:
             bounded = rows[: self._num_bounded_layers]
-            labels = positions.to(torch.int32).repeat_interleave(self._row_start.shape[2]).expand_as(bounded)
-            self.position[bounded] = labels
+            self.position[bounded] = positions.to(torch.int32)[:, None]
             if self.column is not None:
                 self.column[bounded] = 0.0
         for (own, count), first in zip(pending, first_positions, strict=True):
             self.num_pending[own], self.next_position[own] = count, first
-        return dict(zip(self._layer_order, rows.unbind(0), strict=True))
+        return dict(zip(self._layer_order, rows.flatten(1).unbind(0), strict=True))
 
     def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
         """key, value [N, H_kv, D] into the rows that `reserve` named."""
@@ -150,14 +149,16 @@ class DenseStore:
 
     def _evict(self, group: LayerGroup, accepted: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
         """(rows to overwrite, pending rows that go there); before that the scores are moved, since they decide."""
-        group.credit(accepted)
-        full: dict[int, list[tuple[int, int]]] = {}
+        by_count: dict[int, list[int]] = {}
+        by_excess: dict[int, list[tuple[int, int]]] = {}
         for slot, count in accepted:
-            num_appended = min(count, group.budget - group.rows_after(self.num_tokens[slot]))
-            if count > num_appended:
-                first = self.next_position[slot] + num_appended
-                full.setdefault(count - num_appended, []).append((slot, first))
-        return [group.replace(self.policy, slots, count) for count, slots in full.items()]
+            by_count.setdefault(count, []).append(slot)
+            excess = group.rows_after(self.num_tokens[slot]) + count - group.budget
+            if excess > 0:
+                by_excess.setdefault(excess, []).append((slot, self.next_position[slot] + count - excess))
+        for count, slots in by_count.items():
+            group.credit(slots, count)
+        return [group.replace(self.policy, full, excess) for excess, full in by_excess.items()]
 
     def release(self, slot: int) -> None:
         self.num_tokens[slot] = self.num_pending[slot] = 0

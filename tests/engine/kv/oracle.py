@@ -190,12 +190,12 @@ def streaming_victims(policy: Any, rows: list[Row], count: int, next_position: i
     return sorted(row.position for row in rows if row.position >= policy.num_sink_tokens)[:count]
 
 
-def h2o_kept(policy: Any, column: dict[int, float], budget: int, next_position: int) -> tuple[list[int], list[int]]:
+def h2o_kept(policy: Any, column: dict[int, float], budget: int, num_tokens: int) -> tuple[list[int], list[int]]:
     """(protected, others from best to worst)."""
     recent = max(1, int(budget * policy.recent_fraction + 0.5))
     if policy.score_norm == "query_count":
-        column = {position: mass / (next_position - position) for position, mass in column.items()}
-    protected = [p for p in column if p < policy.num_sink_tokens or p >= next_position - recent]
+        column = {position: mass / (num_tokens - position) for position, mass in column.items()}
+    protected = [p for p in column if p < policy.num_sink_tokens or p >= num_tokens - recent]
     others = {p: mass for p, mass in column.items() if p not in protected}
     return protected, best(others, len(others))
 
@@ -209,7 +209,7 @@ def h2o_select(policy: Any, ended: Ended, budget: int) -> list[list[int]]:
 
 
 def h2o_victims(policy: Any, rows: list[Row], count: int, next_position: int) -> list[int]:
-    _, others = h2o_kept(policy, {row.position: row.column for row in rows}, len(rows), next_position)
+    _, others = h2o_kept(policy, {row.position: row.column for row in rows}, len(rows), next_position + count)
     return others[::-1][:count]
 
 

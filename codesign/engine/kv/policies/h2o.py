@@ -42,7 +42,7 @@ class H2O(KVPolicy):
     def __post_init__(self) -> None:
         check_kv_budget(self.kv_budget)
         check_tokens("num_sink_tokens", self.num_sink_tokens)
-        if isinstance(self.recent_fraction, bool) or not 0 < self.recent_fraction < 1:
+        if not isinstance(self.recent_fraction, float) or not 0 < self.recent_fraction < 1:
             raise ValueError(f"recent_fraction must be between 0 and 1, both excluded, got {self.recent_fraction!r}")
         if self.score_norm not in get_args(ScoreNorm):
             raise ValueError(f"score_norm must be one of {', '.join(get_args(ScoreNorm))}, got {self.score_norm!r}")
@@ -68,12 +68,13 @@ class H2O(KVPolicy):
 
     def victims(self, rows: Rows, num_victims: int) -> Tensor:
         assert rows.column is not None
-        score = self._score(rows.column, rows.position, rows.next_position[:, None, None], rows.position.shape[-1])
+        num_tokens = rows.next_position[:, None, None] + num_victims  # the new rows are the newest of the window
+        score = self._score(rows.column, rows.position, num_tokens, rows.position.shape[-1])
         return score.topk(num_victims, largest=False).indices
 
-    def _score(self, column: Tensor, position: Tensor, next_position: Tensor | int, budget: int) -> Tensor:
+    def _score(self, column: Tensor, position: Tensor, num_tokens: Tensor | int, budget: int) -> Tensor:
         """Higher is kept; protected rows score +inf."""
         if self.score_norm == "query_count":
-            column = column / (next_position - position)
-        is_recent = position >= next_position - self.recent_tokens(budget)
+            column = column / (num_tokens - position)
+        is_recent = position >= num_tokens - self.recent_tokens(budget)
         return column.masked_fill((position < self.num_sink_tokens) | is_recent, float("inf"))

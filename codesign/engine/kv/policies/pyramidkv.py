@@ -51,7 +51,7 @@ class PyramidKV(KVPolicy):
         check_tokens("num_sink_tokens", self.num_sink_tokens)
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
-        if isinstance(self.beta, bool) or not 1 <= self.beta < float("inf"):
+        if not isinstance(self.beta, int | float) or isinstance(self.beta, bool) or not 1 <= self.beta < float("inf"):
             raise ValueError(f"beta must be a number of at least 1, got {self.beta!r}")
 
     def budgets(self, *, num_layers: int, max_model_len: int) -> tuple[int, ...]:

@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codesign.engine.kv.policies.pyramidkv import PyramidKV
+from codesign.engine.kv.policy import Prompt, Rows
+
+
+@given(
+    num_layers=st.integers(1, 48),
+    window=st.integers(1, 64),
+    sinks=st.integers(0, 8),
+    extra=st.integers(1, 3000),
+    room=st.integers(0, 3000),
+    beta=st.one_of(st.integers(1, 60), st.floats(1, 60)),
+)
+def test_budgets_sum_exactly_decline_and_stay_within_their_limits(
+    num_layers: int, window: int, sinks: int, extra: int, room: int, beta: float
+) -> None:
+    kv_budget = window + sinks + extra
+    max_model_len = kv_budget + room
+    policy = PyramidKV(kv_budget=kv_budget, window_tokens=window, num_sink_tokens=sinks, beta=beta)
+
+    budgets = policy.budgets(num_layers=num_layers, max_model_len=max_model_len)
+
+    assert sum(budgets) == num_layers * kv_budget
+    assert all(window + sinks < budget <= max_model_len for budget in budgets)
+    assert list(budgets) == sorted(budgets, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("kv_budget", "window", "max_model_len", "first", "last"),
+    [
+        (128, 8, 8192, 242, 14),  # released code: 242 .. 25, whose mean is 133.5
+        (128, 32, 8192, 219, 37),  # released code: 220 .. 65, whose mean is 142.5; w + c/beta = 36.8
+        (2048, 32, 8192, 3963, 133),
+    ],
+)
+def test_a_deep_model_gets_the_pyramid_of_the_paper_with_the_nominal_mean(
+    kv_budget: int, window: int, max_model_len: int, first: int, last: int
+) -> None:
+    policy = PyramidKV(kv_budget=kv_budget, window_tokens=window, beta=20)
+
+    budgets = policy.budgets(num_layers=32, max_model_len=max_model_len)
+
+    assert (budgets[0], budgets[-1]) == (first, last)
+    assert sum(budgets) / 32 == kv_budget
+
+
+@pytest.mark.parametrize("kv_budget", [0.12, 0.25, 1024, 983])
+def test_small_budgets_never_become_uniform(kv_budget: int | float) -> None:
+    """kvpress falls back to equal budgets below beta x window = 1280 kept tokens, without a word."""
+    budgets = PyramidKV(kv_budget=kv_budget).budgets(num_layers=32, max_model_len=8192)
+
+    assert budgets[0] > 1.8 * budgets[-1]
+
+
+def test_beta_one_is_flat() -> None:
+    assert set(PyramidKV(kv_budget=100, beta=1).budgets(num_layers=7, max_model_len=512)) == {100}
+
+
+def test_a_prompt_too_short_for_the_first_layers_gives_their_mass_to_the_others() -> None:
+    budgets = PyramidKV(kv_budget=100, window_tokens=8, beta=20).budgets(num_layers=8, max_model_len=120)
+
+    assert budgets[0] == 120 and sum(budgets) == 800
+
+
+def snapkv_prompt(num_tokens: int, window: int, *, num_groups: int = 2, seed: int = 0) -> tuple[Prompt, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    key = torch.randn(2, num_tokens, 8, generator=generator)
+    query = torch.randn(2 * num_groups, window, 8, generator=generator)
+    return Prompt(key=key, value=key, window_query=query, column_sums=None, scale=0.7), query
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_selection_agrees_with_a_slow_oracle(kernel_size: int) -> None:
+    num_tokens, window, budget, sinks = 60, 6, 24, 3
+    policy = PyramidKV(kv_budget=budget, window_tokens=window, kernel_size=kernel_size, num_sink_tokens=sinks, beta=1)
+    prompt, query = snapkv_prompt(num_tokens, window)
+
+    kept = policy.select(prompt, budget)
+
+    for head in range(2):
+        received = np.zeros(num_tokens - window)
+        for member in (2 * head, 2 * head + 1):
+            for step in range(window):
+                seen = num_tokens - window + step + 1
+                score = (prompt.key[head, :seen].double() @ query[member, step].double() * 0.7).numpy()
+                weight = np.exp(score) / np.exp(score).sum()
+                received += weight[: num_tokens - window]
+        half = kernel_size // 2
+        padded = np.pad(received, half)
+        pooled = [padded[row : row + kernel_size].mean() for row in range(len(received))]
+        ranked = sorted(range(sinks, num_tokens - window), key=lambda row, pooled=pooled: -pooled[row])
+        chosen = {*range(sinks), *range(num_tokens - window, num_tokens), *ranked[: budget - window - sinks]}
+        assert kept[head].tolist() == sorted(chosen)
+
+
+def test_output_tokens_live_in_the_window_and_the_selected_prompt_rows_stay() -> None:
+    policy = PyramidKV(kv_budget=8, window_tokens=3, num_sink_tokens=1, kernel_size=1, beta=1)
+    position = torch.tensor([[[0, 7, 9, 21, 40, 57, 58, 59]]], dtype=torch.int32)
+    for new in range(60, 75):
+        rows = Rows(position=position, column=None, next_position=torch.tensor([new]))
+        position.scatter_(2, policy.victims(rows, 1), new)
+
+    assert sorted(position.flatten().tolist()) == [0, 7, 9, 21, 40, 72, 73, 74]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"beta": 0.5}, "beta must be a number of at least 1"),
+        ({"beta": float("nan")}, "beta"),
+        ({"beta": "steep"}, "beta"),
+        ({"kernel_size": 4}, "odd"),
+        ({"window_tokens": 0}, "window_tokens"),
+    ],
+)
+def test_wrong_knobs_are_refused_with_what_is_allowed(knobs: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        PyramidKV(**knobs)  # type: ignore[arg-type]

@@ -1,0 +1,105 @@
+"""The classic mistakes of KV eviction, planted one at a time: the replay beside the oracle must notice each."""
+
+import dataclasses
+
+import pytest
+from random_plans import random_plans
+from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_SLOTS, make_attention, make_oracle, replay
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from codesign.engine.attention.layer import Attention
+from codesign.engine.batch import Batch
+from codesign.engine.kv.group import LayerGroup
+from codesign.engine.kv.policies import pyramidkv
+from codesign.engine.kv.policies.h2o import H2O
+from codesign.engine.kv.policies.pyramidkv import PyramidKV
+from codesign.engine.kv.policies.streaming_llm import StreamingLLM
+from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
+from codesign.engine.kv.sinks import SinkKeys
+
+H2O_POLICY = H2O(kv_budget=12, num_sink_tokens=2)
+PYRAMID_POLICY = PyramidKV(kv_budget=16, window_tokens=4, num_sink_tokens=2, kernel_size=3, beta=4)
+STREAMING_POLICY = StreamingLLM(kv_budget=9)
+
+
+def traffic(
+    policy: KVPolicy, name: str, *, oracle_policy: KVPolicy | None = None, cls: type[Attention] = Attention
+) -> None:
+    plans = random_plans(0, num_steps=40, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN)
+    replay(make_attention(policy, cls=cls), make_oracle(oracle_policy or policy, name), plans)
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"), [(H2O_POLICY, "h2o"), (PYRAMID_POLICY, "pyramidkv"), (STREAMING_POLICY, "streaming_llm")]
+)
+def test_without_a_planted_bug_the_replay_agrees(policy: KVPolicy, name: str) -> None:
+    traffic(policy, name)
+
+
+def test_positions_renumbered_after_eviction_are_noticed() -> None:
+    class Renumbered(Attention):
+        def begin(self, batch: Batch) -> None:
+            positions = batch.positions.clone().clamp_(max=self.kv_budget_tokens[0])
+            super().begin(dataclasses.replace(batch, positions=positions))
+
+    with pytest.raises(AssertionError):
+        traffic(H2O_POLICY, "h2o", cls=Renumbered)
+
+
+def test_one_set_of_rows_for_all_heads_is_noticed() -> None:
+    class Shared(H2O):
+        def select(self, prompt: Prompt, num_rows: int) -> Tensor:
+            return super().select(prompt, num_rows)[:1].expand(prompt.key.shape[0], -1)
+
+    with pytest.raises(AssertionError):
+        traffic(Shared(kv_budget=12, num_sink_tokens=2), "h2o")
+
+
+def test_eviction_without_a_recent_window_is_noticed() -> None:
+    class Unprotected(H2O):
+        def recent_tokens(self, budget: int) -> int:
+            return 0
+
+    with pytest.raises(AssertionError):
+        traffic(Unprotected(kv_budget=12, num_sink_tokens=2), "h2o", oracle_policy=H2O_POLICY)
+
+
+def test_scores_of_rejected_queries_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    credit = LayerGroup.credit
+
+    def credit_all(self: LayerGroup, slots: list[int], count: int) -> None:
+        credit(self, slots, MAX_QUERY_LEN)
+
+    monkeypatch.setattr(LayerGroup, "credit", credit_all)
+
+    with pytest.raises(AssertionError):
+        traffic(H2O_POLICY, "h2o")
+
+
+def test_pooling_before_the_softmax_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pooled_first(window_query: Tensor, key: Tensor, *, scale: float, kernel_size: int) -> Tensor:
+        pooled = avg_pool1d(key.mT, kernel_size, stride=1, padding=kernel_size // 2).mT
+        return right(window_query, pooled, scale=scale, kernel_size=1)
+
+    right = pyramidkv.snapkv_scores
+    monkeypatch.setattr(pyramidkv, "snapkv_scores", pooled_first)
+
+    with pytest.raises(AssertionError):
+        traffic(PYRAMID_POLICY, "pyramidkv")
+
+
+def test_sinks_at_their_true_distance_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SinkKeys, "turn", lambda *_: None)
+
+    with pytest.raises(AssertionError):
+        traffic(STREAMING_POLICY, "streaming_llm")
+
+
+def test_new_rows_as_victims_are_noticed() -> None:
+    class Newest(StreamingLLM):
+        def victims(self, rows: Rows, num_victims: int) -> Tensor:
+            return rows.position.topk(num_victims).indices
+
+    with pytest.raises(AssertionError):
+        traffic(Newest(kv_budget=9), "streaming_llm")

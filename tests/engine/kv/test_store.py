@@ -1,0 +1,226 @@
+"""Bytes, staging, rules of plans, and what a policy that keeps everything must equal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from codesign.engine.attention.layer import Attention
+from codesign.engine.attention.rope import Rope
+from codesign.engine.batch import Batch
+from codesign.engine.kv.policies.full import Full
+from codesign.engine.kv.policies.h2o import H2O
+from codesign.engine.kv.policies.pyramidkv import PyramidKV
+from codesign.engine.kv.policies.streaming_llm import StreamingLLM
+from codesign.engine.kv.policy import KVPolicy
+from codesign.engine.step import StepPlan, decode_plan
+from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES
+
+CPU = torch.device("cpu")
+NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, HEAD_DIM = 4, 2, 3, 16
+BOUNDED = [name for name in KV_POLICIES.names() if "kv_budget" in KV_POLICIES.knobs(name)]
+
+
+def make(
+    policy: KVPolicy,
+    *,
+    backend: str = "sdpa",
+    num_slots: int = 2,
+    max_model_len: int = 64,
+    max_query_len: int = 1,
+    head_dim: int = HEAD_DIM,
+    dtype: torch.dtype = torch.float32,
+) -> Attention:
+    return Attention(
+        num_layers=NUM_LAYERS,
+        num_heads=NUM_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        rope=Rope(1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)),
+        policy=policy,
+        codec=KV_CODECS.create("native"),
+        backend=ATTENTION.create(backend),
+        num_slots=num_slots,
+        max_model_len=max_model_len,
+        max_query_len=max_query_len,
+        dtype=dtype,
+        device=CPU,
+    )
+
+
+def chunk(slot: int, first: int, length: int, *, is_end: bool, frees: Sequence[int] = ()) -> StepPlan:
+    return StepPlan(
+        frees=tuple(frees),
+        slots=(slot,),
+        query_lens=(length,),
+        token_ids=(0,) * length,
+        positions=tuple(range(first, first + length)),
+        is_prompt=(True,),
+        is_prompt_end=(is_end,),
+    )
+
+
+def run(attention: Attention, plan: StepPlan, seed: int = 0) -> torch.Tensor:
+    """[L, N, H, D]; the token at a position has the same q, k, v in every run with the same seed."""
+    batch, outs = Batch.of(plan, CPU), []
+    attention.begin(batch)
+    for layer in range(NUM_LAYERS):
+        rows = [tokens(layer, position, seed, attention) for position in plan.positions]
+        q, k, v = (torch.stack(part) for part in zip(*rows, strict=True))
+        outs.append(attention(layer, q, k, v, batch))
+    attention.end(batch)
+    return torch.stack(outs)
+
+
+def tokens(layer: int, position: int, seed: int, attention: Attention) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer * 10_007 + position)
+    group = attention.store.groups[0]
+    head_dim, dtype = group.key.shape[-1], group.key.dtype
+    both = torch.randn(NUM_HEADS + 2 * NUM_KV_HEADS, head_dim, generator=generator).to(dtype)
+    return both[:NUM_HEADS], both[NUM_HEADS:-NUM_KV_HEADS], both[-NUM_KV_HEADS:]
+
+
+def generate(attention: Attention, chunks: Sequence[int], num_output: int) -> torch.Tensor:
+    """[L, prompt + output, H, D] of one sequence in slot 0."""
+    outs, first = [], 0
+    for index, length in enumerate(chunks):
+        outs.append(run(attention, chunk(0, first, length, is_end=index == len(chunks) - 1)))
+        first += length
+    for step in range(num_output):
+        outs.append(run(attention, decode_plan([0], [0], [first + step], commits=[(0, 1)] if step else ())))
+    return torch.cat(outs, dim=1)
+
+
+@pytest.mark.parametrize("backend", ATTENTION.names())
+@pytest.mark.parametrize("kv_budget", [64, 1.0, 60])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_policy_that_keeps_everything_equals_full_bit_for_bit(
+    name: str, kv_budget: int | float, backend: str
+) -> None:
+    """Also where it would evict later: at 60 of 64 tokens the prompt is staged, admitted and never cut."""
+    knobs: dict[str, Any] = {"beta": 1} if name == "pyramidkv" else {}
+    keep_all = make(KV_POLICIES.create(name, kv_budget=kv_budget, **knobs), backend=backend)
+    full = make(Full(), backend=backend)
+
+    assert torch.equal(generate(keep_all, [20, 17], 20), generate(full, [20, 17], 20))
+
+
+@pytest.mark.parametrize("chunks", [[50], [49, 1], [1] * 50, [20, 3, 27], [7] * 7 + [1]])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        StreamingLLM(kv_budget=12),
+        H2O(kv_budget=12, num_sink_tokens=1),
+        PyramidKV(kv_budget=20, window_tokens=8, num_sink_tokens=1, beta=3),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_any_chunking_of_the_prompt_keeps_the_same_rows(policy: KVPolicy, chunks: list[int]) -> None:
+    """A last chunk shorter than the window included."""
+    whole, parts = make(policy), make(policy)
+    expected, out = generate(whole, [50], 3), generate(parts, chunks, 3)
+
+    for group, other in zip(whole.store.groups, parts.store.groups, strict=True):
+        assert torch.equal(group.position, other.position)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [StreamingLLM(kv_budget=0.1), H2O(kv_budget=0.1), PyramidKV(kv_budget=0.1)],
+    ids=lambda policy: type(policy).__name__,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tenth_of_the_rows_is_little_more_than_a_tenth_of_the_bytes(policy: KVPolicy, dtype: torch.dtype) -> None:
+    shape: dict[str, Any] = {"max_model_len": 2048, "head_dim": 64, "dtype": dtype}
+    full, small = make(Full(), **shape), make(policy, **shape)
+
+    assert full.kv_bytes == 2 * NUM_LAYERS * 2 * NUM_KV_HEADS * 2048 * 64 * dtype.itemsize
+    assert small.kv_bytes <= 0.13 * full.kv_bytes
+
+
+def test_staged_prompts_are_counted_and_freed() -> None:
+    attention = make(H2O(kv_budget=10, num_sink_tokens=0))
+    before = attention.kv_bytes
+    run(attention, chunk(0, 0, 30, is_end=False))
+    rows = 2 * NUM_LAYERS * NUM_KV_HEADS * 30 * HEAD_DIM * 4
+
+    assert rows <= attention.staging_bytes < 2 * rows
+    run(attention, chunk(0, 30, 8, is_end=True))
+    assert attention.staging_bytes == 0
+    assert attention.kv_bytes == before
+
+
+def test_freeing_a_slot_in_the_middle_of_its_prompt_drops_what_was_staged() -> None:
+    attention = make(H2O(kv_budget=10, num_sink_tokens=0))
+    run(attention, chunk(0, 0, 30, is_end=False))
+    run(attention, chunk(1, 0, 5, is_end=True, frees=[0]))
+
+    assert attention.staging_bytes == 0
+
+
+def test_an_unbounded_layer_stages_nothing() -> None:
+    attention = make(Full())
+    run(attention, chunk(0, 0, 30, is_end=False))
+
+    assert attention.staging_bytes == 0
+
+
+def test_a_reused_slot_shows_nothing_of_the_sequence_before() -> None:
+    for policy in (Full(), StreamingLLM(kv_budget=9), H2O(kv_budget=9, num_sink_tokens=0)):
+        used, fresh = make(policy), make(policy)
+        generate(used, [40], 12)
+        run(used, chunk(1, 0, 3, is_end=True, frees=[0]))
+        run(fresh, chunk(1, 0, 3, is_end=True))
+
+        assert torch.equal(generate(used, [6], 20), generate(fresh, [6], 20))
+
+
+def test_streaming_output_does_not_depend_on_how_far_away_the_sinks_really_are() -> None:
+    """The same sinks and the same newest tokens 8 and 24 positions later: same cache distances, same output."""
+    near, far = make(StreamingLLM(kv_budget=12, num_sink_tokens=4)), make(StreamingLLM(kv_budget=12, num_sink_tokens=4))
+    outs = []
+    for attention, gap in ((near, 8), (far, 24)):
+        num_tokens = 4 + gap + 8
+        shared = [*range(4), *[1000 + index for index in range(gap)], *range(100, 108)]
+        batch = Batch.of(chunk(0, 0, num_tokens, is_end=True), CPU)
+        attention.begin(batch)
+        for layer in range(NUM_LAYERS):
+            q, k, v = (
+                torch.stack(part)
+                for part in zip(*[tokens(layer, label, 0, attention) for label in shared], strict=True)
+            )
+            attention(layer, q, k, v, batch)
+        attention.end(batch)
+        batch = Batch.of(decode_plan([0], [0], [num_tokens]), CPU)
+        attention.begin(batch)
+        q, k, v = (part[None] for part in tokens(0, 200, 0, attention))
+        outs.append(attention(0, q, k, v, batch))
+
+    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (decode_plan([0], [0], [8]), "commit or free"),
+        (decode_plan([0], [0], [9], commits=[(0, 2)]), "cannot commit 2 of 1"),
+        (decode_plan([0], [0], [9], commits=[(0, -1)]), "cannot commit -1"),
+        (decode_plan([0], [0], [12], commits=[(0, 1)]), "position 12 after 9"),
+        (chunk(1, 0, 65, is_end=True), "more than max_model_len = 64"),
+    ],
+)
+def test_a_plan_that_breaks_the_rules_is_refused(plan: StepPlan, said: str) -> None:
+    attention = make(Full())
+    run(attention, chunk(0, 0, 8, is_end=True))
+    run(attention, decode_plan([0], [0], [8]))
+
+    with pytest.raises(ValueError, match=said):
+        attention.begin(Batch.of(plan, CPU))
+
+
+def test_a_budget_that_cannot_hold_what_one_step_commits_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 can be evicted; a step can commit 5"):
+        make(StreamingLLM(kv_budget=6, num_sink_tokens=4), max_query_len=5)
