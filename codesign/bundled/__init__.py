@@ -1,7 +1,7 @@
 """A small trained model pair that ships with the package: a target, its draft, and texts to judge them on.
 
-Only paths and texts here, nothing heavy: every stage may import this package. The recipe that made the files is beside it
-(`corpus`, `tokenizer`, `train`, `distill`, `evaluate`) and needs torch.
+Only paths and texts here, nothing heavy: every stage may import this package. The recipe that made the files is
+beside it (`corpus`, `tokenizer`, `train`, `distill`, `evaluate`) and needs torch.
 """
 
 import json

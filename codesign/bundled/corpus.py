@@ -1,9 +1,10 @@
 """The text that the bundled models are trained and judged on: the Python standard library's own sources.
 
-    stdlib .py files (tests included) + pydoc topics -> split by the hash of the name -> near-duplicates of held-out files dropped
+    stdlib .py files (tests included), pydoc topics -> split by hash of the name -> near-duplicates of held-out dropped
 
-Every file's fate is written to `data/files.json` (name, sha256, bytes, split), so the training text can be rebuilt from the same
-Python release and nothing else; the calibration and held-out texts ship beside it because users of other releases need them too.
+Every file's fate is written to `data/files.json` (name, sha256, bytes, split), so the training text can be rebuilt
+from the same Python release and nothing else; the calibration and held-out texts ship beside it because users of
+other releases need them too.
 
     python -m codesign.bundled.corpus        rewrites data/ from this interpreter's standard library
 """
@@ -39,11 +40,11 @@ class FileEntry:
 
 
 def stdlib_documents(root: Path | None = None) -> list[Document]:
-    """Every text of this interpreter's standard library, sorted by name: files relative to the library's folder, and pydoc topics.
+    """Every text of this interpreter's standard library, sorted by name: its files, and pydoc topics.
 
-    Left out: installed packages, files that are not UTF-8 (the parser's own bad examples), the 8-bit codec tables of `encodings/`
-    (a megabyte of hexadecimal), the inputs of lib2to3's tests (copies of other files), the build's own settings (they differ
-    from machine to machine), and files under 200 bytes.
+    Left out: installed packages, files that are not UTF-8 (the parser's own bad examples), the 8-bit codec tables of
+    `encodings/` (a megabyte of hexadecimal), the inputs of lib2to3's tests (copies of other files), the build's own
+    settings (they differ from machine to machine), and files under 200 bytes.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     return sorted([*_python_files(root), *_topics()], key=lambda document: document.name)
@@ -87,7 +88,10 @@ def overlap(one: set[int], other: set[int]) -> float:
 
 
 def split(documents: list[Document]) -> dict[str, str]:
-    """Name -> split. Held-out and calibration files are the first by hash of their name; what resembles one of them is dropped."""
+    """Name -> split. Held-out and calibration files are the first by hash of their name.
+
+    What resembles a held-out file is dropped.
+    """
     by_hash = sorted(documents, key=lambda d: hashlib.sha256(f"codesign:{d.name}".encode()).digest())
     splits: dict[str, str] = {}
     shipped: list[tuple[str, set[int]]] = []
@@ -157,8 +161,8 @@ def train_texts(documents: Iterable[Document] | None = None) -> list[str]:
         if text is None or hashlib.sha256(text.encode()).hexdigest() != entry.sha256:
             trained_on = json.loads((DATA / "files.json").read_text())["python"]
             raise LookupError(
-                f"{entry.name}: not the file that the bundled model was trained on; the training text needs the standard library of"
-                f" Python {trained_on}, this is {platform.python_version()}"
+                f"{entry.name}: not the file that the bundled model was trained on; the training text needs the"
+                f" standard library of Python {trained_on}, this is {platform.python_version()}"
             )
         texts.append(text)
     return texts

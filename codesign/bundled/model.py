@@ -1,7 +1,7 @@
-"""The Llama architecture in one screen, for training the pair and for timing it on its own; the engine has its own model code.
+"""The Llama architecture, small, for training the pair and timing it on its own; the engine has its own model code.
 
-Parameter names are Hugging Face's, so a checkpoint is the state dict in bf16. Shapes: B sequences, T tokens, C hidden size, H query
-heads, K KV heads, D head size, V vocabulary.
+Parameter names are Hugging Face's, so a checkpoint is the state dict in bf16. Shapes: B sequences, T tokens, C hidden
+size, H query heads, K KV heads, D head size, V vocabulary.
 """
 
 import json
@@ -40,8 +40,8 @@ TARGET = Shape(
     intermediate_size=256,
     tie_word_embeddings=False,
 )
-"""Deep and thin, with a vocabulary matrix at each end: on two CPU cores the body's products are what training costs, and a draft of
-two layers costs about two tenths of a step."""
+"""Deep and thin, with a vocabulary matrix at each end: on two CPU cores the body's products are what training costs,
+and a draft of two layers costs about two tenths of a step."""
 DRAFT = Shape(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=160)
 
 
@@ -110,7 +110,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor, cache: "LayerCache | None") -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Body(nn.Module):
@@ -181,7 +182,7 @@ class LayerCache:
 
 
 def rotation_table(shape: Shape) -> Tensor:
-    """[2, max positions, D]: cosines and sines, the sine's first half negated so that `rotate` is two products and a swap."""
+    """[2, max positions, D]: cosines and sines, the sines' first half negated: `rotate` is two products and a swap."""
     frequencies = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim)
     angles = torch.outer(torch.arange(shape.max_position_embeddings, dtype=torch.float64), frequencies)
     cosines, sines = angles.cos().float(), angles.sin().float()

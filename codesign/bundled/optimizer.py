@@ -1,7 +1,8 @@
 """Muon for the hidden matrices and Adam for the rest, over flat fp32 buffers that several processes share.
 
-Muon takes the momentum's nearest orthogonal matrix as the direction (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/).
-torch.optim.Muon does so in bf16, one matrix at a time; without bf16 instructions that is several times slower than stacked fp32.
+Muon steps along the orthogonal matrix nearest to the momentum (Jordan, 2024,
+https://kellerjordan.github.io/posts/muon/). torch.optim.Muon does so in bf16, one matrix at a time; without bf16
+instructions that is several times slower than stacked fp32.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ def orthogonalise(matrices: Tensor, num_steps: int = 5) -> Tensor:
     for _ in range(num_steps):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return x.mT if is_tall else x
+    result: Tensor = x.mT if is_tall else x
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,12 @@ class Slot:
         return flat[self.start : self.start + self.shape.numel()].view(self.shape)
 
 
+def shared_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros that forked processes see and change together."""
+    zeros: Tensor = torch.zeros(shape, dtype=dtype).share_memory_()  # type: ignore[no-untyped-call]
+    return zeros
+
+
 class FlatState:
     """Values, gradients (a row for each process), first and second moments of a model, in shared memory.
 
@@ -46,8 +54,8 @@ class FlatState:
 
     def __init__(self, model: nn.Module, base_lr: dict[str, float], muon_lr: float, num_processes: int) -> None:
         size = sum(weight.numel() for weight in model.parameters())
-        self.values, self.first, self.second = (torch.zeros(size).share_memory_() for _ in range(3))
-        self.gradients = torch.zeros(num_processes, size).share_memory_()
+        self.values, self.first, self.second = (shared_zeros(size) for _ in range(3))
+        self.gradients = shared_zeros(num_processes, size)
         self.slots: list[Slot] = []
         start = 0
         for name, weight in model.named_parameters():
@@ -65,7 +73,7 @@ class FlatState:
 
     @torch.no_grad()
     def step(self, slots: list[Slot], factor: float, step: int, *, weight_decay: float) -> None:
-        """Updates `slots` with the sum of all gradient rows; `factor` scales each base learning rate, `step` counts from 0."""
+        """Updates `slots` with the sum of all gradient rows; `factor` scales learning rates, `step` counts from 0."""
         stacks: dict[torch.Size, list[Slot]] = {}
         for slot in slots:
             if slot.is_muon:

@@ -4,8 +4,8 @@
     ... code ...             `distance` tokens of filler
     # recall dwq =           asked at the end; the answer is the five digits
 
-Training sequences hold several such pairs; a test prompt holds one asked key among a few others. Standard library only: the quality
-suite of the engine makes the same prompts.
+Training sequences hold several such pairs; a test prompt holds one asked key among a few others. Standard library
+only: the quality suite of the engine makes the same prompts.
 """
 
 import random
@@ -53,7 +53,7 @@ def synthetic_lines(*, seed: int, count: int) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalPrompt:
-    """`token_ids` end right before the answer; `distance_tokens` from the end of the told line to the start of the question."""
+    """`token_ids` end right before the answer; `distance_tokens` lie between the told line and the question."""
 
     token_ids: list[int]
     answer: str

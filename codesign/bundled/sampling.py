@@ -1,10 +1,11 @@
-"""Training sequences: windows of the training text, a part of them holding retrieval pairs, with a weight for each token's loss.
+"""Training sequences: windows of the training text, some of them with retrieval pairs; each token's loss has a weight.
 
     window:     code code code code code ...
-    retrieval:  code  # key abc = 12345  code ...  # recall abc = 12345        (several pairs, told and recalled at random places)
-    repeat:     a run of code, again, and so on                                (early on: teaches looking back)
+    retrieval:  code  # key abc = 12345  code ...  # recall abc = 12345        (several pairs, at random places)
+    repeat:     a run of code or of random tokens, again and again             (early on: teaches looking back)
 
-Random digits that nobody could predict weigh nothing; recalled digits weigh more, because copying appears late and suddenly.
+Random digits that nobody could predict weigh nothing; recalled digits weigh more, because copying appears late and
+suddenly.
 """
 
 import random
@@ -60,12 +61,18 @@ class Sampler:
         return window
 
     def _repeat(self, num_tokens: int) -> tuple[list[int], list[float]]:
-        period = self.rng.randint(num_tokens // 8, num_tokens // 2)
-        ids = (self._window(period) * (num_tokens // period + 1))[:num_tokens]
-        return ids, [1.0] * num_tokens
+        """A run said again and again: of text, or of random tokens, which nothing but looking back can predict."""
+        is_random = self.rng.random() < 0.6
+        period = self.rng.randint(8, num_tokens // 3)
+        run = (
+            self.rng.choices(range(1, self.tokenizer.get_vocab_size()), k=period) if is_random else self._window(period)
+        )
+        weights = [0.0 if is_random else 1.0] * period + [1.0] * (num_tokens - period)
+        return (run * (num_tokens // period + 1))[:num_tokens], weights
 
     def _retrieval(self, num_tokens: int) -> tuple[list[int], list[float]]:
-        pairs = random_pairs(self.rng, self.rng.randint(1, max(1, min(12, num_tokens // 50))))
+        most = max(1, min(12, num_tokens // 50))
+        pairs = random_pairs(self.rng, min(self.rng.randint(1, most), self.rng.randint(1, most)))
         told = [self._told(pair) for pair in pairs]
         recalled = [self._recalled(pair) for pair in pairs]
         num_filler = num_tokens - sum(len(ids) for ids, _ in told + recalled)

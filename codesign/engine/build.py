@@ -9,6 +9,7 @@ import torch
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.rope import Rope
 from codesign.engine.engine import Engine, EngineParts
+from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.assemble import Assembler, TensorSource
 from codesign.engine.models.load import Checkpoint, read_config
 from codesign.engine.models.random import RandomWeights
@@ -64,6 +65,7 @@ def build_engine(
     decoder = assembler.build(source)
     loaded = time.perf_counter()
     attention, num_slots = _allocate(shape, config, dtype, place)
+    return_freed_memory()
     allocated = time.perf_counter()
 
     scheduler = SCHEDULERS.create(config.scheduler.name, key="scheduler", **config.scheduler.knob_dict)

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from codesign.bundled import calibration_texts
 from codesign.engine.models.tokenizer import Tokenizer
-from codesign.errors import WorkError
+from codesign.errors import InputError, WorkError
 from codesign.measure import suite as suites
 from codesign.measure.child_session import ChildSession, Limits
 from codesign.measure.load import LoadResult, drive
@@ -68,6 +68,7 @@ class TrialRunner:
         self._tokenizer: Tokenizer | None = None
 
     def __enter__(self) -> Self:
+        self._check_retrieval()
         model = self._profile.model_spec
         self._provenance = {
             **provenance(model, self._profile.device),
@@ -117,6 +118,18 @@ class TrialRunner:
             provenance=self._provenance,
             **fields,
         )
+
+    def _check_retrieval(self) -> None:
+        """Raises InputError when retrieval is asked for and the workload is too short to plant a fact in."""
+        wanted = {objective.metric for objective in self._profile.objectives}
+        wanted |= {limit.metric for limit in self._profile.slo.limits()}
+        length, least = self._baseline.max_model_len, suites.LEAST_RETRIEVAL_TOKENS
+        if "retrieval_accuracy" in wanted and length < least:
+            raise InputError(
+                f"retrieval needs at least {least} tokens of prompt and output, the workload has {length}",
+                file=self._profile.path,
+                key="workload",
+            )
 
     # What trials of one profile share.
 
@@ -200,6 +213,9 @@ class _Trial:
             quality = None
             suite = runner.suite(self._rule.suite, self._config.max_model_len, vocab_size)
             if suite is not None:
+                if suite["is_text"] and not suite["retrieval"]:
+                    least = suites.LEAST_RETRIEVAL_TOKENS
+                    self._warnings.append(f"retrieval was not judged: it needs a max_model_len of at least {least}")
                 reference = runner.reference(suite, phases.say)
                 with phases("quality"):
                     quality = {**session.score({**suite, "reference": str(reference)}), "is_text": suite["is_text"]}

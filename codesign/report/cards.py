@@ -5,7 +5,7 @@ from typing import Any
 
 from codesign.report.compare import change
 from codesign.report.labels import Labels
-from codesign.report.show import interval, quantity, spoken
+from codesign.report.show import interval, quantity, spoken, visible
 from codesign.report.study import Study
 from codesign.report.verdict import pick_tie
 from codesign.results.record import TrialRecord
@@ -22,6 +22,8 @@ def cards(study: Study, labels: Labels, rows: Mapping[str, int]) -> list[dict[st
     for number_, picks in by_trial.items():
         record = study.trial(number_)
         state = "" if record.is_feasible else record.outcome.kind if record.outcome.kind != "ok" else "breaks a limit"
+        if "baseline" in picks and len(by_trial) == 1:
+            picks = ["baseline"]  # alone it is the best in everything, which says nothing
         named = [pick for pick in picks if pick != "baseline"]
         found.append(
             {
@@ -55,7 +57,7 @@ def card_metrics(study: Study, record: TrialRecord) -> list[dict[str, Any]]:
             {
                 "name": spoken(name),
                 "value": quantity(metric.value, metric.unit),
-                "basis": " ".join(filter(None, (ranges, metric.statistic, f"n={metric.num_samples}"))),
+                "basis": " ".join(filter(None, (ranges, visible(metric.statistic), f"n={metric.num_samples}"))),
                 "change": changed(study, record, name),
             }
         )

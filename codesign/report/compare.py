@@ -91,7 +91,7 @@ def change(record: TrialRecord, other: TrialRecord, metric: str, *, num_compared
         if mine.value <= 0 or theirs.value <= 0:
             return None
         logs = _recover(_log_bounds(mine), _log_bounds(theirs), widen)
-        bounds = None if logs is None else (math.exp(logs[0]), math.exp(logs[1]))
+        bounds = None if logs is None else (_exp(logs[0]), _exp(logs[1]))
         floor = 0.0 if metric in EXACT else max(FLOOR[record.tier], FLOOR[other.tier])
         effect, equal = mine.value / theirs.value, 1.0
     low, high = bounds if bounds is not None else (None, None)
@@ -111,6 +111,10 @@ def _judge(
     if not over and not under:
         return "tie"
     return "better" if over == (METRICS[metric].direction == "maximize") else "worse"
+
+
+def _exp(log: float) -> float:
+    return math.exp(log) if log < 700 else math.inf
 
 
 _Bounds = tuple[float, float, float]

@@ -9,13 +9,28 @@ from codesign.errors import InputError
 from codesign.report.cards import MARKS
 from codesign.report.compare import Change, change
 from codesign.report.figures import comparison_figure
+from codesign.report.render import encoded, render
 from codesign.report.rows import column, table_cell
 from codesign.report.scatter import axes, measured_line, scatter_data
 from codesign.report.show import full, listed, plural, spoken
 from codesign.report.study import Study
 from codesign.report.tables import labels_of, trials_frame
+from codesign.results.files import write_file
 from codesign.results.record import TrialRecord
 from codesign.spec.metrics import METRICS
+
+
+def write_comparison(study_dirs: Sequence[Path]) -> Path:
+    """Writes one page that shows several studies on the same axes, into the first one's folder; returns its path.
+
+    Raises:
+        InputError: fewer than two different studies, or one that is none.
+        WorkError: a folder cannot be read or written.
+    """
+    studies = load_all(study_dirs)
+    page = comparison_file(studies)
+    write_file(page, encoded(render("comparison.html", **comparison_context(studies))))
+    return page
 
 
 def comparison_file(studies: Sequence[Study]) -> Path:

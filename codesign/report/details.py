@@ -9,8 +9,11 @@ from codesign.report.labels import Labels
 from codesign.report.show import full, listed, number, visible_deep
 from codesign.report.study import Study
 from codesign.results.record import TrialRecord
+from codesign.spec.metrics import METRICS
 from codesign.spec.yaml import dump_yaml
 from codesign.units import format_bytes, format_seconds
+
+_ORDER = {name: position for position, name in enumerate(METRICS)}
 
 
 def details(study: Study, labels: Labels) -> list[dict[str, Any]]:
@@ -20,8 +23,9 @@ def details(study: Study, labels: Labels) -> list[dict[str, Any]]:
 
 def detail(study: Study, record: TrialRecord, labels: Labels, shared: Mapping[str, Any]) -> dict[str, Any]:
     config_file = f"{study.shell_path}/configs/trial-{record.number}.yaml"
-    changes = {name: changed(study, record, name) for name in record.metrics}
-    finish_reasons = Counter(request.finish_reason for request in record.requests)
+    names = sorted(record.metrics, key=lambda name: (_ORDER.get(name, len(_ORDER)), name))
+    changes = {name: changed(study, record, name) for name in names}
+    finish_reasons = Counter(str(request.finish_reason) for request in record.requests)
     trust = dict(record.trust)
     if record.requests:
         trust["requests"] = listed([f"{count} ended by {reason}" for reason, count in finish_reasons.most_common()])
@@ -31,7 +35,7 @@ def detail(study: Study, record: TrialRecord, labels: Labels, shared: Mapping[st
         "kind": record.outcome.kind,
         "failure": "" if record.outcome.kind == "ok" else record.outcome.detail or "no detail was recorded",
         "warnings": list(record.warnings),
-        "metrics": {name: full(metric, record.tier) for name, metric in record.metrics.items()},
+        "metrics": {name: full(record.metrics[name], record.tier) for name in names},
         "changes": {name: found["text"] for name, found in changes.items() if found},
         "violations": {
             name: f"{number(100 * amount)} % over: broken"

@@ -3,9 +3,8 @@
 import csv
 import dataclasses
 import io
+import math
 from typing import Any
-
-import pandas as pd
 
 from codesign.report.show import spreadsheet_cell
 from codesign.report.study import Study
@@ -36,7 +35,7 @@ def _with_unit(column: str) -> str:
 
 
 def _is_missing(value: object) -> bool:
-    return value is None or bool(pd.isna(value))  # type: ignore[call-overload]
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _plain(value: object) -> object:

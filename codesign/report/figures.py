@@ -35,6 +35,10 @@ GROUPS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Intervals are drawn for these groups only: bars on every point would hide the points.
+BAR_COLOUR = {"front": BLUE, "baseline": INK}
+
+
 def plotly_text(text: object) -> str:
     """Text that Plotly shows as it is: its labels understand a subset of HTML, so markup is escaped."""
     return visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")
@@ -93,7 +97,6 @@ def pareto_figure(
         rows = measured[[g == group for g in groups]]
         members = [int(index) for index in rows.index]
         rows = rows[rows[x].notna() & rows[y].notna()]
-        has_bars = group in ("front", "baseline")  # bars on every point would hide the points
         figure.add_trace(
             go.Scatter(
                 x=rows[x].tolist(),
@@ -101,17 +104,17 @@ def pareto_figure(
                 mode="markers",
                 marker=marker,
                 name=title,
-                meta={"role": group, "study": 0, "rows": members, "bars": has_bars},
+                meta={"role": group, "study": 0, "rows": members, "bars": group in BAR_COLOUR},
                 hoverinfo="text",
-                error_x=_errors(rows, x) if has_bars else None,
-                error_y=_errors(rows, y) if has_bars else None,
+                error_x=_errors(rows, x, BAR_COLOUR[group]) if group in BAR_COLOUR else None,
+                error_y=_errors(rows, y, BAR_COLOUR[group]) if group in BAR_COLOUR else None,
             )
         )
     figure.update_layout(_layout(axis_title(x), axis_title(y)), height=460)
     return _plain(figure)
 
 
-def _errors(rows: pd.DataFrame, metric: str) -> dict[str, Any]:
+def _errors(rows: pd.DataFrame, metric: str, colour: str) -> dict[str, Any]:
     """Bars from the 95 % intervals; no bar where there is none."""
     high = (rows[f"{metric}.high"].astype(float) - rows[metric]).fillna(0.0)
     low = (rows[metric] - rows[f"{metric}.low"].astype(float)).fillna(0.0)
@@ -122,6 +125,7 @@ def _errors(rows: pd.DataFrame, metric: str) -> dict[str, Any]:
         "arrayminus": low.tolist(),
         "thickness": 1,
         "width": 3,
+        "color": colour,
     }
 
 

@@ -1,12 +1,10 @@
 """The report of a study: index.html, trials.csv and front.json in its folder, each written in one piece."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from codesign.report.comparison import comparison_context, comparison_file, load_all
 from codesign.report.exports import front_document, trials_csv
-from codesign.report.render import render
+from codesign.report.render import encoded, render
 from codesign.report.study import Study
 from codesign.report.view import page_context
 from codesign.results.files import write_file
@@ -26,21 +24,3 @@ def write_report(study_dir: Path) -> Path:
     page = study_dir / "index.html"
     write_file(page, encoded(render("page.html", **page_context(study))))
     return page
-
-
-def write_comparison(study_dirs: Sequence[Path]) -> Path:
-    """Writes one page that shows several studies on the same axes, into the first one's folder; returns its path.
-
-    Raises:
-        InputError: fewer than two different studies, or one that is none.
-        WorkError: a folder cannot be read or written.
-    """
-    studies = load_all(study_dirs)
-    page = comparison_file(studies)
-    write_file(page, encoded(render("comparison.html", **comparison_context(studies))))
-    return page
-
-
-def encoded(text: str) -> bytes:
-    """UTF-8; what has no UTF-8 (a lone surrogate from a hostile record) is written as an escape."""
-    return text.encode("utf-8", "backslashreplace")

@@ -77,3 +77,8 @@ def _policy(*, scripts: list[str], styles: list[str]) -> str:
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; what has no UTF-8 (a lone surrogate from a hostile record) is written as an escape."""
+    return text.encode("utf-8", "backslashreplace")

@@ -6,7 +6,7 @@ from typing import Any
 from codesign.report.compare import outdone
 from codesign.report.labels import Labels
 from codesign.report.payoff import SHOWN, Payoff
-from codesign.report.show import interval, listed, number, quantity, spoken
+from codesign.report.show import interval, listed, number, quantity, spoken, visible
 from codesign.report.study import Study
 from codesign.report.tables import broken, failures_frame, picks_of
 from codesign.results.record import TrialRecord
@@ -47,7 +47,7 @@ def table_rows(study: Study, labels: Labels) -> list[dict[str, Any]]:
 def table_row(study: Study, record: TrialRecord, labels: Labels, front_notes: Mapping[str, str]) -> dict[str, Any]:
     excess, result = broken(record), str(record.outcome.kind)
     if record.outcome.kind != "ok":
-        chip, kinds, note = "bad", ["failed"], first_line(record.outcome.detail)
+        chip, kinds, note = "bad", ["failed"], first_line(str(record.outcome.detail))
     elif excess:
         note = listed([f"{name} {number(100 * amount)} % over" for name, amount in sorted(excess.items())])
         result, chip, kinds = "breaks a limit", "bad", ["infeasible"]
@@ -79,7 +79,7 @@ def table_cell(record: TrialRecord, name: str) -> dict[str, str]:
     return {
         "sort": repr(float(metric.value)),
         "value": quantity(metric.value, metric.unit if metric.unit == "bytes" else ""),
-        "basis": " ".join(filter(None, (ranges, metric.statistic, f"n={metric.num_samples}"))),
+        "basis": " ".join(filter(None, (ranges, visible(metric.statistic), f"n={metric.num_samples}"))),
     }
 
 

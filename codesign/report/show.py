@@ -22,7 +22,9 @@ def visible(text: object) -> str:
 
 
 def visible_deep(plain: Any) -> Any:
-    """`visible` for every text inside plain data, keys included."""
+    """`visible` for every text inside plain data, keys included; whole numbers that no reader holds become text."""
+    if isinstance(plain, int) and abs(plain) >= 2**63:
+        return str(plain)
     if isinstance(plain, str):
         return visible(plain)
     if isinstance(plain, dict):

@@ -77,7 +77,7 @@ def _row(study: Study, record: TrialRecord, label: str, on_front: bool) -> dict[
             f"{name}.num_samples": metric.num_samples,
         }
     for key, value in parts(record.config).items():
-        row[f"config.{key}"] = json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+        row[f"config.{key}"] = json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
     return row
 
 

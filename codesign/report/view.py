@@ -98,9 +98,7 @@ def method(study: Study) -> list[str]:
     settled = [record.trust["warmup_settled"] for record in study.measured if "warmup_settled" in record.trust]
     if settled:
         steady = sum(map(bool, settled))
-        lines.append(
-            f"Warm-up settled in {steady} of {len(settled)} trials that say so; it is not part of any latency."
-        )
+        lines.append(f"Warm-up settled in {steady} of {plural(len(settled), 'trial')}; it is not part of any latency.")
     disturbed = sum(record.trust.get("is_disturbed") is True for record in study.measured)
     if disturbed:
         lines.append(

@@ -51,7 +51,7 @@ class Hardware(Section):
     name: Name
     device: Device
     count: Annotated[int, Field(ge=1, le=1024)] = 1
-    compute_capability: Annotated[str, Field(pattern=r"^\d{1,2}\.\d$")] | None = None
+    compute_capability: Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")] | None = None
     isa: Annotated[tuple[Name, ...], Field(strict=False, max_length=64)] = ()
     cores: Count | None = None
     memory: Annotated[tuple[Memory, ...], Field(strict=False, max_length=16)] = ()

@@ -25,7 +25,7 @@ from codesign.spec.yaml import Document, Key
 
 Fetch = Callable[[str, str], Path]  # (id, revision) -> directory
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w][\w.-]{0,95}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 _COMMIT = r"^[0-9a-f]{40}$"
 
 

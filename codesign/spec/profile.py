@@ -102,12 +102,20 @@ def load_profile(path: str | Path, *, model_override: str | None = None, fetch: 
         search_space=_search_space(document, path.parent),
         sections={
             "hardware": hardware.model_dump(mode="json", exclude_none=True),
-            "model": dataclasses.asdict(model_spec),
+            "model": _identity(model_spec),
             "workload": workload.model_dump(mode="json", exclude_none=True),
             "slo": slo.model_dump(mode="json", exclude_none=True),
             "objectives": [dataclasses.asdict(objective) for objective in objectives],
         },
     )
+
+
+def _identity(model: ModelSpec) -> dict[str, Any]:
+    """The model without what differs from machine to machine: where the package is installed."""
+    plain = {name: value for name, value in dataclasses.asdict(model).items() if value is not None}
+    if model.name == "bundled":
+        del plain["path"]
+    return plain
 
 
 def _with_includes(document: Document, folder: Path) -> Document:

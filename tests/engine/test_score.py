@@ -7,8 +7,10 @@ from torch import Tensor
 from codesign.engine.build import build_engine
 from codesign.engine.engine import Engine
 from codesign.engine.models.shape import ARCHITECTURES
+from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.score import score
 from codesign.errors import InputError
+from codesign.registry import KV_POLICIES
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from tests.engine.driving import generate, recorded_plans, request, tiny_engine
@@ -101,3 +103,58 @@ def test_engine_with_requests_cannot_score() -> None:
 
     with pytest.raises(ValueError, match="requests"):
         scored(engine, [[1, 2, 3]], 1)
+
+
+POLICIES = [name for name in KV_POLICIES.names() if name != "full"]
+KNOBS: dict[str, dict[str, int]] = {
+    "pyramidkv": {"window_tokens": 4, "num_sink_tokens": 2},
+    "h2o": {"num_sink_tokens": 2},
+}
+
+
+def with_policy(name: str, kv_budget: int | float, model: ModelSpec | None = None) -> Engine:
+    policy = {"name": name, "kv_budget": kv_budget, **KNOBS.get(name, {})} if name != "full" else name
+    config = {"dtype": "fp32", "max_batch_size": 4, "max_model_len": 200, "kv": {"policy": policy}}
+    return build_engine(model or tiny_spec(), EngineConfig.from_dict(config))
+
+
+@pytest.fixture(scope="module")
+def sharp_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """Weights 1.5 times as large as usual, so that attention looks at few rows and losing them shows."""
+    return ModelSpec(name="peer", path=str(save(peer("LlamaForCausalLM"), tmp_path_factory.mktemp("sharp"))))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_eight_kept_rows_show_in_scores_and_would_not_in_one_forward_pass(policy: str, sharp_model: ModelSpec) -> None:
+    texts = [random_tokens(200, seed=seed) for seed in range(4)]
+    reference = scored(with_policy("full", 1.0, sharp_model), texts, 150)
+
+    found = scored(with_policy(policy, 8, sharp_model), texts, 150)
+
+    def divergence(rows: slice) -> float:
+        pairs = [(a[rows].log_softmax(-1), b[rows].log_softmax(-1)) for a, b in zip(reference, found, strict=True)]
+        return float(torch.stack([(p.exp() * (p - q)).sum(-1).mean() for p, q in pairs]).mean())
+
+    assert divergence(slice(0, 1)) < 1e-6, "the prompt itself attends in full, as a plain forward pass would"
+    assert divergence(slice(1, None)) > 0.1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policy_that_keeps_all_scores_like_full(policy: str) -> None:
+    texts = [random_tokens(200, seed=seed) for seed in range(3)]
+
+    for found, expected in zip(
+        scored(with_policy(policy, 1.0), texts, 150), scored(tiny_engine(max_model_len=200), texts, 150), strict=True
+    ):
+        assert (found - expected).abs().max() <= 1e-5 * expected.std()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_tokens_under_eviction_do_not_depend_on_the_batch(policy: str) -> None:
+    requests = [request(str(length), length, 40) for length in (150, 3, 90, 60, 120)]
+    alone = {item.request_id: generate(with_policy(policy, 12), item)[item.request_id] for item in requests}
+
+    engine = with_policy(policy, 12)
+
+    assert generate(engine, *requests) == alone
+    assert engine.facts()["bytes"]["kv_staging"] == 0

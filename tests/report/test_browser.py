@@ -4,15 +4,15 @@ import os
 import random
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from codesign.report.comparison import write_comparison
 from codesign.report.figures import axis_title
-from codesign.report.page import write_comparison, write_report
+from codesign.report.page import write_report
 from codesign.report.show import visible
 from tests.report.payloads import PAYLOADS, hostile, hostile_inputs
 from tests.report.recorded import config, inputs, ok_record, records, write_study
@@ -44,20 +44,20 @@ def browser() -> Iterator[Any]:
 class Visit:
     """An opened page, and everything that it should not have done."""
 
-    def __init__(self, browser: Any, file: Path, *, width: int = 1280, **options: Any) -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+    def __init__(self, browser: Any, file: Path, *, fragment: str = "") -> None:
+        self.page = browser.new_page(viewport={"width": 1280, "height": 900})
         self.faults: list[str] = []
         self.page.on("dialog", lambda dialog: (self.faults.append(f"dialog {dialog.message}"), dialog.dismiss()))
         self.page.on("request", lambda request: self._see(request.url, file))
         self.page.on("console", lambda said: said.type in ("error", "warning") and self.faults.append(said.text))
         self.page.on("pageerror", lambda error: self.faults.append(f"error {error}"))
         self.page.on("popup", lambda popup: self.faults.append("popup"))
-        self.page.goto(file.as_uri())
+        self.page.goto(file.as_uri() + fragment)
         if self.page.query_selector("#scatter"):
             self.page.wait_for_selector("#scatter .main-svg")
 
     def _see(self, url: str, file: Path) -> None:
-        if url != file.as_uri():
+        if url.partition("#")[0] != file.as_uri():
             self.faults.append(f"request {url}")
 
     def points(self) -> list[tuple[float, float]]:
@@ -186,22 +186,24 @@ def test_a_failed_trial_shows_its_report(visit: Visit) -> None:
 
 
 def test_the_fragment_opens_a_trial(browser: Any, report: Path) -> None:
-    visit = Visit(browser, report)
-    visit.page.goto(f"{report.as_uri()}#trial-2")
-    visit.page.reload()
+    visit = Visit(browser, report, fragment="#trial-2")
 
     assert visit.page.locator("tr.detail h3").inner_text().startswith("#2 ")
+    assert visit.faults == []
     visit.page.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
-def test_nothing_overflows_and_text_keeps_contrast(browser: Any, report: Path, width: int, scheme: str) -> None:
-    visit = Visit(browser, report, width=width, color_scheme=scheme)
+def test_nothing_overflows_and_text_keeps_contrast_wide_and_narrow_light_and_dark(browser: Any, report: Path) -> None:
+    visit = Visit(browser, report)
+    for width in (1280, 400):
+        for scheme in ("light", "dark"):
+            visit.page.set_viewport_size({"width": width, "height": 900})
+            visit.page.emulate_media(color_scheme=scheme)
+            # The figure follows the window a moment later.
+            visit.page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
 
-    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
-    for selector in (".verdict", ".soft", "a", ".worse", ".better", ".grid td"):
-        assert visit.page.evaluate(CONTRAST, selector) >= 4.5, selector
+            for selector in (".verdict", ".soft", "a", ".worse", ".better", ".grid td"):
+                assert visit.page.evaluate(CONTRAST, selector) >= 4.5, (selector, scheme)
     assert visit.faults == []
     visit.page.close()
 
@@ -225,17 +227,18 @@ CONTRAST = """selector => {
 
 def test_five_hundred_trials_load_quickly(browser: Any, tmp_path: Path) -> None:
     file = write_report(write_study(tmp_path, records(500)))
-    start = time.process_time(), time.perf_counter()
 
     visit = Visit(browser, file)
 
     loaded_ms = visit.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+    drawn_ms = visit.page.evaluate("performance.getEntriesByName('figures drawn')[0].startTime")
     assert visit.page.locator("#trials tbody tr").count() == 500
     assert len(visit.points()) == len([r for r in records(500) if "kl_divergence" in r.metrics])
+    print(f"loaded after {loaded_ms:.0f} ms, figures after {drawn_ms:.0f} ms, machine {slowness():.1f} times busy")
     assert loaded_ms < 3000 * slowness()
+    assert drawn_ms < 6000 * slowness()
     assert visit.faults == []
     visit.page.close()
-    assert time.perf_counter() - start[1] < 60
 
 
 def slowness() -> float:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from codesign.errors import InputError, WorkError
-from codesign.report.page import write_comparison, write_report
+from codesign.report.comparison import write_comparison
+from codesign.report.page import write_report
 from tests.report.payloads import PAYLOADS, hostile, hostile_inputs
 from tests.report.recorded import FAILURES, inputs, records, write_study
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.decoder import Decoder, DecoderLayer, RMSNorm
 from codesign.engine.models.shape import ModelShape
 from codesign.engine.quantize.formats.native import Native
@@ -59,9 +60,10 @@ class Assembler:
 
     def build(self, source: TensorSource) -> Decoder:
         """The whole model. Raises what `source` raises, and Unsupported for shapes that the format cannot hold."""
-        layers = [
-            self._layer(index, source.read(layer_shapes(self.shape, index))) for index in range(self.shape.num_layers)
-        ]
+        layers = []
+        for index in range(self.shape.num_layers):
+            layers.append(self._layer(index, source))
+            return_freed_memory()
         tensors = source.read(outer_shapes(self.shape))
         embedding = self._own(tensors["model.embed_tokens.weight"])
         if self.shape.ties_embeddings:
@@ -73,18 +75,25 @@ class Assembler:
             self.shape, embedding=embedding, layers=layers, norm=self._norm(tensors["model.norm.weight"]), head=head
         ).requires_grad_(False)
 
-    def _layer(self, index: int, tensors: dict[str, Tensor]) -> DecoderLayer:
-        shape, prefix = self.shape, f"model.layers.{index}."
+    def _layer(self, index: int, source: TensorSource) -> DecoderLayer:
+        shape, prefix, shapes = self.shape, f"model.layers.{index}.", layer_shapes(self.shape, index)
+
+        def read(kind: str, parts: tuple[str, ...]) -> Tensor | None:
+            """The parts as one new tensor, in the source's precision: a format packs what the checkpoint says."""
+            names = [f"{prefix}{part}.{kind}" for part in parts]
+            if names[0] not in shapes:
+                return None
+            found = source.read({name: shapes[name] for name in names})
+            return torch.cat([found[name].to(self.device) for name in names])
 
         def linear(name: str, *parts: str) -> Linear:
-            weights = [tensors.pop(f"{prefix}{part}.weight") for part in parts]
-            biases = [tensors.pop(f"{prefix}{part}.bias") for part in parts if f"{prefix}{part}.bias" in tensors]
-            weight = torch.cat([self._place(part) for part in weights])
-            bias = torch.cat([self._place(part) for part in biases]) if biases else None
+            weight, bias = read("weight", parts), read("bias", parts)
+            assert weight is not None, "every linear layer has a weight"
             return self._pack(self.weight_format, f"layer {index} {name}", weight, bias)
 
         def norm(name: str) -> RMSNorm:
-            return self._norm(tensors.pop(f"{prefix}{name}.weight"))
+            full_name = f"{prefix}{name}.weight"
+            return self._norm(source.read({full_name: shapes[full_name]})[full_name])
 
         return DecoderLayer(
             shape,
@@ -111,15 +120,10 @@ class Assembler:
     def _norm(self, weight: Tensor) -> RMSNorm:
         return RMSNorm(self._own(weight), self.shape.rms_norm_eps)
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        """On the device; in the source's precision, so that a format quantises what the checkpoint says."""
-        return tensor.to(self.device)
-
     def _own(self, tensor: Tensor) -> Tensor:
-        """On the device, in the model's dtype, in a storage of exactly its size."""
-        placed = tensor.to(self.device, self.dtype)
-        has_own_storage = placed.untyped_storage().nbytes() == placed.numel() * placed.itemsize
-        return placed if has_own_storage else placed.clone()
+        """On the device, in the model's dtype; always a copy, because a checkpoint's tensor is its mapped file, and one
+        that is kept would keep all pages of the file in memory."""
+        return tensor.to(self.device, self.dtype, copy=True)
 
 
 def layer_shapes(shape: ModelShape, index: int) -> dict[str, tuple[int, ...]]:

@@ -22,10 +22,7 @@
     const isDark = darkQuery.matches && !printing;
     return JSON.parse(isDark ? text.replace(/#[0-9A-Fa-f]{6}/g, (colour) => DARK[colour] || colour) : text);
   };
-  const CONFIG = {
-    displaylogo: false, responsive: true, showTips: false,
-    modeBarButtonsToRemove: ["toImage", "lasso2d", "select2d", "autoScale2d"],
-  };
+  const CONFIG = { displayModeBar: false, responsive: true, showTips: false };
   // A point's text: plotly understands a subset of HTML in labels, so markup is escaped.
   const plotText = (text) =>
     text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\n/g, " ");
@@ -65,12 +62,15 @@
       trace.y = rows.map((i) => up.value[i]);
       trace.hovertext = rows.map((i) =>
         [wrapped(source.titles[i], 60), plotText(x + ": " + across.text[i]), plotText(y + ": " + up.text[i])].join("<br>"));
-      const bars = (axis) => ({
-        type: "data", symmetric: false, thickness: 1, width: 3,
+      const bars = (old, axis) => ({
+        ...old,
         array: rows.map((i) => (axis.high[i] == null ? 0 : axis.high[i] - axis.value[i])),
         arrayminus: rows.map((i) => (axis.low[i] == null ? 0 : axis.value[i] - axis.low[i])),
       });
-      if (trace.meta.bars) [trace.error_x, trace.error_y] = [bars(across), bars(up)];
+      if (trace.meta.bars) {
+        trace.error_x = bars(trace.error_x, across);
+        trace.error_y = bars(trace.error_y, up);
+      }
     }
     for (const [axis, name, isLog] of [[figure.layout.xaxis, x, logX], [figure.layout.yaxis, y, logY]]) {
       axis.title.text = data.axes[name].title;
@@ -87,7 +87,7 @@
     if (data.figure) drawScatter();
     if (data.payoff) {
       const figure = themed(data.payoff);
-      Plotly.react("payoff-figure", figure.data, figure.layout, { ...CONFIG, displayModeBar: false });
+      Plotly.react("payoff-figure", figure.data, figure.layout, CONFIG);
     }
   }
 
@@ -95,6 +95,7 @@
     const script = make("script", byId("plotly").textContent); // runs here; the policy knows its hash
     document.head.append(script);
     drawAll();
+    performance.mark("figures drawn");
     for (const id of ["x-axis", "y-axis", "x-log", "y-log"]) byId(id).addEventListener("change", drawScatter);
     darkQuery.addEventListener("change", drawAll);
     addEventListener("beforeprint", () => { printing = true; drawAll(); });

@@ -1,6 +1,7 @@
 """What a checkpoint directory may do to us, and what it may not."""
 
 import json
+import math
 import pickle
 import struct
 from pathlib import Path
@@ -11,8 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from codesign.engine.memory import return_freed_memory
+from codesign.engine.models.assemble import all_shapes, layer_shapes
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.models.load import Checkpoint, read_config
+from codesign.engine.models.random import RandomWeights
+from codesign.engine.models.shape import read_shape
 from codesign.engine.models.tiny import tiny_config
 from codesign.errors import CodesignError, InputError, Unsupported
 from tests.engine.models.test_logits import load_decoder
@@ -55,6 +60,44 @@ def test_weights_bytes_are_those_of_the_numbers(folder: Path, tmp_path: Path) ->
         model = load_decoder(where, dtype)
         # a kernel library may pad what it packs by about a KiB per layer
         assert 0 <= model.num_bytes - model.shape.num_parameters * size <= 32 * 1024
+
+
+def test_model_keeps_no_page_of_the_file(folder: Path) -> None:
+    """A tensor that is a view of the mapped file would keep all of the file resident."""
+    with safe_open(folder / "model.safetensors", framework="pt") as handle:
+        kept = handle.get_tensor("model.norm.weight")
+        assert str(folder) in Path("/proc/self/maps").read_text()
+    del kept, handle
+
+    model = load_decoder(folder)
+
+    assert model.num_bytes > 0
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+
+
+def test_building_holds_at_most_two_layers_more_than_the_result(tmp_path: Path) -> None:
+    plain = tiny_config(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, head_dim=64
+    )
+    shape = read_shape(plain)
+    tensors = RandomWeights(shape, seed=0, dtype=FP32).read(dict(all_shapes(shape)))
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    del tensors
+    return_freed_memory()
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+
+    model = load_decoder(tmp_path)
+
+    layer_bytes = sum(math.prod(size) for size in layer_shapes(shape, 0).values()) * 4
+    assert model.num_bytes > 11 * layer_bytes
+    assert resident_bytes("VmHWM") - before <= model.num_bytes + 2 * layer_bytes
+
+
+def resident_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def test_tied_checkpoint_may_carry_the_head_again(tmp_path: Path) -> None:

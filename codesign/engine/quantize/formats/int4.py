@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from codesign.engine.quantize import int4_layout
-from codesign.engine.quantize.crossover import kernel_max_rows
+from codesign.engine.quantize.few_rows import choose
 from codesign.engine.quantize.linear import Linear, WeightFormat, Workspace
 from codesign.engine.quantize.rounding import quantize_groups
 from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
@@ -74,18 +74,16 @@ class _Int4Linear(Linear):
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
         self._group_size, self._workspace = group_size, workspace
         self._compute_dtype = compute_dtype(dtype, packed.device)
-        on_kernel = packed.device.type == "cpu" and dtype == torch.bfloat16
-        self.kernel_max_rows = kernel_max_rows("int4") if on_kernel else 0
-        dense = f"unpack + aten::mm {str(self._compute_dtype).removeprefix('torch.')}"
-        most = self.kernel_max_rows
-        self.kernel = f"aten::_weight_int4pack_mm_for_cpu (M<={most}), {dense}" if most else dense
+        few_rows = choose("int4", dtype=dtype, device=packed.device, out_features=self.out_features)
+        self.kernel_max_rows, self._compiled = few_rows.max_rows, few_rows.compiled
+        self.kernel = few_rows.describe(f"unpack + aten::mm {str(self._compute_dtype).removeprefix('torch.')}")
 
     def forward(self, x: Tensor) -> Tensor:
         if 0 < x.shape[0] <= self.kernel_max_rows:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu.default(
-                x.contiguous(), self.packed, self._group_size, self.scale_and_zero
-            )
-            return y if self.bias is None else y.add_(self.bias)  # type: ignore[no-any-return]
+            if self._compiled is None:
+                return self._aten(x)
+            y = self._compiled.int4(x, self.packed, self.scale_and_zero, self._group_size)
+            return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
         y = multiply_unpacked(
             x.to(self._compute_dtype),
             self._unpack,
@@ -95,6 +93,12 @@ class _Int4Linear(Linear):
             workspace=self._workspace,
         )
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+    def _aten(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(
+            x.contiguous(), self.packed, self._group_size, self.scale_and_zero
+        )
+        return y if self.bias is None else y.add_(self.bias)
 
     def _unpack(self, start: int, stop: int, out: Tensor) -> None:
         int4_layout.unpack(self.packed, start, stop, out)

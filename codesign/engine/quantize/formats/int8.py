@@ -9,7 +9,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from codesign.engine.quantize.crossover import kernel_max_rows
+from codesign.engine.quantize.few_rows import choose
 from codesign.engine.quantize.linear import Linear, WeightFormat, Workspace
 from codesign.engine.quantize.rounding import dequantize_rows, quantize_rows
 from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
@@ -43,20 +43,16 @@ class _Int8Linear(Linear):
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
         self._workspace = workspace
         self._compute_dtype = compute_dtype(dtype, codes.device)
-        on_kernel = codes.device.type == "cpu" and dtype == torch.bfloat16
-        self.kernel_max_rows = kernel_max_rows("int8") if on_kernel else 0
-        name = str(self._compute_dtype).removeprefix("torch.")
-        dense = f"widen + aten::mm {name}"
-        most = self.kernel_max_rows
-        self.kernel = f"aten::_weight_int8pack_mm (M<={most}), {dense}" if most else dense
+        few_rows = choose("int8", dtype=dtype, device=codes.device)
+        self.kernel_max_rows, self._compiled = few_rows.max_rows, few_rows.compiled
+        self.kernel = few_rows.describe(f"widen + aten::mm {str(self._compute_dtype).removeprefix('torch.')}")
 
     def forward(self, x: Tensor) -> Tensor:
         if 0 < x.shape[0] <= self.kernel_max_rows:
-            x = x.contiguous()
-            if x.data_ptr() % 32:  # the kernel uses aligned loads and faults on a view that starts elsewhere
-                x = x.clone()
-            y = torch.ops.aten._weight_int8pack_mm.default(x, self.codes, self.scale)
-            return y if self.bias is None else y.add_(self.bias)  # type: ignore[no-any-return]
+            if self._compiled is None:
+                return self._aten(x)
+            y = self._compiled.int8(x, self.codes).mul_(self.scale)
+            return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
         y = multiply_unpacked(
             x.to(self._compute_dtype),
             self._unpack,
@@ -68,6 +64,13 @@ class _Int8Linear(Linear):
         if self._compute_dtype == torch.float32:
             y.mul_(self.scale)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+    def _aten(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        if x.data_ptr() % 32:  # ATen's kernel uses aligned loads and faults on a view that starts elsewhere
+            x = x.clone()
+        y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, self.codes, self.scale)
+        return y if self.bias is None else y.add_(self.bias)
 
     def _unpack(self, start: int, stop: int, out: Tensor) -> None:
         out.copy_(self.codes[start:stop])

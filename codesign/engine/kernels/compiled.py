@@ -1,0 +1,66 @@
+"""C kernels of our own: built by the machine's C compiler when first wanted, kept by content, never required.
+
+    load("packed_matmul") -> Compiled(functions, ...) | Missing("why")
+
+A library is named after its source, flags, compiler and CPU, so that a stale one is never loaded. It shares the OpenMP
+threads of torch: both ask for libgomp.so.1, and the loader gives the second the first's.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-shared", "-fPIC")
+_TIMEOUT_S = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """Why there is no compiled kernel here, in words for a record."""
+
+    reason: str
+
+
+@functools.cache
+def load(stem: str) -> ctypes.CDLL | Missing:
+    """The shared library of `<stem>.c` beside this file. Tried once per process; a miss says why."""
+    if os.environ.get("CODESIGN_COMPILED_KERNELS") == "0":
+        return Missing("switched off by CODESIGN_COMPILED_KERNELS=0")
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return Missing(f"written for AVX2, ATen runs {torch.backends.cpu.get_cpu_capability()}")
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        return Missing("no C compiler (gcc) on this machine")
+    try:
+        return ctypes.CDLL(str(_build(Path(__file__).with_name(f"{stem}.c"), compiler)))
+    except subprocess.CalledProcessError as error:
+        return Missing(f"{compiler} failed: {error.stderr.decode(errors='replace').strip()[:200]}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Missing(f"{type(error).__name__}: {error}")
+
+
+def _build(source: Path, compiler: str) -> Path:
+    """Path of the library, compiled now unless it is kept from before."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S).stdout
+    text = source.read_bytes()
+    digest = hashlib.sha256(b"\0".join([text, " ".join(_FLAGS).encode(), version])).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codesign" / "kernels"
+    target = folder / f"{source.stem}-{digest}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / target.name
+        subprocess.run(
+            [compiler, *_FLAGS, "-o", str(built), str(source)], capture_output=True, check=True, timeout=_TIMEOUT_S
+        )
+        built.replace(target)  # whole or not at all, whoever else builds it at the same time
+    return target

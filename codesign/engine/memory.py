@@ -1,0 +1,17 @@
+"""Freed memory back to the operating system, so that what a process holds is what it uses.
+
+glibc keeps freed blocks of up to 32 MiB for itself. After packing a model layer by layer that is hundreds of MiB, which
+would be counted as memory of the configuration.
+"""
+
+import ctypes
+import sys
+
+
+def return_freed_memory() -> None:
+    """Does nothing where the C library is not glibc."""
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,70 @@
+"""Which kernel multiplies few rows of x with packed weights here, and up to how many rows it should.
+
+From some M on, unpacking a slice of the weight and multiplying densely wins. Where that is was measured once and is
+written down below: a table and not a calibration at build time, because two trials of one configuration must run the
+same kernels, or their difference means nothing, and a calibration on a busy machine decides by noise. `describe` goes
+into the record, with the reason where a slower kernel had to stand in.
+"""
+
+import dataclasses
+
+import torch
+
+from codesign.engine.kernels import packed_matmul
+from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kernels.packed_matmul import PackedMatmul
+from codesign.engine.quantize import cpu
+
+_ATEN_NAMES = {"int8": "aten::_weight_int8pack_mm", "int4": "aten::_weight_int4pack_mm_for_cpu"}
+
+# (format, who) -> largest M that the kernel should get.
+# compiled, AVX2: AMD Zen 3, torch 2.13.0, [9728, 896] and [896, 4864], one core's own time, 2026-11-23,
+#         `python tests/benchmarks/weight_kernels.py`; at the first M beyond, both ways take about as long.
+# AVX512: from one run on a 2-core Xeon with AMX, 8192 x 8192: the kernel takes 12-13 ms at M = 16 and 200-260 ms at
+#         M = 256, the bf16 product 4.4 and 28 ms; unpacking was not measured there.
+_MAX_ROWS = {
+    ("int8", "compiled"): 32,
+    ("int4", "compiled"): 64,
+    ("int8", "AVX2"): 8,
+    ("int4", "AVX2"): 24,
+    ("int8", "AVX512"): 16,
+    ("int4", "AVX512"): 32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FewRows:
+    """Attributes:
+    max_rows: largest M for the kernel; 0 where there is none that beats unpacking at M = 1.
+    compiled: our compiled kernel, or None for ATen's.
+    """
+
+    name: str
+    max_rows: int
+    compiled: PackedMatmul | None = None
+    note: str = ""
+
+    def describe(self, dense: str) -> str:
+        """What runs, by M; `dense` is what runs beyond `max_rows`."""
+        if self.max_rows == 0:
+            return f"{dense}{self.note}"
+        return f"{self.name} (M<={self.max_rows}{self.note}), {dense}"
+
+
+def choose(name: str, *, dtype: torch.dtype, device: torch.device, out_features: int = 0) -> FewRows:
+    """The kernel of weight format `name` for activations of `dtype`.
+
+    Ours for every float dtype where it could be compiled and takes the shape; ATen's for bf16, the one dtype it has
+    vector code for on x86 (its scalar loop loses to unpacking at every M); none elsewhere.
+    """
+    if device.type != "cpu":
+        return FewRows(_ATEN_NAMES[name], 0)
+    kernel = packed_matmul.load()
+    if isinstance(kernel, Missing):
+        note = f"; ours: {kernel.reason}"
+    elif name == "int4" and out_features % packed_matmul.BLOCK_ROWS:
+        note = f"; ours: outputs not a multiple of {packed_matmul.BLOCK_ROWS}"
+    else:
+        return FewRows(f"codesign::{name}_matmul", _MAX_ROWS[name, "compiled"], kernel)
+    most = _MAX_ROWS.get((name, cpu.capability()), 0) if dtype == torch.bfloat16 else 0
+    return FewRows(_ATEN_NAMES[name], most, note=note)
