@@ -35,7 +35,7 @@ class TierRule:
 
 RULES: dict[Tier, TierRule] = {
     "screen": TierRule(
-        min_s=2.0, min_requests=38, min_blocks=3, max_s=20, confidence=0.90, settle=0.10, warm_up_s=2, suite=SCREEN
+        min_s=2.0, min_requests=38, min_blocks=3, max_s=20, confidence=0.90, settle=0.10, warm_up_s=1, suite=SCREEN
     ),
     "confirm": TierRule(
         min_s=30, min_requests=93, min_blocks=5, max_s=300, confidence=0.95, settle=0.03, warm_up_s=10, suite=CONFIRM
