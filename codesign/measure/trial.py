@@ -28,6 +28,7 @@ from codesign.measure.phases import Phases
 from codesign.measure.provenance import provenance
 from codesign.measure.requests import RandomTokens, TextTokens, TokenSource, make_load
 from codesign.measure.sanity import impossible
+from codesign.measure.scores import checked_scores, vocab_size
 from codesign.measure.session import BuildFacts, TrialFailed
 from codesign.measure.summary import Readings, metrics, unsupported_objectives, violations
 from codesign.measure.tier import RULES, TierRule
@@ -204,22 +205,22 @@ class _Trial:
             with phases("build"):
                 self._facts = session.build(self._config)
             phases.add(self._facts.phases)
-            vocab_size = int(self._facts.resolved["vocab_size"])
+            size = vocab_size(self._facts)
             with phases("warm_up"):
-                self._warm_up(session, runner.tokens(vocab_size))
+                self._warm_up(session, runner.tokens(size))
             with phases("measure"):
-                blocks, reading = self._window(session, runner.tokens(vocab_size))
+                blocks, reading = self._window(session, runner.tokens(size))
                 memory = session.memory()
             quality = None
-            suite = runner.suite(self._rule.suite, self._config.max_model_len, vocab_size)
+            suite = runner.suite(self._rule.suite, self._config.max_model_len, size)
             if suite is not None:
                 if suite["is_text"] and not suite["retrieval"]:
                     least = suites.LEAST_RETRIEVAL_TOKENS
                     self._warnings.append(f"retrieval was not judged: it needs a max_model_len of at least {least}")
                 reference = runner.reference(suite, phases.say)
                 with phases("quality"):
-                    quality = {**session.score({**suite, "reference": str(reference)}), "is_text": suite["is_text"]}
-                    quality["suite"] = suites.digest(suite)
+                    scores = checked_scores(session.score({**suite, "reference": str(reference)}), suite)
+                quality = {**scores, "is_text": suite["is_text"], "suite": suites.digest(suite)}
             sizes = {**self._facts.bytes, "peak": memory["peak_memory_bytes"], "host_peak": memory["host_peak_bytes"]}
             self._readings = Readings(blocks=blocks, bytes=sizes, quality=quality, monitor=reading)
             with phases("close"):
