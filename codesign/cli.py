@@ -288,7 +288,8 @@ def print_record(record: "TrialRecord") -> None:
 def stdout() -> "Console":
     from rich.console import Console
 
-    return Console()
+    # Where nobody looks at a screen, a table is as wide as it needs to be.
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def stderr() -> "Console":

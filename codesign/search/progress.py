@@ -52,7 +52,7 @@ class ConsoleProgress:
 
     def say(self, text: str) -> None:
         """One message for the person."""
-        self._console.print(Text(text))
+        self._console.print(Text(text), soft_wrap=True)
 
     def begin(self, records: Sequence[TrialRecord], limits: Limits) -> None:
         self._limits, self._records, self._began_s = limits, records, time.monotonic()

@@ -1,0 +1,56 @@
+"""What a person sees on stderr."""
+
+import dataclasses
+import io
+
+from rich.console import Console
+
+from codesign.search.limits import Limits
+from codesign.search.progress import ConsoleProgress, label
+from codesign.spec.engine_config import Choice, EngineConfig
+from tests.search.fake_measure import OBJECTIVES, record_of
+from tests.search.test_objective import identity
+
+DEFAULT = EngineConfig().resolve()
+OTHER = dataclasses.replace(DEFAULT, max_batch_size=2)
+
+
+def lines(*, is_terminal: bool) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=is_terminal, width=200)
+    progress = ConsoleProgress(console, OBJECTIVES, DEFAULT)
+    records = []
+    with progress.shown():
+        progress.begin((), Limits(trials=3))
+        for number, (config, kind) in enumerate([(DEFAULT, "ok"), (OTHER, "ok"), (OTHER, "oom")]):
+            progress.trial(identity(number), config)
+            progress.phase("measure", 0.5)
+            records.append(record_of(identity(number), config, kind, "[red]too much[/red]\nmore"))  # type: ignore[arg-type]
+            progress.finished(records[-1], records)
+    return stream.getvalue()
+
+
+def test_each_finished_trial_is_one_plain_line_where_there_is_no_terminal() -> None:
+    text = lines(is_terminal=False)
+
+    shown = text.splitlines()
+    assert len(shown) == 3
+    assert shown[0].startswith("trial 0 | unmodified | ")
+    assert "max_batch_size=2" in shown[1]
+    assert "done 2/3, front 2" in shown[1]
+    assert "\x1b" not in text
+
+
+def test_a_failure_is_shown_as_text_with_its_cause() -> None:
+    assert "oom: [red]too much[/red] |" in lines(is_terminal=False)
+
+
+def test_a_terminal_gets_a_live_line_with_the_phase() -> None:
+    assert "\x1b[" in lines(is_terminal=True)
+
+
+def test_a_configuration_is_named_by_what_differs_from_the_unmodified_one() -> None:
+    config = dataclasses.replace(DEFAULT, weights=Choice.of("int4", group_size=64))
+
+    assert label(config, DEFAULT) == "weights=int4 weights.int4.group_size=64"
+    assert label(DEFAULT, DEFAULT) == "unmodified"
