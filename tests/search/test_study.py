@@ -175,9 +175,7 @@ def test_what_cannot_fit_is_recorded_without_being_built_and_does_not_count(tmp_
     assert all(by_uid[r.uid].constraints["memory"] == 0.5 for r in predicted)
 
 
-def test_a_space_that_holds_nothing_that_fits_comes_to_an_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_space_that_holds_nothing_that_fits_comes_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "MAX_MISFITS", 7)
     space = space_of(tmp_path, "max_step_tokens: {low: 128, high: 100000}\n")
     result = run_study(tmp_path, space, predict=lambda config: Misfit("too large", 1.0), limits=Limits(trials=5))
