@@ -229,9 +229,9 @@ def table(runs: list[dict]) -> str:
     lines = [
         "# Our engine beside transformers on this CPU",
         "",
-        f"Random-weights Qwen2 of 896-wide layers (24 of them are 0.39 B parameters), bf16, {PROMPT_TOKENS}-token prompts,",
-        "greedy. Median over interleaved rounds [smallest, largest]; ratios are taken within a round. `cpu` clock: the one",
-        "thread's own time, for machines that are busy with other work.",
+        f"Random-weights Qwen2 of 896-wide layers (24 of them are 0.39 B parameters), bf16, {PROMPT_TOKENS}-token",
+        "prompts, greedy. Median over interleaved rounds [smallest, largest]; ratios are taken within a round.",
+        "Clock `cpu`: the one thread's own time, for machines that are busy with other work.",
         "",
         "| batch | layers | threads, clock | rounds | contender | decode ms per step | x transformers | prefill ms "
         "| x transformers |",
@@ -245,9 +245,8 @@ def table(runs: list[dict]) -> str:
         for name, times in summary["times_ms"].items():
             versus = [summary["speed_ratios"].get(f"{phase} {name} / transformers") for phase in ("decode", "prefill")]
             decode, prefill = (cell(value, 2) if value else "" for value in versus)
-            lines.append(
-                f"| {where} | {name} | {cell(times['decode'], 1)} | {decode} | {cell(times['prefill'], 0)} | {prefill} |"
-            )
+            shown = [where, name, cell(times["decode"], 1), decode, cell(times["prefill"], 0), prefill]
+            lines.append(f"| {' | '.join(shown)} |")
     lines += ["", "| bar | batch | layers | wanted | found | met |", "|---|---|---|---|---|---|"]
     for run in runs:
         for bar in run["bars"]:
