@@ -4,6 +4,7 @@ Exit status: 0 done; 1 the work failed; 2 the input is wrong; 130 stopped by Ctr
 one JSON document, also when something is wrong ({"error", "exit_status"}); everything else goes to stderr.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -222,9 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.flush()
     real_stdout = os.dup(1)
     try:
-        if as_json:
-            os.dup2(2, 1)  # whatever else prints, also from C, cannot get into the document
-        document, status = _run(given)
+        with contextlib.ExitStack() as stack:
+            if as_json:  # whatever else prints, also from C, cannot get into the document
+                os.dup2(2, 1)
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            document, status = _run(given)
         sys.stdout.flush()
         if as_json and document is not None:
             _write(real_stdout, json.dumps(document, allow_nan=False, indent=1) + "\n")

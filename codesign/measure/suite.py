@@ -16,12 +16,12 @@ from typing import Any
 
 from codesign.bundled import heldout_texts
 from codesign.bundled.retrieval import retrieval_prompt
-from codesign.errors import InputError
 
 Encode = Callable[[str], list[int]]
 SHORTEST_DISTANCE = 64
 OVERHEAD_TOKENS = 96  # the told lines, the question and the lead of a retrieval prompt, with room to spare
 MAX_ANSWER_TOKENS = 16
+LEAST_RETRIEVAL_TOKENS = SHORTEST_DISTANCE + OVERHEAD_TOKENS + MAX_ANSWER_TOKENS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,21 +46,16 @@ CONFIRM = SuiteSize(num_sequences=16, sequence_tokens=768, num_prompts=48, promp
 def make_suite(encode: Encode, size: SuiteSize, *, max_model_len: int, seed: int) -> dict[str, Any]:
     """The suite for one model: {"text": {"sequences", "num_prefill"}, "retrieval": [{"prompt", "answer", "distance"}]}.
 
-    Lengths are cut to `max_model_len`. Two calls with the same arguments give the same suite.
-
-    Raises:
-        InputError: `max_model_len` is too short to judge anything.
+    Lengths are cut to `max_model_len`; below LEAST_RETRIEVAL_TOKENS there are no retrieval prompts. Two calls with the
+    same arguments give the same suite.
     """
     rng = random.Random(seed)
     ids = [encode(document.text) for document in heldout_texts()]
     length = min(size.sequence_tokens, max_model_len)
     longest = min(size.prompt_tokens, max_model_len - MAX_ANSWER_TOKENS) - OVERHEAD_TOKENS
-    if longest < SHORTEST_DISTANCE:
-        least = SHORTEST_DISTANCE + OVERHEAD_TOKENS + MAX_ANSWER_TOKENS
-        raise InputError(f"quality needs a max_model_len of at least {least} tokens, got {max_model_len}")
     filler = [token for document in ids for token in document]
     retrieval = []
-    for index in range(size.num_prompts):
+    for index in range(size.num_prompts if max_model_len >= LEAST_RETRIEVAL_TOKENS else 0):
         share = index / max(1, size.num_prompts - 1)
         distance = round(SHORTEST_DISTANCE + share * (longest - SHORTEST_DISTANCE))
         prompt = retrieval_prompt(encode, filler, distance_tokens=distance, seed=rng.randrange(2**31), lead_tokens=16)

@@ -12,7 +12,7 @@ import signal
 import traceback
 from typing import Any, get_args
 
-from codesign.errors import InputError, Unsupported
+from codesign.errors import CodesignError, InputError, Unsupported
 from codesign.results.record import Outcome, OutcomeKind
 
 # What a child may say of itself; the rest is for the parent to find out.
@@ -68,6 +68,8 @@ def outcome_of_exception(error: BaseException) -> Outcome:
     kind = _kind(error)
     if kind == "crashed":
         detail = "".join(traceback.format_exception(error))
+    elif isinstance(error, CodesignError):
+        detail = str(error)  # written for people
     else:
         detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return Outcome(kind=kind, detail=detail[-MAX_DETAIL_CHARS:])

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from codesign.bundled import calibration_texts
 from codesign.engine.models.tokenizer import Tokenizer
-from codesign.errors import WorkError
+from codesign.errors import InputError, WorkError
 from codesign.measure import suite as suites
 from codesign.measure.child_session import ChildSession, Limits
 from codesign.measure.load import LoadResult, drive
@@ -28,6 +28,7 @@ from codesign.measure.phases import Phases
 from codesign.measure.provenance import provenance
 from codesign.measure.requests import RandomTokens, TextTokens, TokenSource, make_load
 from codesign.measure.sanity import impossible
+from codesign.measure.scores import checked_scores, vocab_size
 from codesign.measure.session import BuildFacts, TrialFailed
 from codesign.measure.summary import Readings, metrics, unsupported_objectives, violations
 from codesign.measure.tier import RULES, TierRule
@@ -68,6 +69,7 @@ class TrialRunner:
         self._tokenizer: Tokenizer | None = None
 
     def __enter__(self) -> Self:
+        self._check_retrieval()
         model = self._profile.model_spec
         self._provenance = {
             **provenance(model, self._profile.device),
@@ -117,6 +119,18 @@ class TrialRunner:
             provenance=self._provenance,
             **fields,
         )
+
+    def _check_retrieval(self) -> None:
+        """Raises InputError when retrieval is asked for and the workload is too short to plant a fact in."""
+        wanted = {objective.metric for objective in self._profile.objectives}
+        wanted |= {limit.metric for limit in self._profile.slo.limits()}
+        length, least = self._baseline.max_model_len, suites.LEAST_RETRIEVAL_TOKENS
+        if "retrieval_accuracy" in wanted and length < least:
+            raise InputError(
+                f"retrieval needs at least {least} tokens of prompt and output, the workload has {length}",
+                file=self._profile.path,
+                key="workload",
+            )
 
     # What trials of one profile share.
 
@@ -191,19 +205,22 @@ class _Trial:
             with phases("build"):
                 self._facts = session.build(self._config)
             phases.add(self._facts.phases)
-            vocab_size = int(self._facts.resolved["vocab_size"])
+            size = vocab_size(self._facts)
             with phases("warm_up"):
-                self._warm_up(session, runner.tokens(vocab_size))
+                self._warm_up(session, runner.tokens(size))
             with phases("measure"):
-                blocks, reading = self._window(session, runner.tokens(vocab_size))
+                blocks, reading = self._window(session, runner.tokens(size))
                 memory = session.memory()
             quality = None
-            suite = runner.suite(self._rule.suite, self._config.max_model_len, vocab_size)
+            suite = runner.suite(self._rule.suite, self._config.max_model_len, size)
             if suite is not None:
+                if suite["is_text"] and not suite["retrieval"]:
+                    least = suites.LEAST_RETRIEVAL_TOKENS
+                    self._warnings.append(f"retrieval was not judged: it needs a max_model_len of at least {least}")
                 reference = runner.reference(suite, phases.say)
                 with phases("quality"):
-                    quality = {**session.score({**suite, "reference": str(reference)}), "is_text": suite["is_text"]}
-                    quality["suite"] = suites.digest(suite)
+                    scores = checked_scores(session.score({**suite, "reference": str(reference)}), suite)
+                quality = {**scores, "is_text": suite["is_text"], "suite": suites.digest(suite)}
             sizes = {**self._facts.bytes, "peak": memory["peak_memory_bytes"], "host_peak": memory["host_peak_bytes"]}
             self._readings = Readings(blocks=blocks, bytes=sizes, quality=quality, monitor=reading)
             with phases("close"):

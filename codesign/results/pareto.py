@@ -19,6 +19,8 @@ QUALITY = tuple(name for name, metric in METRICS.items() if metric.needs == "qua
 def losses(record: TrialRecord, objectives: Sequence[Objective]) -> tuple[float, ...] | None:
     """The record's objective values, each turned so that less is better; None when one was not measured.
 
+    Values are taken to the resolution of their metric, so that rounding of the arithmetic decides no comparison.
+
     Raises:
         WorkError: the record holds another statistic of a metric than the objective asks for.
     """
@@ -32,7 +34,9 @@ def losses(record: TrialRecord, objectives: Sequence[Objective]) -> tuple[float,
                 f"trial {record.number} holds {objective.metric} as {value.statistic or 'a single value'}, "
                 f"the study asks for {objective.statistic}"
             )
-        found.append(-value.value if objective.direction == "maximize" else value.value)
+        loss = -value.value if objective.direction == "maximize" else value.value
+        step = METRICS[objective.metric].resolution
+        found.append(loss - math.remainder(loss, step) if step else loss)
     return tuple(found)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import optuna
 from rich.console import Console
 
+from codesign.engine.models.source import resolve
 from codesign.errors import InputError
 from codesign.measure.provenance import provenance
 from codesign.measure.trial import TrialRunner
@@ -60,7 +61,7 @@ def run_search(request: SearchRequest, console: Console, interrupt: Interrupt) -
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # "a new study created" is not for people
     TARGETS.check(request.target, key="--target")
-    profile = load_profile(request.profile, model_override=request.model)
+    profile = load_profile(request.profile, model_override=request.model, fetch=resolve)
     check_device(profile)
     points = Points(load_space(_space_path(profile, request)), profile.workload.max_model_len)
     baseline = points.baseline().config

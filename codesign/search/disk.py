@@ -52,8 +52,9 @@ def _message(folder: Path, reason: str, where: object) -> str:
 
 
 def _advice(folder: Path) -> str:
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
     try:
-        free = f"{format_bytes(shutil.disk_usage(folder).free)} free"
+        free = f"{format_bytes(shutil.disk_usage(there).free)} free"
     except OSError:
         free = "free space unknown"
     return (

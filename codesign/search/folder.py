@@ -26,6 +26,7 @@ from typing import Any
 from codesign.errors import InputError, WorkError
 from codesign.results.files import write_file
 from codesign.results.record import TrialIdentity
+from codesign.search.disk import explained
 from codesign.search.inputs import Inputs, identity_hash, profile_document
 from codesign.spec.yaml import dump_yaml
 
@@ -76,8 +77,7 @@ def open_study(out: Path, name: str | None, inputs: Inputs) -> Iterator[StudyFol
 
     Raises:
         InputError: a bad name, or a folder that holds another study or something else.
-        WorkError: another search runs in it.
-        OSError: the folder cannot be written.
+        WorkError: another search runs in it, or the disk is full, then or while the block runs.
     """
     name = f"{inputs.stem}-{inputs.digest[:6]}" if name is None else name
     if not _NAME.fullmatch(name) or name in NOT_STUDIES:
@@ -87,15 +87,16 @@ def open_study(out: Path, name: str | None, inputs: Inputs) -> Iterator[StudyFol
             key="--name",
         )
     path = out / name
-    try:
-        for folder in (path, *(path / part for part in ("trials", "leases", "configs"))):
-            folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(
-            "a file stands where the study's folder should be; choose another --name or --out", file=path
-        ) from None
-    with _lock(path):
-        yield _matching(path, inputs) if (path / "study.json").exists() else _create(path, inputs)
+    with explained(path):
+        try:
+            for folder in (path, *(path / part for part in ("trials", "leases", "configs"))):
+                folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(
+                "a file stands where the study's folder should be; choose another --name or --out", file=path
+            ) from None
+        with _lock(path):
+            yield _matching(path, inputs) if (path / "study.json").exists() else _create(path, inputs)
 
 
 @contextlib.contextmanager

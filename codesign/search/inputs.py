@@ -55,7 +55,7 @@ def inputs_of(
 def profile_document(sections: Mapping[str, Any]) -> dict[str, Any]:
     """Resolved sections as a profile that can be loaded again, beside a `space.yaml`."""
     model = sections["model"]
-    if model["architecture"] is not None:
+    if "architecture" in model:
         written: Any = {"name": model["name"], "weights": "random", "seed": model["seed"], **model["architecture"]}
     else:
         written = "bundled" if model["name"] == "bundled" else model["path"]

@@ -65,8 +65,11 @@ def sentinel(objective: Objective, earlier: Sequence[TrialRecord]) -> float:
 
 
 def value_of(record: TrialRecord, objective: Objective) -> float | None:
-    """The objective's value in its unit; None where the trial failed or did not measure it."""
-    loss = losses(record, (objective,)) if record.outcome.kind == "ok" else None
-    if loss is None:
+    """The objective's value as measured; None where the trial failed or did not measure it.
+
+    Raises:
+        WorkError: the record holds another statistic than the objective asks for.
+    """
+    if record.outcome.kind != "ok" or losses(record, (objective,)) is None:
         return None
-    return -loss[0] if objective.direction == "maximize" else loss[0]
+    return record.metrics[objective.metric].value

@@ -7,6 +7,7 @@ from typing import get_args
 
 from rich.console import Console
 
+from codesign.engine.models.source import resolve
 from codesign.errors import InputError
 from codesign.measure.trial import TrialRunner
 from codesign.results.files import write_file
@@ -33,7 +34,7 @@ def measure_one(
     checked = next((known for known in get_args(Tier) if known == tier), None)
     if checked is None:
         raise InputError(f"unknown tier {tier!r}", key="--tier", got=tier, known=get_args(Tier))
-    profile = load_profile(profile_path, model_override=model)
+    profile = load_profile(profile_path, model_override=model, fetch=resolve)
     config = load_config(config_path).resolve(file=config_path)
     check_device(profile)
     baseline = unmodified(profile)

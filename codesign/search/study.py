@@ -20,7 +20,6 @@ from codesign.results.ledger import write_record
 from codesign.results.record import Outcome, TrialIdentity, TrialRecord
 from codesign.search import lease as leases
 from codesign.search.advisor import Advisor
-from codesign.search.disk import explained
 from codesign.search.folder import StudyFolder
 from codesign.search.interrupt import Interrupt
 from codesign.search.ledger import load
@@ -121,9 +120,10 @@ class Study:
         """Goes on with the study until `limits`, an empty space or a signal stop it.
 
         Raises:
-            WorkError: the disk is full, or infrastructure fails again and again. What was finished is kept.
+            WorkError: infrastructure fails again and again. What was finished is kept.
+            OSError, optuna or sqlalchemy errors: the disk is full (`open_study` explains them).
         """
-        with explained(self._folder.path), leases.hold(self._folder.leases) as lease:
+        with leases.hold(self._folder.leases) as lease:
             living = leases.sweep(self._folder.leases)
             self._records = load(self._folder.trials, self._progress.say)
             self._durations_s = [seconds(record) for record in self._records if was_built(record)]

@@ -114,6 +114,21 @@ def test_combinations_that_make_no_sense_are_refused_by_name(case: str) -> None:
         tiny_engine("MistralForCausalLM", shape=shape, **config)
 
 
+def test_format_that_cannot_hold_a_layer_names_both() -> None:
+    with pytest.raises(Unsupported, match=r"weight format 'int4' cannot hold layer 0 qkv \[128, 64\].*128"):
+        tiny_engine(weights={"name": "int4", "group_size": 128})
+
+
+@pytest.mark.parametrize("weights", ["int8", {"name": "int4", "group_size": 32}])
+def test_quantised_engines_hold_fewer_bytes_and_generate(weights: object) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    native = tiny_engine(shape=shape, dtype="bf16").facts()["bytes"]["weights"]
+    engine = tiny_engine(shape=shape, dtype="bf16", weights=weights)
+
+    assert engine.facts()["bytes"]["weights"] < 0.75 * native
+    assert len(generate(engine, request("a", 40, 10), request("b", 5, 10))["a"]) == 10
+
+
 def test_window_as_long_as_the_context_is_fine() -> None:
     tiny_engine("MistralForCausalLM", shape={"sliding_window": 100}, max_model_len=100)
 

@@ -135,13 +135,16 @@ def test_abort_frees_the_slot_at_once_and_nothing_more_comes() -> None:
     assert [first[0].token_id, *rest["next"]] == generate(tiny_engine(), request("next", 5, 5))["next"]
 
 
-def test_abort_in_the_middle_of_a_prompt_leaves_no_trace() -> None:
-    engine = tiny_engine(max_batch_size=1, max_step_tokens=16)
+@pytest.mark.parametrize("policy", ["full", "h2o"])
+def test_abort_in_the_middle_of_a_prompt_leaves_no_trace(policy: str) -> None:
+    kv = {"policy": policy}
+    engine = tiny_engine(max_batch_size=1, max_step_tokens=16, kv=kv)
     engine.submit(request("long", 100, 100))
     engine.step()
     engine.abort("long")
 
-    assert generate(engine, request("next", 50, 20)) == generate(tiny_engine(), request("next", 50, 20))
+    assert generate(engine, request("next", 50, 20)) == generate(tiny_engine(kv=kv), request("next", 50, 20))
+    assert engine.facts()["bytes"]["kv_staging"] == 0
 
 
 def test_a_finished_request_may_come_again_and_a_running_one_may_not() -> None:

@@ -66,9 +66,10 @@ def allocation_bomb(*_: Any, **__: Any) -> NoReturn:
 
 
 def small_allocation_bomb(*_: Any, **__: Any) -> NoReturn:
-    hoard: list[Any] = []
+    """Down to the last page, so that hardly any is left for the report."""
+    hoard = []
     while True:
-        hoard.append([hoard, len(hoard)])
+        hoard.append(b"x" * (4000 + len(hoard) % 2))
 
 
 def tensor_bomb(*_: Any, **__: Any) -> NoReturn:

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import select
 import time
 from collections.abc import Callable
 from typing import NoReturn
@@ -88,19 +89,19 @@ def test_poll_waits_no_longer_than_asked(nursery: Nursery) -> None:
 
 
 def test_an_idle_session_is_no_hang(nursery: Nursery) -> None:
-    with open_session(nursery, limits=dataclasses.replace(LIMITS, progress_s=0.3)) as session:
+    with open_session(nursery, limits=dataclasses.replace(LIMITS, progress_s=1.5)) as session:
         session.build(EngineConfig())
-        assert session.poll(0.8) == ()
+        assert session.poll(2.0) == ()
         session.submit(request("late"))
 
         assert [event.token_id for event in drain(session, 1)] == [100, 101, 102]
 
 
 def test_a_caller_that_looks_away_finds_no_hang(nursery: Nursery) -> None:
-    with open_session(nursery, limits=dataclasses.replace(LIMITS, progress_s=0.3)) as session:
+    with open_session(nursery, limits=dataclasses.replace(LIMITS, progress_s=1.5)) as session:
         session.build(EngineConfig())
         session.submit(request("r"))
-        time.sleep(0.8)
+        time.sleep(2.0)
 
         assert [event.token_id for event in drain(session, 1)] == [100, 101, 102]
 
@@ -154,7 +155,7 @@ def test_aborting_what_has_just_finished_is_no_fault(nursery: Nursery) -> None:
     with open_session(nursery) as session:
         session.build(EngineConfig())
         session.submit(request("r", max_tokens=1))
-        time.sleep(0.3)  # it is done, but nobody has looked
+        select.select([session._channel], [], [], 20)  # it is done, but nobody has looked
         session.abort("r")
 
         assert [event.finish_reason for event in drain(session, 1)] == ["length"]
@@ -162,13 +163,13 @@ def test_aborting_what_has_just_finished_is_no_fault(nursery: Nursery) -> None:
 
 
 def test_scoring_may_take_longer_than_the_progress_clock_while_it_moves(nursery: Nursery) -> None:
-    limits = dataclasses.replace(LIMITS, progress_s=1.0)
+    limits = dataclasses.replace(LIMITS, progress_s=2.0)
     with open_session(nursery, limits=limits) as session:
         session.build(EngineConfig())
 
-        scores = session.score({"steps": 15, "text": "\u00e4"})
+        scores = session.score({"steps": 25, "text": "\u00e4"})
 
-    assert scores == {"suite": {"steps": 15, "text": "\u00e4"}, "was_closed": False}
+    assert scores == {"suite": {"steps": 25, "text": "\u00e4"}, "was_closed": False}
 
 
 def test_a_suite_larger_than_any_socket_buffer_arrives(nursery: Nursery) -> None:

@@ -70,6 +70,17 @@ def test_equal_points_stay_on_the_front_together() -> None:
     assert [member.number for member in front(trials([(2, 1, 1), (1, 1, 1), (2, 1, 1)]), OBJECTIVES)] == [0, 2]
 
 
+def test_rounding_of_the_arithmetic_decides_nothing() -> None:
+    """A slower engine is not kept for a divergence of 1e-15 less than another's."""
+    records = [
+        record(0, {"throughput_tokens_per_s": 9, "kl_divergence": 8.4e-15, "peak_memory_bytes": 130_000_000}),
+        record(1, {"throughput_tokens_per_s": 5, "kl_divergence": 7.9e-15, "peak_memory_bytes": 129_900_000}),
+    ]
+    objectives = [SPEED, KL, Objective.of("peak_memory_bytes")]
+
+    assert [member.number for member in front(records, objectives)] == [0]
+
+
 def test_directions_are_respected() -> None:
     members = front(trials([(9, 0, 0), (1, 0, 0)]), OBJECTIVES)
 

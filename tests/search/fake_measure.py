@@ -19,7 +19,7 @@ def figures(config: EngineConfig) -> dict[str, MetricValue]:
     batch, step = config.max_batch_size, config.max_step_tokens
     return {
         "throughput_tokens_per_s": MetricValue(value=100.0 * batch**0.5 + step / 64, unit="tokens/s"),
-        "peak_memory_bytes": MetricValue(value=1000.0 * batch + step, unit="bytes"),
+        "peak_memory_bytes": MetricValue(value=1e9 * batch + 1e7 * step, unit="bytes"),
     }
 
 

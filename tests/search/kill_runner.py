@@ -1,6 +1,7 @@
 """Runs searches to be killed: imports once, then forks one search per line of JSON on stdin.
 
-    {"out", "trials", "seconds", "die_at", "die_after"}  ->  "pid N", later "acked UID" per finished trial, "exit CODE"
+    {"out", "trials", "seconds", "die_at", "die_after", "deaf"}
+    ->  "pid N", "acked UID" per finished trial, "exit CODE"
 
 A search measures through a fake nursery: a process that forks one child per trial, which sleeps and answers over a
 pipe. Both die with their parent. `die_at` names the step at which the search kills itself, on its `die_after`-th turn.
@@ -25,6 +26,7 @@ from codesign.results.record import TrialIdentity, TrialRecord
 from codesign.search import lease as leases
 from codesign.search import storage
 from codesign.search import study as studies_module
+from codesign.search.interrupt import Interrupt
 from codesign.search.limits import Limits
 from codesign.spec.engine_config import EngineConfig
 from tests.search.fake_measure import OnPhase, record_of
@@ -116,9 +118,25 @@ def search(order: dict[str, Any]) -> None:
     out = Path(order["out"])
 
     def fake(identity: TrialIdentity, config: EngineConfig, on_phase: OnPhase) -> TrialRecord:
-        return measure(identity, config, order["seconds"])
+        try:
+            return measure(identity, config, order["seconds"])
+        except KeyboardInterrupt:
+            if order.get("deaf"):  # a session that takes its time to close
+                time.sleep(60)
+            raise
 
-    run_study(out, space_of(out, SPACE), measure=fake, heard=Acknowledging(), limits=Limits(trials=order["trials"]))
+    interrupt = Interrupt()
+    with interrupt.installed():
+        run_study(
+            out,
+            space_of(out, SPACE),
+            measure=fake,
+            heard=Acknowledging(),
+            limits=Limits(trials=order["trials"]),
+            interrupt=interrupt,
+            write_report=lambda: (out / "report").write_text("written"),
+        )
+    os._exit(interrupt.exit_status if interrupt.signal_number else 0)
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from codesign.results.record import TrialIdentity, TrialRecord
 from codesign.search.folder import open_study
 from codesign.search.inputs import Inputs
@@ -57,7 +59,7 @@ def sections_of(hardware: str, objectives: Sequence[Objective]) -> dict[str, Any
     """What `Profile.sections` holds."""
     return {
         "hardware": {"name": hardware, "device": "cpu"},
-        "model": {"name": "fake", "path": "/models/fake", "architecture": None, "seed": 0},
+        "model": {"name": "fake", "path": "/models/fake", "seed": 0},
         "workload": {"scenario": "offline", "prompt_tokens": {"fixed": 8}, "output_tokens": {"fixed": 8}},
         "slo": {},
         "objectives": [dataclasses.asdict(objective) for objective in objectives],
@@ -102,3 +104,11 @@ def run_study(
             seed=seed,
         )
         return study.run(limits or Limits(trials=8))
+
+
+def optuna_trials(out: Path, name: str = "study") -> list[optuna.trial.FrozenTrial]:
+    storage = optuna.storages.RDBStorage(f"sqlite:///{out / name / 'study.db'}")
+    trials = optuna.load_study(study_name=name, storage=storage).trials
+    storage.remove_session()
+    storage.engine.dispose()
+    return trials

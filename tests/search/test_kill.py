@@ -1,15 +1,9 @@
 """kill -9 of the search, its nursery and their children, at named steps and at random moments; then resume."""
 
-import json
 import random
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -17,81 +11,10 @@ import pytest
 from codesign.results.ledger import read_records
 from codesign.search.lease import sweep
 from tests.search.kill_runner import CRASH_POINTS
-from tests.search.test_study import optuna_trials
+from tests.search.runner import Runner, Strike
+from tests.search.studies import optuna_trials
 
-ROOT = Path(__file__).parents[2]
 NUM_RANDOM_KILLS = 25
-
-
-class Runner:
-    """The process that forks searches."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.search.kill_runner"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.acked: list[str] = []
-
-    def run(self, out: Path, *, kill: "Kill | None" = None, **order: Any) -> int:
-        """One search to its end, or its death. Returns its exit status."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"out": str(out), "seconds": 0.02, **order}) + "\n")
-        self._process.stdin.flush()
-        pid = int(self._process.stdout.readline().split()[1])
-        if kill is not None:
-            kill.start(pid)
-        for line in self._process.stdout:
-            word, value = line.split()
-            if word == "exit":
-                if kill is not None:
-                    kill.join()
-                return int(value)
-            self.acked.append(value)
-        raise AssertionError("the runner died")
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-        self._process.stdout.close()
-
-
-class Kill:
-    """Kills a member of a search's family after a while: "search", "nursery" or "child"."""
-
-    def __init__(self, victim: str, after_s: float) -> None:
-        self._victim, self._after_s = victim, after_s
-        self._thread: threading.Thread | None = None
-
-    def start(self, pid: int) -> None:
-        self._thread = threading.Thread(target=self._run, args=(pid,))
-        self._thread.start()
-
-    def join(self) -> None:
-        assert self._thread is not None
-        self._thread.join()
-
-    def _run(self, pid: int) -> None:
-        time.sleep(self._after_s)
-        try:
-            search = psutil.Process(pid)
-            descendants = search.children(recursive=True)
-            depth = {"search": 0, "nursery": 1, "child": 2}[self._victim]
-            family = [search, *descendants]
-            family[min(depth, len(family) - 1)].send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            pass  # it was done before
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[Runner]:
-    runner = Runner()
-    yield runner
-    runner.close()
 
 
 def check_study(out: Path, acked: list[str], trials: int) -> None:
@@ -140,8 +63,8 @@ def test_searches_killed_at_random_moments_lose_double_and_leave_nothing(runner:
     usual_s = time.monotonic() - began_s  # of two trials, on this machine as busy as it is
     killed = 0
     for turn in range(NUM_RANDOM_KILLS):
-        kill = Kill(rng.choice(("search", "search", "search", "nursery", "child")), rng.uniform(0, 1.5 * usual_s))
-        killed += runner.run(tmp_path, trials=4 + turn, kill=kill) == -signal.SIGKILL
+        strike = Strike(rng.choice(("search", "search", "search", "nursery", "child")), rng.uniform(0, 1.5 * usual_s))
+        killed += runner.run(tmp_path, trials=4 + turn, strike=strike) == -signal.SIGKILL
     done = runner.run(tmp_path, trials=4 + NUM_RANDOM_KILLS)
     began_s = time.monotonic()
     nothing_to_do = runner.run(tmp_path, trials=4 + NUM_RANDOM_KILLS)
@@ -156,12 +79,12 @@ def test_searches_killed_at_random_moments_lose_double_and_leave_nothing(runner:
 
 
 def test_no_process_of_a_killed_search_is_left(runner: Runner, tmp_path: Path) -> None:
-    runner.run(tmp_path, trials=50, seconds=5, kill=Kill("search", 1.5))
+    runner.run(tmp_path, trials=50, seconds=5, strike=Strike("search", 1.5))
     deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and len(psutil.Process(runner._process.pid).children(recursive=True)) > 0:
+    while time.monotonic() < deadline and runner.descendants:
         time.sleep(0.05)
 
-    assert psutil.Process(runner._process.pid).children(recursive=True) == []
+    assert runner.descendants == []
     assert not [p for p in psutil.process_iter() if p.ppid() == 1 and str(tmp_path) in " ".join(_cmdline(p))]
 
 

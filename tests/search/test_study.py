@@ -15,15 +15,7 @@ from codesign.search.limits import Limits
 from codesign.search.study import Misfit
 from codesign.spec.engine_config import EngineConfig
 from tests.search.fake_measure import OBJECTIVES, FakeMeasure, OnPhase
-from tests.search.studies import Heard, run_study, space_of
-
-
-def optuna_trials(out: Path, name: str = "study") -> list[optuna.trial.FrozenTrial]:
-    storage = optuna.storages.RDBStorage(f"sqlite:///{out / name / 'study.db'}")
-    trials = optuna.load_study(study_name=name, storage=storage).trials
-    storage.remove_session()
-    storage.engine.dispose()
-    return trials
+from tests.search.studies import Heard, optuna_trials, run_study, space_of
 
 
 def test_trial_0_is_the_unmodified_configuration(tmp_path: Path) -> None:

@@ -144,8 +144,11 @@ class Attention:
             length, num_tokens = plan.query_lens[index], self.store.num_tokens[slot]
             if self.store.num_pending[slot]:
                 raise ValueError(f"slot {slot} has pending rows; commit or free them first")
-            if plan.positions[starts[index]] != num_tokens:
-                raise ValueError(f"slot {slot}: position {plan.positions[starts[index]]} after {num_tokens} tokens")
+            first, last = plan.positions[starts[index]], plan.positions[starts[index + 1] - 1]
+            if (first, last) != (num_tokens, num_tokens + length - 1):
+                raise ValueError(
+                    f"slot {slot}: positions {first} to {last}, {length} of them, after {num_tokens} tokens"
+                )
             if num_tokens + length > self._max_model_len:
                 raise ValueError(f"slot {slot}: more than max_model_len = {self._max_model_len} tokens")
             if not plan.is_prompt[index] and length > self._max_query_len:

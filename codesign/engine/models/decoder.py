@@ -27,19 +27,27 @@ class AttentionFn(Protocol):
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; fp32 inside, cast to the dtype of x, then weighted:
-    the order of transformers, so that 16-bit results agree with it bit for bit."""
+    the order of transformers, without which a quarter of the 16-bit results differ in their last bit."""
 
     weight: Tensor
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self._eps, self._shape = eps, tuple(weight.shape)
+        self._eps, self._shape, self._per_value = eps, tuple(weight.shape), 1.0 / weight.numel()
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":  # one fused kernel there
+            normed = F.rms_norm(x.float(), self._shape, None, self._eps)
+            return normed.to(x.dtype) * self.weight
+        # torch's CPU kernel makes a temporary per operation. Zen 3, one thread, us: [8, 256] bf16 28 instead of 36,
+        # [1024, 896] fp32 400 instead of 5600.
+        wide = x.float()
+        norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = norm.square_().mul_(self._per_value).add_(self._eps).rsqrt_()
         if x.dtype == torch.float32:
-            return F.rms_norm(x, self._shape, self.weight, self._eps)
-        return F.rms_norm(x.float(), self._shape, None, self._eps).to(x.dtype) * self.weight
+            return (wide * scale).mul_(self.weight)  # wide is x itself
+        return wide.mul_(scale).to(x.dtype).mul_(self.weight)
 
 
 class DecoderLayer(nn.Module):
@@ -65,7 +73,7 @@ class DecoderLayer(nn.Module):
         q, k, v = self.project(self.input_norm(x))
         x = x + self.output(attention(layer, q, k, v, batch).flatten(1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        result: Tensor = x + self.down(F.silu(gate) * up)
+        result: Tensor = x + self.down(F.silu(gate).mul_(up))
         return result
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

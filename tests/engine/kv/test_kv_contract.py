@@ -47,3 +47,12 @@ def test_random_traffic_agrees_with_a_dictionary_of_rows(
 
     is_bounded = min(attention.kv_budget_tokens) < MAX_MODEL_LEN
     assert (num_evicted > 50) == is_bounded, "the traffic must reach the budget, or it shows nothing"
+
+
+@pytest.mark.parametrize("name", [name for name in KNOBS if name != "full"])
+def test_a_policy_without_a_law_of_its_own_is_held_to_the_general_one(name: str) -> None:
+    """What a new file meets before anybody has written its oracle: the member itself, asked in float64."""
+    policy = KV_POLICIES.create(name, **KNOBS[name][0])
+    plans = random_plans(3, num_steps=40, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN)
+
+    assert replay(make_attention(policy), make_oracle(policy, "a policy nobody has described"), plans) > 20

@@ -107,6 +107,23 @@ def test_a_policy_that_keeps_everything_equals_full_bit_for_bit(
     assert torch.equal(generate(keep_all, [20, 17], 20), generate(full, [20, 17], 20))
 
 
+@pytest.mark.parametrize("backend", ATTENTION.names())
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.06), (torch.float16, 0.008)], ids=str)
+def test_half_precision_stays_near_fp32(dtype: torch.dtype, tolerance: float, backend: str) -> None:
+    for policy in (Full(), StreamingLLM(kv_budget=12), PyramidKV(kv_budget=40, window_tokens=30, beta=1)):
+        out = generate(make(policy, backend=backend, dtype=dtype), [20, 18], 10)
+        expected = generate(make(policy, backend=backend), [20, 18], 10)
+
+        assert out.dtype == dtype
+        assert (out.float() - expected).abs().max() < tolerance
+
+
+def test_the_kernel_name_says_what_runs() -> None:
+    assert make(Full()).kernel == "aten::scaled_dot_product_attention"
+    assert make(H2O(kv_budget=12)).kernel == "aten::scaled_dot_product_attention + column pass"
+    assert make(H2O(kv_budget=1.0)).kernel == "aten::scaled_dot_product_attention"
+
+
 @pytest.mark.parametrize("chunks", [[50], [49, 1], [1] * 50, [20, 3, 27], [7] * 7 + [1]])
 @pytest.mark.parametrize(
     "policy",
@@ -208,7 +225,7 @@ def test_streaming_output_does_not_depend_on_how_far_away_the_sinks_really_are()
         (decode_plan([0], [0], [8]), "commit or free"),
         (decode_plan([0], [0], [9], commits=[(0, 2)]), "cannot commit 2 of 1"),
         (decode_plan([0], [0], [9], commits=[(0, -1)]), "cannot commit -1"),
-        (decode_plan([0], [0], [12], commits=[(0, 1)]), "position 12 after 9"),
+        (decode_plan([0], [0], [12], commits=[(0, 1)]), "positions 12 to 12, 1 of them, after 9"),
         (chunk(1, 0, 65, is_end=True), "more than max_model_len = 64"),
     ],
 )

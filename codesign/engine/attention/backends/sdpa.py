@@ -1,6 +1,8 @@
 """sdpa: torch's fused attention; on a CPU the flash kernel, O(M) memory.
 
-Cannot give attention weights, so column sums cost a second pass over the keys.
+Cannot give attention weights, so column sums cost a second pass over the keys. Half precision on a CPU without its own
+instructions for it (AVX2, torch 2.13, one thread, decode of 8 x 512 rows x 2 KV heads x 64): fp32 0.43 ms, bf16 0.55,
+fp16 1.99; converting the views to fp32 first took 3.3, so they are read as they are.
 """
 
 import dataclasses

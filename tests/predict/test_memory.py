@@ -1,0 +1,91 @@
+"""The static estimate: right for known models, and never above what is really needed."""
+
+import dataclasses
+
+import pytest
+
+from codesign.predict.memory import ModelSize, estimate, kept_tokens
+from codesign.spec.engine_config import Choice, EngineConfig, KVConfig
+from codesign.units import GIB
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+SIZE = ModelSize.of(LLAMA_8B)
+
+
+def test_parameters_of_llama_3_1_8b_without_its_norms() -> None:
+    # 8,030,261,248 parameters, of which 65 norms of 4096.
+    assert SIZE.linear_params + SIZE.other_params == 8_030_261_248 - 65 * 4096
+
+
+def test_kv_bytes_of_a_full_cache() -> None:
+    config = EngineConfig(max_batch_size=4, max_model_len=8192)
+
+    # 2 x 32 layers x 8 heads x 128 x 2 bytes = 128 KiB per token
+    assert estimate(SIZE, config).kv_bytes == 128 * 1024 * 4 * 8192
+
+
+def test_four_bits_take_a_quarter_of_the_linear_layers() -> None:
+    native = estimate(SIZE, EngineConfig())
+    int4 = estimate(SIZE, EngineConfig(weights=Choice.of("int4", group_size=128)))
+
+    assert native.weights_bytes - int4.weights_bytes == SIZE.linear_params * 3 // 2
+
+
+def test_tied_embeddings_count_once() -> None:
+    tied = ModelSize.of({**LLAMA_8B, "tie_word_embeddings": True})
+
+    assert SIZE.other_params == 2 * tied.other_params
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        (Choice("full"), 1000),
+        (Choice.of("h2o", kv_budget=0.2), 200),
+        (Choice.of("h2o", kv_budget=64), 64),
+        (Choice.of("h2o", kv_budget=4000), 1000),
+        (Choice("unheard_of"), 0),
+        (Choice.of("odd", kv_budget=True), 0),
+    ],
+)
+def test_rows_kept_by_a_policy(policy: Choice, kept: int) -> None:
+    assert kept_tokens(policy, 1000) == kept
+
+
+def test_what_is_not_known_counts_as_nothing_so_that_nothing_is_ruled_out_wrongly() -> None:
+    config = EngineConfig(weights=Choice("unheard_of"), kv=KVConfig(policy=Choice("full"), codec=Choice("unheard_of")))
+
+    assert estimate(SIZE, config).kv_bytes == 0
+    assert estimate(SIZE, config).weights_bytes == SIZE.other_params * 2
+
+
+def test_a_bound_on_the_cache_bounds_the_estimate() -> None:
+    config = dataclasses.replace(EngineConfig(max_batch_size=64, max_model_len=65536), kv_memory_bytes=GIB)
+
+    assert estimate(SIZE, config).kv_bytes == GIB
+
+
+def test_a_misfit_says_what_is_needed_and_what_is_there() -> None:
+    needed = estimate(SIZE, EngineConfig())
+
+    assert needed.misfit(24 * GIB) is None
+    text = needed.misfit(8 * GIB)
+    assert text is not None
+    assert "needs at least 17 GiB" in text and "has 8 GiB" in text
+
+
+@pytest.mark.parametrize("missing", list(LLAMA_8B))
+def test_a_size_that_is_missing_is_an_error_unless_it_has_a_default(missing: str) -> None:
+    plain = {key: value for key, value in LLAMA_8B.items() if key != missing}
+    if missing == "num_key_value_heads":
+        assert ModelSize.of(plain).num_kv_heads == 32
+    else:
+        with pytest.raises(KeyError):
+            ModelSize.of(plain)

@@ -1,0 +1,141 @@
+"""What is said before the first trial."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codesign.errors import InputError, Unsupported
+from codesign.measure.monitor import EnergySource
+from codesign.search import preflight
+from codesign.search.preflight import check_device, memory_check, usable_objectives
+from codesign.search.world import check_same_world
+from codesign.spec.engine_config import EngineConfig
+from codesign.spec.profile import Profile, load_profile
+from tests.search.fake_measure import record_of
+from tests.search.test_objective import identity
+
+MODEL = (
+    "{weights: random, model_type: llama, hidden_size: 4096, intermediate_size: 14336, num_hidden_layers: 32, "
+    "num_attention_heads: 32, num_key_value_heads: 8, vocab_size: 128256, max_position_embeddings: 8192}"
+)
+
+
+def profile(folder: Path, hardware: str, objectives: str = "[kv_bytes]", more: str = "") -> Profile:
+    path = folder / "p.yaml"
+    path.write_text(
+        f"hardware: {hardware}\nmodel: {MODEL}\nobjectives: {objectives}\n{more}\n"
+        "workload: {scenario: offline, prompt_tokens: 8, output_tokens: 8, num_requests: 1}\n"
+    )
+    return load_profile(path)
+
+
+def gpu(name: str) -> dict[str, Any]:
+    return {"name": name, "uuid": "GPU-0", "memory_bytes": 80 * 2**30, "compute_capability": "9.0", "max_power_w": 700}
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "is_same"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB", True),
+        ("A100 80GB", "NVIDIA A100-SXM4-80GB", True),
+        ("NVIDIA H100 SXM", "NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA H200", "NVIDIA H200", True),
+        ("NVIDIA H200", "NVIDIA H100 80GB HBM3", False),
+        ("NVIDIA L40S", "NVIDIA L40", False),
+        ("NVIDIA L40", "NVIDIA L40S", False),
+        ("GeForce RTX 4090", "NVIDIA GeForce RTX 4090", True),
+        ("GeForce RTX 4090", "NVIDIA GeForce RTX 4080", False),
+    ],
+)
+def test_a_gpu_is_recognised_by_its_model_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, found: str, is_same: bool
+) -> None:
+    monkeypatch.setattr(preflight, "gpus", lambda: [gpu(found)])
+    asking = profile(tmp_path, f"{{name: {asked}, device: cuda}}")
+    if is_same:
+        check_device(asking)
+    else:
+        with pytest.raises(Unsupported, match=f"asks for {asked}; here is 1 x {found}"):
+            check_device(asking)
+
+
+def test_fewer_devices_than_asked_for_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "gpus", lambda: [gpu("NVIDIA H200")])
+
+    with pytest.raises(Unsupported, match="asks for 2 x NVIDIA H200; here is 1 x NVIDIA H200"):
+        check_device(profile(tmp_path, "{name: NVIDIA H200, device: cuda, count: 2}"))
+
+
+def test_objectives_that_cannot_be_given_are_dropped_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "energy_source", lambda device: EnergySource(scope="", reason="no meter"))
+    said: list[str] = []
+    names = "[kv_bytes, kl_divergence, energy_per_token_j, cost_per_mtok, goodput_requests_per_s]"
+    kept = usable_objectives(profile(tmp_path, "{name: x, device: cpu}", names), said.append)
+
+    assert [objective.metric for objective in kept] == ["kv_bytes"]
+    assert said == [
+        "objective kl_divergence is dropped: the model's weights are random",
+        "objective energy_per_token_j is dropped: no meter",
+        "objective cost_per_mtok is dropped: the profile has no hardware.price_per_hour",
+        "objective goodput_requests_per_s is dropped: the profile has no slo",
+    ]
+
+
+def test_objectives_that_can_be_given_are_kept_silently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "energy_source", lambda device: EnergySource(scope="board"))
+    said: list[str] = []
+    asking = profile(
+        tmp_path,
+        "{name: x, device: cpu, price_per_hour: 2}",
+        "[energy_per_token_j, cost_per_mtok, goodput_requests_per_s]",
+        "slo: {tpot_ms: {p50: 10}}",
+    )
+
+    assert usable_objectives(asking, said.append) == asking.objectives
+    assert said == []
+
+
+def test_a_profile_whose_objectives_are_all_impossible_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of them can be measured here"):
+        usable_objectives(profile(tmp_path, "{name: x, device: cpu}", "[kl_divergence]"), lambda text: None)
+
+
+def test_memory_is_checked_against_the_smaller_of_profile_and_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "gpus", lambda: [gpu("X1")])
+    hardware = "{name: X1, device: cuda, memory: [{name: hbm, gib: %s}, {name: host, gib: 1}]}"
+    small = memory_check(profile(tmp_path, hardware % 12))(EngineConfig())
+    large = memory_check(profile(tmp_path, hardware % 200))(EngineConfig())
+
+    assert small is not None and "has 12 GiB" in small.detail and small.excess > 0
+    assert large is None
+    assert memory_check(profile(tmp_path, hardware % 200))(EngineConfig(max_batch_size=4096)) is not None
+
+
+def test_a_study_does_not_go_on_in_another_world() -> None:
+    here = {
+        "machine": {"cpu": "A", "cores": 2},
+        "versions": {"torch": "2.13"},
+        "model": {"digest": "sha256:1"},
+        "gpus": [{"name": "H200"}],
+    }
+    import dataclasses
+
+    record = dataclasses.replace(record_of(identity(0), EngineConfig()), provenance=here)
+    check_same_world([record], here, "study")
+    for changed, word in (
+        ({"machine": {"cpu": "B", "cores": 2}}, "processor was A"),
+        ({"versions": {"torch": "2.14"}}, "torch was 2.13, is 2.14"),
+        ({"model": {"digest": "sha256:2"}}, "model was"),
+        ({"gpus": [{"name": "H100"}]}, "GPUs was H200, is H100"),
+    ):
+        with pytest.raises(InputError, match=word):
+            check_same_world([record], {**here, **changed}, "study")
+
+
+def test_a_study_of_predicted_trials_only_has_no_world_yet() -> None:
+    check_same_world([record_of(identity(0), EngineConfig())], {"machine": {}}, "study")
