@@ -19,6 +19,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -220,59 +221,62 @@ def summarise(batch: dict) -> dict:
     return {"times_ms": times, "speed_ratios": found}
 
 
-def table(document: dict) -> str:
-    made = document["provenance"]
+def cell(value: dict[str, float], digits: int) -> str:
+    return f"{value['median']:.{digits}f} [{value['min']:.{digits}f}, {value['max']:.{digits}f}]"
+
+
+def table(runs: list[dict]) -> str:
     lines = [
         "# Our engine beside transformers on this CPU",
         "",
-        f"{made['cpu']}, {made['num_threads']} threads, {made['clock']} clock, torch {made['torch']}, "
-        f"transformers {made['transformers']}, ATen {made['cpu_capability']}, commit {made['commit']}, {made['date']}.",
-        f"Load average before and after: {made['load_average_before']}, {made['load_average_after']}.",
-        f"Random-weights Qwen2, {document['model']['num_layers']} layers of 896, bf16, {PROMPT_TOKENS}-token prompts, "
-        f"greedy, {document['model']['output_tokens']} output tokens.",
-        "Command: `python tests/benchmarks/engine_cpu.py`. Median over interleaved rounds [smallest, largest].",
+        f"Random-weights Qwen2 of 896-wide layers (24 of them are 0.39 B parameters), bf16, {PROMPT_TOKENS}-token",
+        "prompts, greedy. Median over interleaved rounds [smallest, largest]; ratios are taken within a round.",
+        "Clock `cpu`: the one thread's own time, for machines that are busy with other work.",
         "",
-        "| batch | rounds | contender | decode ms per step | x transformers | prefill ms | x transformers |",
-        "|---|---|---|---|---|---|---|",
+        "| batch | layers | threads, clock | rounds | contender | decode ms per step | x transformers | prefill ms "
+        "| x transformers |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-
-    def cell(value: dict[str, float], digits: int) -> str:
-        return f"{value['median']:.{digits}f} [{value['min']:.{digits}f}, {value['max']:.{digits}f}]"
-
-    for batch in document["batches"]:
-        summary = batch["summary"]
+    for run in runs:
+        summary, made = run["summary"], run["provenance"]
+        where = (
+            f"{run['batch_size']} | {run['num_layers']} | {made['num_threads']}, {made['clock']} | {run['num_rounds']}"
+        )
         for name, times in summary["times_ms"].items():
             versus = [summary["speed_ratios"].get(f"{phase} {name} / transformers") for phase in ("decode", "prefill")]
-            decode, prefill = (cell(value, 2) + "x" if value else "" for value in versus)
+            decode, prefill = (cell(value, 2) if value else "" for value in versus)
+            shown = [where, name, cell(times["decode"], 1), decode, cell(times["prefill"], 0), prefill]
+            lines.append(f"| {' | '.join(shown)} |")
+    lines += ["", "| bar | batch | layers | wanted | found | met |", "|---|---|---|---|---|---|"]
+    for run in runs:
+        for bar in run["bars"]:
             lines.append(
-                f"| {batch['batch_size']} | {batch['num_rounds']} | {name} | {cell(times['decode'], 1)} | {decode} "
-                f"| {cell(times['prefill'], 0)} | {prefill} |"
+                f"| {bar['ratio']} | {run['batch_size']} | {run['num_layers']} | {bar['wanted']} | {bar['found']:.2f} "
+                f"| {'yes' if bar['met'] else '**no**'} |"
             )
-    lines += ["", "| bar | batch | wanted | found | met |", "|---|---|---|---|---|"]
-    for bar in document["bars"]:
+    lines += [
+        "",
+        "| batch | CPU | torch | transformers | commit | date | load before, after | command |",
+        "|---" * 8 + "|",
+    ]
+    for run in runs:
+        made = run["provenance"]
+        loads = f"{made['load_average_before'][0]}, {made['load_average_after'][0]}"
         lines.append(
-            f"| {bar['ratio']} | {bar['batch_size']} | {bar['wanted']} | {bar['found']:.2f} "
-            f"| {'yes' if bar['met'] else '**no**'} |"
+            f"| {run['batch_size']} | {made['cpu']}, {made['num_cores']} cores, ATen {made['cpu_capability']} "
+            f"| {made['torch']} | {made['transformers']} | {made['commit']} | {made['date']} | {loads} "
+            f"| `{made['command']}` |"
         )
     return "\n".join(lines) + "\n"
 
 
-def judge(batches: list[dict]) -> list[dict]:
+def judge(batch_size: int, summary: dict) -> list[dict]:
+    """The bars that say something about this batch size, with what was found."""
     found = []
     for ratio, sizes, wanted in BARS:
-        for batch in batches:
-            value = batch["summary"]["speed_ratios"].get(ratio)
-            if batch["batch_size"] in sizes and value is not None:
-                median = value["median"]
-                found.append(
-                    {
-                        "ratio": ratio,
-                        "batch_size": batch["batch_size"],
-                        "wanted": wanted,
-                        "found": median,
-                        "met": median >= wanted,
-                    }
-                )
+        if batch_size in sizes and ratio in summary["speed_ratios"]:
+            median = summary["speed_ratios"][ratio]["median"]
+            found.append({"ratio": ratio, "wanted": wanted, "found": median, "met": median >= wanted})
     return found
 
 
@@ -290,6 +294,23 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def provenance(args: argparse.Namespace) -> dict:
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        "command": f"python tests/benchmarks/engine_cpu.py {' '.join(args.shown)}".strip(),
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_cores": os.cpu_count(),
+        "num_threads": args.threads,
+        "clock": args.clock,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "load_average_before": [round(x, 2) for x in os.getloadavg()],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
@@ -303,41 +324,34 @@ def main() -> None:
     parser.add_argument("--no-warm-up", action="store_true")
     parser.add_argument("--model-dir", type=Path, default=Path(tempfile.gettempdir()) / "codesign-benchmarks")
     parser.add_argument("--out", type=Path, default=REPORTS / "engine_cpu.json")
+    parser.add_argument("--append", action="store_true", help="keep the runs that --out already holds")
     args = parser.parse_args()
+    hidden = {"--append", "--out", str(args.out), "--model-dir", str(args.model_dir)}
+    args.shown = [word for word in sys.argv[1:] if word not in hidden]
     if args.clock == "cpu" and args.threads != 1:
         parser.error("--clock cpu needs --threads 1")
 
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", module="transformers")
     model_dir = write_model(args.model_dir, args.layers)
-    document: dict = {
-        "schema_version": 1,
-        "provenance": {
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "commit": commit(),
-            "cpu": cpu_name(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "num_cores": os.cpu_count(),
-            "num_threads": args.threads,
-            "clock": args.clock,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "load_average_before": [round(x, 2) for x in os.getloadavg()],
-        },
-        "model": {"num_layers": args.layers, "prompt_tokens": PROMPT_TOKENS, "output_tokens": args.tokens},
-        "batches": [],
-    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    runs: list[dict] = json.loads(args.out.read_text())["runs"] if args.append and args.out.exists() else []
     for batch_size in args.batch:
-        batch = run_batch(model_dir, batch_size, args)
-        batch["summary"] = summarise(batch)
-        document["batches"].append(batch)
-        document["bars"] = judge(document["batches"])
-        document["provenance"]["load_average_after"] = [round(x, 2) for x in os.getloadavg()]
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(table(document))
-    print(table(document))
+        made = provenance(args)
+        run = {
+            "provenance": made,
+            "num_layers": args.layers,
+            "prompt_tokens": PROMPT_TOKENS,
+            "output_tokens": args.tokens,
+        }
+        run |= run_batch(model_dir, batch_size, args)
+        made["load_average_after"] = [round(x, 2) for x in os.getloadavg()]
+        run["summary"] = summarise(run)
+        run["bars"] = judge(batch_size, run["summary"])
+        runs.append(run)
+        args.out.write_text(json.dumps({"schema_version": 1, "runs": runs}, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(table(runs))
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -220,7 +220,9 @@ class Attention:
     def _attend_output(self, call: Call, group: LayerGroup, index: int, q: Tensor) -> Tensor:
         """Output tokens: query groups folded into rows, B slots in one call, straight from the cache."""
         shape = (len(call.spans), call.num_queries, self._num_kv_heads, self._num_groups, q.shape[2])
-        query = q.view(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H_kv, G * Q, D]
+        query = q.view(shape)
+        # [B, H_kv, G * Q, D]; with one query each nothing has to move
+        query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
         key = group.key[index, call.slots, :, : call.num_rows]
         value = group.value[index, call.slots, :, : call.num_rows]
         out = self.backend.attend(query, key, value, mask=call.mask, is_causal=False, scale=self._scale)
@@ -229,7 +231,8 @@ class Attention:
             weight = weights(query, key, whole, mask=call.mask, is_causal=False, scale=self._scale)
             mass = weight.view(*key.shape[:2], self._num_groups, call.num_queries, -1).mean(dim=2)  # [B, H_kv, Q, R]
             group.pending_column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
-        out = out.reshape(*key.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
+        if call.num_queries > 1:
+            out = out.reshape(*key.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
         return out.reshape(q.shape)
 
     def _attend_prompt(

@@ -1,8 +1,8 @@
 """C kernels of our own: built by the machine's C compiler when first wanted, kept by content, never required.
 
-    load("packed_matmul") -> Compiled(functions, ...) | Missing("why")
+    load("packed_matmul") -> ctypes.CDLL | Missing("why")
 
-A library is named after its source, flags, compiler and CPU, so that a stale one is never loaded. It shares the OpenMP
+A library is named after its source, flags and compiler, so that a stale one is never loaded. It shares the OpenMP
 threads of torch: both ask for libgomp.so.1, and the loader gives the second the first's.
 """
 
@@ -43,15 +43,15 @@ def load(stem: str) -> ctypes.CDLL | Missing:
         return ctypes.CDLL(str(_build(Path(__file__).with_name(f"{stem}.c"), compiler)))
     except subprocess.CalledProcessError as error:
         return Missing(f"{compiler} failed: {error.stderr.decode(errors='replace').strip()[:200]}")
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: no home directory
         return Missing(f"{type(error).__name__}: {error}")
 
 
 def _build(source: Path, compiler: str) -> Path:
     """Path of the library, compiled now unless it is kept from before."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S).stdout
-    text = source.read_bytes()
-    digest = hashlib.sha256(b"\0".join([text, " ".join(_FLAGS).encode(), version])).hexdigest()[:16]
+    real = Path(compiler).resolve()
+    made_by = f"{real} {real.stat().st_size} {real.stat().st_mtime_ns} {' '.join(_FLAGS)}"
+    digest = hashlib.sha256(source.read_bytes() + made_by.encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codesign" / "kernels"
     target = folder / f"{source.stem}-{digest}.so"
     if target.exists():

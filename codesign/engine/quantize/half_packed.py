@@ -24,9 +24,14 @@ def holds(weight: Tensor) -> bool:
         return False
     if weight.dtype == torch.float16:
         return True
-    wide = weight.float()
-    error = torch.linalg.vector_norm(wide.half().float() - wide)
-    return bool(error <= _MAX_RELATIVE_ERROR * torch.linalg.vector_norm(wide))  # inf and NaN compare false
+    squared_error = squared_norm = 0.0
+    for rows in torch.split(weight, max(1, 2**18 // weight.shape[1])):  # slices that stay in the cache
+        wide = rows.float()
+        if not bool(wide.abs().amax() <= torch.finfo(torch.float16).max):  # NaN compares false
+            return False
+        squared_error += float((wide.half().float() - wide).square().sum())
+        squared_norm += float(wide.square().sum())
+    return squared_error <= _MAX_RELATIVE_ERROR**2 * squared_norm
 
 
 class HalfPackedLinear(Linear):

@@ -14,9 +14,9 @@ from torch import Tensor
 from codesign.engine.quantize import cpu
 from codesign.engine.quantize.linear import Workspace
 
-# What one slice of the unpacked weight may take: it should stay in the cache between unpacking and multiplying.
-# Zen 3, 2 cores, 512 KiB L2 and 32 MiB L3, 2026-11-23: see reports/LOG.md for the sizes tried.
-_SLICE_BYTES = 2 * 2**20
+# How much of the unpacked weight one slice takes: it should stay in the cache between unpacking and multiplying, but
+# products with few outputs run slower. Zen 3, 512 KiB L2 and 32 MiB L3, 2026-11-23; other sizes in reports/LOG.md.
+_SLICE_BYTES, _MIN_SLICE_ROWS = 2 * 2**20, 512
 
 Unpack = Callable[[int, int, Tensor], None]
 """unpack(start, stop, out): writes rows start..stop of W into `out`, [in, stop - start] or [stop - start, in]."""
@@ -40,8 +40,8 @@ def multiply_unpacked(
         [M, out_features] in the dtype of x.
     """
     num_in = x.shape[1]
-    rows_per_slice = max(1, _SLICE_BYTES // (num_in * x.itemsize * step)) * step
-    rows_per_slice = min(rows_per_slice, out_features)
+    wanted = max(_SLICE_BYTES // (num_in * x.itemsize), _MIN_SLICE_ROWS)
+    rows_per_slice = min(-(-wanted // step) * step, out_features)
     y = x.new_empty(x.shape[0], out_features)
     buffer = workspace.take((rows_per_slice * num_in,), x.dtype, x.device)
     for start in range(0, out_features, rows_per_slice):

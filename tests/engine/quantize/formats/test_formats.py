@@ -1,17 +1,30 @@
 """What every weight format owes, over the registry: a new file is picked up by itself."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from codesign.engine.kernels import packed_matmul
+from codesign.engine.kernels.compiled import Missing
 from codesign.engine.quantize.linear import Linear, WeightFormat, Workspace
 from codesign.registry import WEIGHT_FORMATS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 ROWS = [1, 2, 3, 5, 8, 9, 16, 31, 64]
+
+
+@pytest.fixture(autouse=True, params=["compiled", "aten"])
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything holds with our compiled kernels, and without them."""
+    if request.param == "aten":
+        monkeypatch.setattr(packed_matmul, "load", lambda: Missing("switched off by a test"))
+    elif isinstance(reason := packed_matmul.load(), Missing):
+        pytest.skip(reason.reason)
+    yield
 
 
 def make(name: str) -> WeightFormat:
@@ -43,9 +56,8 @@ def test_fast_path_equals_dequantise_then_multiply(
 ) -> None:
     weight, bias = dense(*size)
     linear = make(name).pack(weight, bias if has_bias else None, dtype=dtype, workspace=Workspace())
-    edge = getattr(linear, "kernel_max_rows", 0)
 
-    for num_rows in {*ROWS, *(n for n in (edge - 1, edge, edge + 1) if n > 0)}:
+    for num_rows in ROWS:
         x = torch.randn(num_rows, size[1]).to(dtype)
         found = linear(x)
 
@@ -55,6 +67,18 @@ def test_fast_path_equals_dequantise_then_multiply(
             num_rows,
             linear.kernel,
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_the_row_count_where_kernels_change_changes_nothing_else(name: str, dtype: torch.dtype) -> None:
+    weight, bias = dense(64, 128)
+    linear = make(name).pack(weight, bias, dtype=dtype, workspace=Workspace())
+    edge: int = linear.kernel_max_rows  # type: ignore[assignment]
+    x = torch.randn(edge + 2, 128).to(dtype)
+
+    for num_rows in range(max(edge - 1, 1), edge + 3):
+        assert relative_error(linear(x[:num_rows]), plain(linear, x[:num_rows], bias)) < EPS[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,6 +151,19 @@ def test_every_result_names_its_kernels(name: str) -> None:
 
     for dtype in DTYPES:
         assert "::" in make(name).pack(weight, None, dtype=dtype, workspace=Workspace()).kernel
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_record_says_whose_kernel_ran_and_why(name: str, request: pytest.FixtureRequest) -> None:
+    weight, _ = dense(64, 64)
+
+    kernel = make(name).pack(weight, None, dtype=torch.bfloat16, workspace=Workspace()).kernel
+
+    if "compiled" in request.node.callspec.id:
+        assert f"codesign::{name}_matmul" in kernel
+    else:
+        assert "codesign::" not in kernel
+        assert "switched off by a test" in kernel
 
 
 @pytest.mark.parametrize("name", WEIGHT_FORMATS.names())
