@@ -30,9 +30,9 @@ from codesign.bundled.train import Progress, load_text_ids, token_array
 
 SHARPNESS = 1.5
 """The target's logits are multiplied by this: acceptance asks for its first choice, not for its doubts."""
-NUM_MICRO_BATCHES = 6
-PROMPT_TOKENS, CONTINUATION_TOKENS, SEQUENCE_TOKENS = range(96, 257), 160, 256
-POOL_SEQUENCES, RENEWED_SEQUENCES, USES_PER_RENEWAL = 256, 24, 12
+NUM_MICRO_BATCHES, MICRO_TOKENS = 4, 1024
+PROMPT_TOKENS, CONTINUATION_TOKENS, SEQUENCE_TOKENS = range(320, 401), 192, 512
+POOL_SEQUENCES, RENEWED_SEQUENCES, USES_PER_RENEWAL = 256, 24, 16
 CHECKPOINT_S = 180
 
 
@@ -45,7 +45,7 @@ class Kind:
     num_tokens: int
 
 
-TEXT_KINDS = (Kind(weight=0.75, num_sequences=4, num_tokens=256), Kind(weight=0.25, num_sequences=1, num_tokens=1024))
+TEXT_KINDS = (Kind(weight=0.85, num_sequences=2, num_tokens=512), Kind(weight=0.15, num_sequences=1, num_tokens=1024))
 
 
 def on_policy_share(share: float) -> float:
@@ -92,7 +92,9 @@ class Source:
             self.pool += list(greedy_continuations(self.target, prompts, CONTINUATION_TOKENS))
             self.pool = self.pool[-POOL_SEQUENCES:]
         self.num_uses += 1
-        return torch.stack([self.rng.choice(self.pool)[-SEQUENCE_TOKENS:] for _ in range(4)])
+        return torch.stack(
+            [self.rng.choice(self.pool)[-SEQUENCE_TOKENS:] for _ in range(MICRO_TOKENS // SEQUENCE_TOKENS)]
+        )
 
 
 class DistillationLoss:
@@ -173,7 +175,7 @@ def run(trainer: Trainer, target: Llama, work: Path, seed: int) -> None:
     saved = time.perf_counter()
 
     def size_of_step() -> tuple[int, int]:
-        return NUM_MICRO_BATCHES, NUM_MICRO_BATCHES * 1024
+        return NUM_MICRO_BATCHES, NUM_MICRO_BATCHES * MICRO_TOKENS
 
     def loss_of(index: int) -> Tensor:
         source.rng.seed(f"{seed} {trainer.num_steps} {index}")

@@ -51,9 +51,9 @@ class Stage:
 STAGES = (
     Stage(until=0.15, num_micro_batches=4, micro_sequences=4, num_tokens=256, retrieval=0.4, repeat=0.2),
     Stage(until=0.35, num_micro_batches=6, micro_sequences=4, num_tokens=256, retrieval=0.4, repeat=0.2),
-    Stage(until=0.65, num_micro_batches=4, micro_sequences=2, num_tokens=512, retrieval=0.5, repeat=0.05),
-    Stage(until=0.82, num_micro_batches=4, micro_sequences=1, num_tokens=1024, retrieval=0.5, repeat=0.0),
-    Stage(until=0.96, num_micro_batches=4, micro_sequences=1, num_tokens=1536, retrieval=0.5, repeat=0.0),
+    Stage(until=0.78, num_micro_batches=4, micro_sequences=2, num_tokens=512, retrieval=0.5, repeat=0.05),
+    Stage(until=0.92, num_micro_batches=4, micro_sequences=1, num_tokens=1024, retrieval=0.5, repeat=0.0),
+    Stage(until=0.98, num_micro_batches=3, micro_sequences=1, num_tokens=1536, retrieval=0.5, repeat=0.0),
     Stage(until=1.0, num_micro_batches=3, micro_sequences=1, num_tokens=2048, retrieval=0.5, repeat=0.0),
 )
 
