@@ -62,7 +62,7 @@ def search(
     model: Model = None,
     space: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of the profile's search space.")] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="The study's total; 30 unless there is a budget.", show_default=False)
+        int | None, typer.Option(min=1, help="The study's total; 24 unless there is a budget.", show_default=False)
     ] = None,
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="Wall time of this run, e.g. 90s, 20m, 1.5h.")

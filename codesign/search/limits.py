@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from codesign.errors import InputError
 
-DEFAULT_TRIALS = 30
+DEFAULT_TRIALS = 24
 _DURATION = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*(s|m|min|h|d)?", re.ASCII)
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 
@@ -60,7 +60,7 @@ def parse_duration(text: str) -> float:
 
 
 def limits_of(trials: int | None, budget: str | None) -> Limits:
-    """The limits that a command line asks for: 30 trials where it asks for nothing.
+    """The limits that a command line asks for: 24 trials where it asks for nothing.
 
     Raises:
         InputError: `budget` is no time.
