@@ -144,6 +144,10 @@ class Engine:
             "phases": dict(parts.phases),
         }
 
+    def device_busy_us(self) -> int:
+        """Microseconds that the device spent inside steps since the last call, by CUDA events; 0 on a CPU."""
+        return self.parts.runner.device_busy_us()
+
     def close(self) -> None:
         """Lets go of weights and cache; a second call does nothing."""
         self._parts = None

@@ -21,14 +21,38 @@ class CachedAttention(Protocol):
 
 
 class SingleRunner:
+    """On a CUDA device each step lies between two events, so that the share of time the device was busy is known:
+    a small model is often bound by launches, and no weight format can help it then.
+    """
+
     def __init__(self, model: Decoder, attention: CachedAttention, device: torch.device) -> None:
         self._model, self._attention, self._device = model, attention, device
+        self._steps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor:
         """Logits [len(plan.logits_rows), vocab_size] fp32."""
+        begin = self._event()
         batch = Batch.of(plan, self._device)
         self._attention.begin(batch)
         logits = self._model(batch, self._attention)
         self._attention.end(batch)
+        end = self._event()
+        if begin is not None and end is not None:
+            self._steps.append((begin, end))
         return logits  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+    def device_busy_us(self) -> int:
+        """Microseconds between the events of all steps since the last call; 0 on a CPU. Waits for the device."""
+        if not self._steps:
+            return 0
+        torch.cuda.synchronize(self._device)
+        steps, self._steps = self._steps, []
+        return round(sum(float(begin.elapsed_time(end)) for begin, end in steps) * 1e3)
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event

@@ -149,7 +149,7 @@ class _Child:
                 scores = self._score(self._engine, command["suite"], self._progress)
                 self._say_numbers({"event": "scored", "scores": scores})
             case "memory":
-                self._say({"event": "memory", **device_memory(self._device)})
+                self._say({"event": "memory", **device_memory(self._device, self._engine)})
             case other:
                 raise AssertionError(f"unknown command {other!r}")
 
@@ -203,8 +203,10 @@ def request_from_plain(plain: Mapping[str, Any]) -> Request:
     )
 
 
-def device_memory(device: str) -> dict[str, int]:
-    """The CUDA allocator's own figures, in bytes; on CPU nothing, since the parent reads the process itself."""
+def device_memory(device: str, engine: Any) -> dict[str, int]:
+    """The CUDA allocator's own figures in bytes, and how long the device was busy since the last such message; on CPU
+    nothing, since the parent reads the process itself.
+    """
     if not device.startswith("cuda"):
         return {}
     import torch  # only here: a child without a CUDA engine may never need it
@@ -213,4 +215,5 @@ def device_memory(device: str) -> dict[str, int]:
         "device_peak_bytes": torch.cuda.max_memory_allocated(device),
         "device_peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
         "device_bytes": torch.cuda.memory_allocated(device),
+        "device_busy_us": engine.device_busy_us(),
     }

@@ -200,7 +200,9 @@ def throttle_names(bits: int) -> list[str]:
 
 
 class Monitor:
-    """Samples a probe in a thread for the length of a `with` block; `reading` holds the result afterwards."""
+    """Samples a probe in a thread for the length of a `with` block; afterwards `reading` holds what the probe says, and
+    `window_s`.
+    """
 
     def __init__(self, probe: Probe, *, interval_s: float = 0.1) -> None:
         self._probe = probe
@@ -220,7 +222,8 @@ class Monitor:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self.reading = self._probe.end(time.perf_counter() - self._start_s)
+        wall_s = time.perf_counter() - self._start_s
+        self.reading = {**self._probe.end(wall_s), "window_s": wall_s}
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):

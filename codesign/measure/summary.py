@@ -165,7 +165,7 @@ def _device(readings: Readings, profile: Profile) -> dict[str, MetricValue]:
     energy_j = readings.monitor.get("energy_j")
     if energy_j is not None:
         found |= dict([one("energy_per_token_j", energy_j / readings.output_tokens)])
-        found |= dict([one("power_w", energy_j / readings.monitor["wall_s"])])
+        found |= dict([one("power_w", energy_j / readings.monitor["window_s"])])
     price = profile.hardware.price_per_hour
     if price is not None:
         found |= dict([one("cost_per_mtok", price / 3600 * readings.wall_s / readings.output_tokens * 1e6)])

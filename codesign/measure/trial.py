@@ -22,7 +22,7 @@ from codesign.errors import InputError, WorkError
 from codesign.measure import suite as suites
 from codesign.measure.child_session import ChildSession, Limits
 from codesign.measure.load import LoadResult, drive
-from codesign.measure.monitor import Monitor, make_probe
+from codesign.measure.monitor import MIN_ENERGY_WINDOW_S, Monitor, make_probe
 from codesign.measure.nursery import Nursery
 from codesign.measure.phases import Phases
 from codesign.measure.provenance import provenance
@@ -35,6 +35,7 @@ from codesign.measure.tier import RULES, TierRule
 from codesign.results.measurement import percentile_supported
 from codesign.results.record import Outcome, Tier, TrialIdentity, TrialRecord
 from codesign.spec.engine_config import EngineConfig
+from codesign.spec.metrics import METRICS
 from codesign.spec.profile import Profile
 
 OnPhase = Callable[[str, float | None], None]
@@ -269,10 +270,15 @@ class _Trial:
         """The measured blocks and what the monitor saw; measured once more when others used the machine meanwhile."""
         attempts = []
         for _ in range(2):
+            session.memory()  # the device's busy time counts from here
             with Monitor(make_probe(self._runner.profile.device, session.pid)) as monitor:
                 blocks = self._blocks(session, tokens)
             wall_s = sum(block.wall_s for block in blocks)
-            attempts.append((blocks, {**monitor.reading, "wall_s": wall_s}))
+            reading = {**monitor.reading, "wall_s": wall_s}
+            busy_us = session.memory().get("device_busy_us")
+            if busy_us is not None:
+                reading["device_busy"] = busy_us / 1e6 / wall_s
+            attempts.append((blocks, reading))
             if not _is_disturbed(monitor.reading):
                 break
         blocks, reading = min(attempts, key=lambda attempt: attempt[1].get("foreign_cpu", 0.0))
@@ -298,6 +304,8 @@ class _Trial:
     def _blocks(self, session: ChildSession, tokens: TokenSource) -> tuple[LoadResult, ...]:
         rule, profile = self._rule, self._runner.profile
         min_s = max(rule.min_s, profile.workload.min_duration_s)
+        if wants_energy(profile):
+            min_s = max(min_s, MIN_ENERGY_WINDOW_S)
         blocks: list[LoadResult] = []
         while True:
             load = make_load(profile.workload, tokens, block=len(blocks))
@@ -319,6 +327,12 @@ class _Trial:
 
 def _is_disturbed(reading: Mapping[str, Any]) -> bool:
     return reading.get("foreign_cpu", 0.0) > FOREIGN_CPU_LIMIT or bool(reading.get("foreign_pids"))
+
+
+def wants_energy(profile: Profile) -> bool:
+    """Whether an objective or a limit needs the energy counter, which is too coarse for a short window."""
+    named = {objective.metric for objective in profile.objectives} | {limit.metric for limit in profile.slo.limits()}
+    return any(METRICS[name].needs == "energy" for name in named)
 
 
 def default_cache_dir() -> Path:

@@ -92,11 +92,11 @@ def test_what_was_not_measured_is_absent() -> None:
 
 
 def test_energy_and_power_come_from_the_counter() -> None:
-    monitor = {"source": "nvml", "energy_j": 50.0, "wall_s": 10.0}
+    monitor = {"source": "nvml", "energy_j": 50.0, "window_s": 12.5}
     found = metrics(readings([[sample()] * 2], wall_s=10.0, monitor=monitor), profile())
 
     assert found["energy_per_token_j"].value == pytest.approx(5.0)
-    assert found["power_w"].value == pytest.approx(5.0)
+    assert found["power_w"].value == pytest.approx(4.0)
 
 
 def test_cost_follows_price_and_speed() -> None:
