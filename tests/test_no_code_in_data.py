@@ -16,7 +16,7 @@ ATTRIBUTES = {
     ("builtins", "exec"),
 }
 # A recipe that a person runs by hand: it forks workers of its own and resumes from the checkpoint that it wrote itself.
-ALLOWED = {"bundled/train.py": {"torch.load", "torch.save", "torch.multiprocessing"}}
+ALLOWED = {"bundled/parallel.py": {"torch.load", "torch.save", "torch.multiprocessing"}}
 
 
 def offences(source: str) -> list[str]:
