@@ -84,6 +84,15 @@ def test_the_unmodified_configuration_agrees_with_its_own_reference(baseline: Tr
     assert baseline.metrics["top1_agreement"].value == 1.0
 
 
+def test_what_all_others_are_compared_with_is_measured_twice_as_long(
+    runner: TrialRunner, baseline: TrialRecord
+) -> None:
+    other = measured(runner, 1)
+
+    assert baseline.trust["num_blocks"] >= 2 * RULES["screen"].min_blocks
+    assert other.trust["num_blocks"] >= RULES["screen"].min_blocks
+
+
 def test_int8_weights_hold_fewer_bytes_and_move_the_output(runner: TrialRunner, baseline: TrialRecord) -> None:
     int8 = measured(runner, 1, weights="int8")
 
