@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -99,20 +100,33 @@ def open_study(out: Path, name: str | None, inputs: Inputs) -> Iterator[StudyFol
             yield _matching(path, inputs) if (path / "study.json").exists() else _create(path, inputs)
 
 
+# A search that was killed lets go of its lock only when the last process that it forked has followed it.
+LOCK_WAIT_S = 3.0
+
+
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     # The lock is the kernel's, so it ends with the process, however that ends.
     descriptor = os.open(path / "leases" / "search.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorkError(
-                f"{path}: another search is running in this study; wait for it, or give this one its own --name"
-            ) from None
+        deadline_s = time.monotonic() + LOCK_WAIT_S
+        while not _take(descriptor):
+            if time.monotonic() > deadline_s:
+                raise WorkError(
+                    f"{path}: another search is running in this study; wait for it, or give this one its own --name"
+                )
+            time.sleep(0.05)
         yield
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _matching(path: Path, inputs: Inputs) -> StudyFolder:
