@@ -34,8 +34,8 @@ class SuiteSize:
     """
 
     num_sequences: int = 4
-    sequence_tokens: int = 160
-    num_prompts: int = 6
+    sequence_tokens: int = 128
+    num_prompts: int = 5
     prompt_tokens: int = 512
 
 
