@@ -351,7 +351,11 @@ def _orphan(*, detach: bool) -> None:
 
 
 def kills_nursery(*_: Any, **__: Any) -> FakeEngine:
-    return _InStep(lambda: os.kill(os.getppid(), signal.SIGKILL))
+    def behave() -> NoReturn:
+        os.kill(os.getppid(), signal.SIGKILL)
+        forever()  # the kernel's signal to the orphan may come a few steps later
+
+    return _InStep(behave)
 
 
 def stops_nursery(*_: Any, **__: Any) -> FakeEngine:
