@@ -43,15 +43,15 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
 }
 SPACE = {
-    "choices": {
-        "max_batch_size": [1, 8, 32],
-        "kv.policy": {
+    "max_batch_size": [1, 8, 32],
+    "kv": {
+        "policy": {
             "full": {},
             "streaming_llm": {"kv_budget": [0.1, 0.25]},
             "h2o": {"kv_budget": [0.1, 0.25]},
             "pyramidkv": {"kv_budget": [0.1, 0.25]},
-        },
-    }
+        }
+    },
 }
 
 
