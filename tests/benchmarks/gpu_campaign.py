@@ -30,7 +30,7 @@ from codesign.spec.model import ModelSpec
 from codesign.spec.yaml import dump_yaml
 
 LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "vocab_size": 128256,
     "hidden_size": 4096,
     "intermediate_size": 14336,
