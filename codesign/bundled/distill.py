@@ -23,7 +23,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from codesign.bundled import draft_path, heldout_texts, target_path
-from codesign.bundled.model import DRAFT, Layer, Llama, load_pretrained, save_pretrained
+from codesign.bundled.model import (
+    DRAFT,
+    Layer,
+    Llama,
+    greedy_continuations,
+    load_pretrained,
+    save_pretrained,
+    training_dtype,
+)
 from codesign.bundled.parallel import Trainer
 from codesign.bundled.tokenizer import END_OF_TEXT_ID
 from codesign.bundled.train import Progress, load_text_ids, token_array
@@ -51,17 +59,6 @@ TEXT_KINDS = (Kind(weight=0.85, num_sequences=2, num_tokens=512), Kind(weight=0.
 def on_policy_share(share: float) -> float:
     """Of the micro-batches, how many are continuations: none in the first fifth, then most."""
     return 0.0 if share < 0.2 else 0.7
-
-
-@torch.no_grad()
-def greedy_continuations(target: Llama, prompts: Tensor, num_tokens: int) -> Tensor:
-    """prompts [B, T] -> [B, T + num_tokens], each continued with the target's first choices."""
-    caches = target.new_caches(prompts.shape[0], prompts.shape[1] + num_tokens)
-    ids, last = [prompts], prompts
-    for _ in range(num_tokens):
-        last = (target.hidden(last, caches)[:, -1:] @ target.vocabulary.T).argmax(-1)
-        ids.append(last)
-    return torch.cat(ids, 1)
 
 
 class Source:
@@ -179,7 +176,9 @@ def run(trainer: Trainer, target: Llama, work: Path, seed: int) -> None:
 
     def loss_of(index: int) -> Tensor:
         source.rng.seed(f"{seed} {trainer.num_steps} {index}")
-        return loss_function(source.batch(on_policy_share(trainer.share)))
+        token_ids = source.batch(on_policy_share(trainer.share))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training_dtype() == torch.bfloat16):
+            return loss_function(token_ids)
 
     def after_step(loss: float) -> None:
         nonlocal saved

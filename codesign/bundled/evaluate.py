@@ -7,21 +7,17 @@ Perplexity    held-out text in non-overlapping windows of 1024 tokens, beside un
 Retrieval     all five digits of a number told 256 to 1536 tokens earlier among three others, greedily; Wilson interval
 Acceptance    greedy draft tokens equal to the target's, in chains of 4 on its greedy continuations of held-out text:
               accepted / proposed, where a chain's tokens after its first rejection count as not proposed
-Step time     one token, one sequence, 256 tokens in the cache, draft and target by turns
+Step time     on the engine: one token, one sequence, 256 tokens and more in the cache, draft and target by turns
 """
 
 import argparse
 import json
 import math
 import platform
-import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,65 +26,22 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from codesign.bundled import calibration_texts, draft_path, heldout_texts, target_path
+from codesign.bundled.acceptance import NUM_DRAFT_TOKENS, acceptance, heldout_prompts
 from codesign.bundled.corpus import train_texts
-from codesign.bundled.model import LayerCache, Llama, load_pretrained
+from codesign.bundled.model import Llama, load_pretrained
 from codesign.bundled.ngram import TokenIds, bigram_nats, unigram_nats
+from codesign.bundled.rate import Rate, wilson
 from codesign.bundled.retrieval import retrieval_prompt
 from codesign.bundled.train import token_array
+from codesign.engine.build import build_engine
+from codesign.spec.engine_config import EngineConfig
+from codesign.spec.model import ModelSpec
+from codesign.spec.request import Request, SamplingParams
 
 WINDOW_TOKENS = 1024
 RETRIEVAL_DISTANCES, NUM_RETRIEVALS = (256, 512, 1024, 1536), 60
-NUM_DRAFT_TOKENS, NUM_PROMPTS, PROMPT_TOKENS, CONTINUATION_TOKENS = 4, 48, 256, 64
-NUM_TIMED_STEPS = 300
+NUM_TIMED_RUNS, NUM_STEPS_PER_RUN = 6, 50
 MIN_RETRIEVAL, MIN_ACCEPTANCE, MAX_STEP_TIME_RATIO, MAX_BYTES, MAX_DRAFT_SHARE = 0.95, 0.65, 0.25, 20 * 2**20, 1 / 8
-
-
-class Session(Protocol):
-    """One sequence being decoded."""
-
-    def feed(self, token_ids: Tensor) -> Tensor:
-        """token_ids [T], appended to what was fed before -> logits [V] of the next token."""
-
-    def rewind(self, num_tokens: int) -> None:
-        """Forgets all but the first `num_tokens`."""
-
-
-class Subject(Protocol):
-    """A model under judgement; the engine can stand here as well as the plain model below."""
-
-    def score(self, token_ids: Tensor) -> Tensor:
-        """token_ids [T] -> logits [T, V]."""
-
-    def session(self, capacity: int) -> Session:
-        """A new sequence of at most `capacity` tokens."""
-
-
-class PlainSession:
-    def __init__(self, model: Llama, capacity: int) -> None:
-        self.model = model
-        self.caches: list[LayerCache] = model.new_caches(1, capacity)
-
-    def feed(self, token_ids: Tensor) -> Tensor:
-        hidden = self.model.hidden(token_ids[None], self.caches)[0, -1]
-        return self.model.vocabulary @ hidden
-
-    def rewind(self, num_tokens: int) -> None:
-        for cache in self.caches:
-            cache.num_tokens = num_tokens
-
-
-class PlainSubject:
-    """The recipe's own model code, fp32."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model = load_pretrained(folder)
-
-    def score(self, token_ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(token_ids[None])[0]
-        return logits
-
-    def session(self, capacity: int) -> PlainSession:
-        return PlainSession(self.model, capacity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +55,6 @@ class Perplexities:
     bits_per_byte: float
     num_tokens: int
     baseline_text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """Successes in `num_samples` tries, with the 95 % interval of the rate."""
-
-    rate: float
-    low: float
-    high: float
-    num_samples: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +91,7 @@ class Evaluation:
     machine: str
 
 
-def perplexities(target: Subject, draft: Subject, tokenizer: Tokenizer) -> Perplexities:
+def perplexities(target: Llama, draft: Llama, tokenizer: Tokenizer) -> Perplexities:
     """Held-out perplexities; n-grams come from the training text if this Python has it, else from calibration."""
     heldout = [document.text for document in heldout_texts()]
     ids = token_array(heldout, tokenizer).astype(np.int64)
@@ -175,17 +118,17 @@ def perplexities(target: Subject, draft: Subject, tokenizer: Tokenizer) -> Perpl
     )
 
 
-def mean_nats(subject: Subject, token_ids: Tensor) -> float:
+def mean_nats(model: Llama, token_ids: Tensor) -> float:
     """Mean surprise at `token_ids` but the first; each window of the text is seen alone."""
     starts = range(0, len(token_ids) - 1, WINDOW_TOKENS)
     total = 0.0
     for start in starts:
         window = token_ids[start : start + WINDOW_TOKENS + 1]
-        total += F.cross_entropy(subject.score(window[:-1]), window[1:], reduction="sum").item()
+        total += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
     return total / (len(token_ids) - 1)
 
 
-def retrieval(target: Subject, tokenizer: Tokenizer, distance_tokens: int, num_samples: int) -> Rate:
+def retrieval(target: Llama, tokenizer: Tokenizer, distance_tokens: int, num_samples: int) -> Rate:
     """How often all digits are the target's first choices.
 
     The digits are forced; decoding would answer the same, because the first error ends both.
@@ -197,105 +140,29 @@ def retrieval(target: Subject, tokenizer: Tokenizer, distance_tokens: int, num_s
             lambda text: tokenizer.encode(text).ids, filler, distance_tokens=distance_tokens, seed=seed
         )
         answer = torch.tensor(prompt.answer_ids)
-        logits = target.score(torch.tensor(prompt.token_ids + prompt.answer_ids))[-len(answer) - 1 : -1]
+        logits = target(torch.tensor([prompt.token_ids + prompt.answer_ids]))[0, -len(answer) - 1 : -1]
         num_right += bool((logits.argmax(-1) == answer).all())
     return wilson(num_right, num_samples)
 
 
-def wilson(num_right: int, num_samples: int) -> Rate:
-    """The rate with Wilson's 95 % interval."""
-    z, rate = 1.959964, num_right / num_samples
-    centre = (rate + z * z / (2 * num_samples)) / (1 + z * z / num_samples)
-    spread = rate * (1 - rate) / num_samples + z * z / (4 * num_samples**2)
-    half = z * math.sqrt(spread) / (1 + z * z / num_samples)
-    return Rate(rate=rate, low=max(0.0, centre - half), high=min(1.0, centre + half), num_samples=num_samples)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chains:
-    """What speculation came to on one continuation."""
-
-    num_accepted: int
-    num_proposed: int
-    num_target_steps: int
-
-
-def chains(agrees: Sequence[bool], num_draft_tokens: int) -> Chains:
-    """Plays speculation over a continuation of the target's.
-
-    `agrees[i]`: given the target's tokens before it, the draft's first choice for token i is the target's. That is
-    all there is to know: a proposal counts only while everything before it was accepted, that is, equal to the
-    target's own text.
-    """
-    accepted = proposed = steps = place = 0
-    while place < len(agrees):
-        chain = agrees[place : place + num_draft_tokens]
-        num_accepted = next((index for index, agreed in enumerate(chain) if not agreed), len(chain))
-        accepted += num_accepted
-        proposed += min(num_accepted + 1, len(chain))
-        steps += 1
-        place += num_accepted + 1
-    return Chains(num_accepted=accepted, num_proposed=proposed, num_target_steps=steps)
-
-
-def acceptance(target: Subject, draft: Subject, prompts: Sequence[Tensor], num_tokens: int) -> tuple[Rate, float]:
-    """Accepted / proposed with a bootstrap interval over prompts, and output tokens per step of the target."""
-    played = []
-    for prompt in prompts:
-        ids = greedy(target, prompt, num_tokens)
-        predicted = draft.score(ids[:-1]).argmax(-1)[-num_tokens:]
-        played.append(chains((predicted == ids[-num_tokens:]).tolist(), NUM_DRAFT_TOKENS))
-    rng = random.Random(0)
-    resampled = sorted(accepted_share(rng.choices(played, k=len(played))) for _ in range(2000))
-    rate = Rate(
-        rate=accepted_share(played),
-        low=resampled[50],
-        high=resampled[-51],
-        num_samples=sum(one.num_proposed for one in played),
-    )
-    return rate, num_tokens * len(played) / sum(one.num_target_steps for one in played)
-
-
-def accepted_share(played: Sequence[Chains]) -> float:
-    return sum(one.num_accepted for one in played) / sum(one.num_proposed for one in played)
-
-
-def greedy(subject: Subject, prompt: Tensor, num_tokens: int) -> Tensor:
-    """prompt [T] -> [T + num_tokens]; an end of text does not end it."""
-    session = subject.session(len(prompt) + num_tokens)
-    ids, last = [prompt], prompt
-    for _ in range(num_tokens):
-        last = session.feed(last).argmax().view(1)
-        ids.append(last)
-    return torch.cat(ids)
-
-
-def heldout_prompts(tokenizer: Tokenizer, count: int, num_tokens: int) -> list[Tensor]:
-    """Starts of held-out files that are long enough, then their later parts."""
-    windows = []
-    for document in heldout_texts():
-        ids = tokenizer.encode(document.text).ids
-        windows += [
-            (start, ids[start : start + num_tokens]) for start in range(0, len(ids) - num_tokens, 4 * num_tokens)
-        ]
-    windows.sort(key=lambda window: window[0])
-    return [torch.tensor(ids) for _, ids in windows[:count]]
-
-
-def step_times(target: Subject, draft: Subject, prompt: Tensor, num_samples: int) -> StepTimes:
-    """Single decode steps of both models by turns, each after the same `prompt` [T]."""
-    sessions = [subject.session(len(prompt) + 1) for subject in (target, draft)]
-    token = prompt[:1]
-    for session in sessions:
-        session.feed(prompt)
+def step_times(prompt: Tensor) -> StepTimes:
+    """Single decode steps of both models by turns on the engine as it is by default, after the same `prompt` [T]."""
+    engines = [
+        build_engine(ModelSpec(name=folder.name, path=str(folder)), EngineConfig(max_batch_size=1))
+        for folder in (target_path(), draft_path())
+    ]
     times_ms: list[list[float]] = [[], []]
-    for sample in range(-20, num_samples):
-        for session, times in zip(sessions, times_ms, strict=True):
-            session.rewind(len(prompt))
-            start = time.perf_counter()
-            session.feed(token).argmax().item()
-            if sample >= 0:
-                times.append((time.perf_counter() - start) * 1e3)
+    for number in range(NUM_TIMED_RUNS + 1):
+        sampling = SamplingParams(max_tokens=NUM_STEPS_PER_RUN + 1, ignore_eos=True)
+        for engine in engines:
+            engine.submit(Request(request_id=str(number), prompt_token_ids=tuple(prompt.tolist()), sampling=sampling))
+            engine.step()  # the prompt
+        for _ in range(NUM_STEPS_PER_RUN):
+            for engine, times in zip(engines, times_ms, strict=True):
+                start = time.perf_counter()
+                engine.step()
+                if number:  # the first run warms up
+                    times.append((time.perf_counter() - start) * 1e3)
     target_ms, draft_ms = times_ms
     low, _, high = statistics.quantiles((d / t for t, d in zip(target_ms, draft_ms, strict=True)), n=4)
     return StepTimes(
@@ -304,7 +171,7 @@ def step_times(target: Subject, draft: Subject, prompt: Tensor, num_samples: int
         ratio=statistics.median(draft_ms) / statistics.median(target_ms),
         ratio_p25=low,
         ratio_p75=high,
-        num_samples=num_samples,
+        num_samples=len(target_ms),
     )
 
 
@@ -312,12 +179,12 @@ def step_times(target: Subject, draft: Subject, prompt: Tensor, num_samples: int
 def evaluate() -> Evaluation:
     """Measures everything; about two minutes on two CPU cores."""
     tokenizer = Tokenizer.from_file(str(target_path() / "tokenizer.json"))
-    target, draft = PlainSubject(target_path()), PlainSubject(draft_path())
-    prompts = heldout_prompts(tokenizer, NUM_PROMPTS, PROMPT_TOKENS)
+    target, draft = load_pretrained(target_path()), load_pretrained(draft_path())
+    prompts = heldout_prompts(tokenizer)
     log("timing steps")
-    times = step_times(target, draft, prompts[0], NUM_TIMED_STEPS)
+    times = step_times(prompts[0])
     log(f"acceptance on {len(prompts)} continuations")
-    accepted, tokens_per_step = acceptance(target, draft, prompts, CONTINUATION_TOKENS)
+    accepted, tokens_per_step = acceptance(target, draft, prompts)
     retrievals = {}
     for distance in RETRIEVAL_DISTANCES:
         log(f"retrieval at {distance} tokens")
@@ -325,8 +192,8 @@ def evaluate() -> Evaluation:
     files = [file for folder in (target_path(), draft_path()) for file in folder.iterdir()]
     return Evaluation(
         sizes=Sizes(
-            target_parameters=target.model.num_parameters(),
-            draft_parameters=draft.model.num_parameters(),
+            target_parameters=target.num_parameters(),
+            draft_parameters=draft.num_parameters(),
             total_bytes=sum(file.stat().st_size for file in files),
         ),
         perplexity=perplexities(target, draft, tokenizer),
@@ -334,7 +201,7 @@ def evaluate() -> Evaluation:
         acceptance=accepted,
         tokens_per_target_step=tokens_per_step,
         step_time=times,
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32",
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     )
 
 
@@ -363,10 +230,10 @@ def table(result: Evaluation) -> str:
     for distance, rate in result.retrieval.items():
         is_bar = distance == 1024
         bar = f">= {MIN_RETRIEVAL}" if is_bar else ""
-        rows.append((f"retrieval at {distance}", shown(rate), bar, rate.rate >= MIN_RETRIEVAL if is_bar else None))
+        rows.append((f"retrieval at {distance}", str(rate), bar, rate.rate >= MIN_RETRIEVAL if is_bar else None))
     accepted = result.acceptance
     rows += [
-        ("draft acceptance", shown(accepted), f">= {MIN_ACCEPTANCE}", accepted.rate >= MIN_ACCEPTANCE),
+        ("draft acceptance", str(accepted), f">= {MIN_ACCEPTANCE}", accepted.rate >= MIN_ACCEPTANCE),
         (
             "tokens per target step",
             f"{result.tokens_per_target_step:.2f} with {NUM_DRAFT_TOKENS} draft tokens",
@@ -384,10 +251,6 @@ def table(result: Evaluation) -> str:
     verdicts = {None: "", True: "met", False: "MISSED"}
     lines = [f"{name:28} {bar:10} {verdicts[is_met]:7} {value}" for name, value, bar, is_met in rows]
     return "\n".join([*lines, f"{'machine':28} {'':10} {'':7} {result.machine}"])
-
-
-def shown(rate: Rate) -> str:
-    return f"{rate.rate:.3f} [95 % {rate.low:.3f}, {rate.high:.3f}], n = {rate.num_samples}"
 
 
 def log(line: str) -> None:

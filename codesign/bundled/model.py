@@ -45,6 +45,11 @@ and a draft of two layers costs about two tenths of a step."""
 DRAFT = Shape(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=160)
 
 
+def training_dtype() -> torch.dtype:
+    """What matrix products of a training step are made in: bf16 where the CPU multiplies it in hardware."""
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
 class Norm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -78,14 +83,34 @@ class Attention(nn.Module):
         if num_tokens == 1:  # the whole cache is visible: the query group becomes query rows
             query = query.reshape(batch, num_kv, group, size)
             out = F.scaled_dot_product_attention(query, key, value).reshape(batch, num_q, 1, size)
+        elif key.shape[2] == num_tokens:
+            out = causal_attention(query, key, value)
         else:
             key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-            if key.shape[2] == num_tokens:
-                out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            else:
-                mask = torch.ones(num_tokens, key.shape[2], dtype=torch.bool).tril(key.shape[2] - num_tokens)
-                out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            mask = torch.ones(num_tokens, key.shape[2], dtype=torch.bool).tril(key.shape[2] - num_tokens)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return F.linear(out.transpose(1, 2).reshape(batch, num_tokens, -1), self.o_proj.weight)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query [B, H, T, D], key and value [B, K, T, D] -> [B, H, T, D].
+
+    One block of query rows after the other, each against the keys up to its end. On CPUs the matrix products of this
+    form train faster than `scaled_dot_product_attention`, whose backward pass reaches a seventh of their rate.
+    """
+    batch, num_q, num_tokens, size = query.shape
+    num_kv = key.shape[1]
+    query = query.view(batch, num_kv, num_q // num_kv, num_tokens, size) * size**-0.5
+    blocks = []
+    block = max(128, num_tokens // 4)
+    for start in range(0, num_tokens, block):
+        end = min(start + block, num_tokens)
+        rows = query[:, :, :, start:end].reshape(batch, num_kv, -1, size)
+        scores = (rows @ key[:, :, :end].mT).view(batch, num_kv, -1, end - start, end).float()
+        weights = (scores + torch.full((end - start, end), float("-inf")).triu(start + 1)).softmax(-1).to(value.dtype)
+        out = weights.view(batch, num_kv, -1, end) @ value[:, :, :end]
+        blocks.append(out.view(batch, num_q, end - start, size))
+    return torch.cat(blocks, 2)
 
 
 class FeedForward(nn.Module):
@@ -179,6 +204,17 @@ class LayerCache:
         self.value[:, :, self.num_tokens : end] = value
         self.num_tokens = end
         return self.key[:, :, :end], self.value[:, :, :end]
+
+
+@torch.no_grad()
+def greedy_continuations(model: Llama, prompts: Tensor, num_tokens: int) -> Tensor:
+    """prompts [B, T] -> [B, T + num_tokens]: each continued with the first choices; an end of text ends nothing."""
+    caches = model.new_caches(prompts.shape[0], prompts.shape[1] + num_tokens)
+    ids, last = [prompts], prompts
+    for _ in range(num_tokens):
+        last = (model.hidden(last, caches)[:, -1:] @ model.vocabulary.T).argmax(-1)
+        ids.append(last)
+    return torch.cat(ids, 1)
 
 
 def rotation_table(shape: Shape) -> Tensor:

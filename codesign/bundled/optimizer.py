@@ -1,8 +1,8 @@
 """Muon for the hidden matrices and Adam for the rest, over flat fp32 buffers that several processes share.
 
 Muon steps along the orthogonal matrix nearest to the momentum (Jordan, 2024,
-https://kellerjordan.github.io/posts/muon/). torch.optim.Muon does so in bf16, one matrix at a time; without bf16
-instructions that is several times slower than stacked fp32.
+https://kellerjordan.github.io/posts/muon/). Matrices of one shape are stacked, in bf16 only where the CPU multiplies
+it in hardware: elsewhere torch.optim.Muon's bf16 is several times slower than fp32.
 """
 
 from dataclasses import dataclass
@@ -10,20 +10,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from codesign.bundled.model import training_dtype
+
 MUON_MOMENTUM, ADAM_BETAS, ADAM_EPS = 0.95, (0.9, 0.95), 1e-10
 
 
 def orthogonalise(matrices: Tensor, num_steps: int = 5) -> Tensor:
     """[N, rows, columns] -> the same shape, singular values pushed to about 1 by a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(training_dtype())
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
     for _ in range(num_steps):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
-    result: Tensor = x.mT if is_tall else x
+    result: Tensor = (x.mT if is_tall else x).to(matrices.dtype)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Trains the target: Muon and AdamW in fp32, everything scheduled by the share of the wall clock that has passed.
+"""Trains the target: Muon and Adam on fp32 master weights, scheduled by the share of the wall clock that has passed.
 
     python -m codesign.bundled.train --work DIR --minutes 95             from nothing
     python -m codesign.bundled.train --work DIR --minutes 180 --resume   more of the same, from the last checkpoint
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from codesign.bundled import heldout_texts, target_path
 from codesign.bundled.corpus import train_texts
-from codesign.bundled.model import TARGET, Layer, Llama, save_pretrained
+from codesign.bundled.model import TARGET, Layer, Llama, save_pretrained, training_dtype
 from codesign.bundled.parallel import Trainer
 from codesign.bundled.retrieval import retrieval_prompt
 from codesign.bundled.sampling import Batch, Sampler
@@ -49,12 +49,12 @@ class Stage:
 
 
 STAGES = (
-    Stage(until=0.15, num_micro_batches=4, micro_sequences=4, num_tokens=256, retrieval=0.4, repeat=0.2),
-    Stage(until=0.35, num_micro_batches=6, micro_sequences=4, num_tokens=256, retrieval=0.4, repeat=0.2),
-    Stage(until=0.78, num_micro_batches=4, micro_sequences=2, num_tokens=512, retrieval=0.5, repeat=0.05),
-    Stage(until=0.92, num_micro_batches=4, micro_sequences=1, num_tokens=1024, retrieval=0.5, repeat=0.0),
-    Stage(until=0.98, num_micro_batches=3, micro_sequences=1, num_tokens=1536, retrieval=0.5, repeat=0.0),
-    Stage(until=1.0, num_micro_batches=3, micro_sequences=1, num_tokens=2048, retrieval=0.5, repeat=0.0),
+    Stage(until=0.12, num_micro_batches=4, micro_sequences=4, num_tokens=256, retrieval=0.4, repeat=0.2),
+    Stage(until=0.30, num_micro_batches=6, micro_sequences=4, num_tokens=256, retrieval=0.4, repeat=0.2),
+    Stage(until=0.66, num_micro_batches=6, micro_sequences=2, num_tokens=512, retrieval=0.5, repeat=0.05),
+    Stage(until=0.90, num_micro_batches=6, micro_sequences=1, num_tokens=1024, retrieval=0.5, repeat=0.0),
+    Stage(until=0.97, num_micro_batches=4, micro_sequences=1, num_tokens=1536, retrieval=0.5, repeat=0.0),
+    Stage(until=1.0, num_micro_batches=4, micro_sequences=1, num_tokens=2048, retrieval=0.5, repeat=0.0),
 )
 
 
@@ -167,7 +167,8 @@ def run(trainer: Trainer, work: Path, seed: int) -> None:
         now = stage()
         sampler.rng.seed(f"{seed} {trainer.num_steps} {index}")
         batch = sampler.batch(now.micro_sequences, now.num_tokens, retrieval=now.retrieval, repeat=now.repeat)
-        return loss_function(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training_dtype() == torch.bfloat16):
+            return loss_function(batch)
 
     def after_step(loss: float) -> None:
         nonlocal saved

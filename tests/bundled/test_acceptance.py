@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from codesign.bundled.evaluate import Chains, PlainSubject, chains, draft_path, greedy, wilson
+from codesign.bundled import draft_path
+from codesign.bundled.acceptance import Chains, chains
+from codesign.bundled.model import greedy_continuations, load_pretrained
+from codesign.bundled.rate import wilson
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,7 @@ def test_wilson_interval_holds_the_rate_and_stays_a_probability() -> None:
 
 @torch.inference_mode()
 def test_decoding_token_by_token_agrees_with_scoring_at_once() -> None:
-    subject = PlainSubject(draft_path())
-    ids = greedy(subject, torch.arange(40, 56), 8)
+    model = load_pretrained(draft_path())
+    ids = greedy_continuations(model, torch.arange(40, 56)[None], 8)
 
-    assert subject.score(ids[:-1]).argmax(-1)[-8:].tolist() == ids[-8:].tolist()
+    assert model(ids[:, :-1]).argmax(-1)[0, -8:].tolist() == ids[0, -8:].tolist()
