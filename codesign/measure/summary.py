@@ -131,6 +131,7 @@ def _rates(readings: Readings, profile: Profile) -> dict[str, MetricValue]:
         return MetricValue(
             value=sum(counts) / readings.wall_s,
             unit=METRICS[name].unit,
+            statistic="total",
             num_samples=len(per_block),
             low=None if low is None else max(0.0, low),
             high=high,

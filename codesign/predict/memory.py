@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from codesign.spec.engine_config import Choice, EngineConfig
+from codesign.spec.kv_budget import kv_budget_tokens
 from codesign.units import format_bytes
 
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -102,7 +103,7 @@ def kept_tokens(policy: Choice, max_model_len: int) -> int:
     budget = policy.knob_dict.get("kv_budget")
     if isinstance(budget, bool) or not isinstance(budget, int | float):
         return 0
-    return min(max_model_len, int(budget * max_model_len) if isinstance(budget, float) else budget)
+    return kv_budget_tokens(budget, max_model_len)
 
 
 def _weight_bits(weights: Choice, dtype_bytes: int) -> float:

@@ -42,7 +42,7 @@ class MetricValue:
 
     Attributes:
         value: in `unit`.
-        statistic: "p50", "mean", ... or "" for a single reading.
+        statistic: "p50", "mean", "total" (a rate: counts and seconds summed over blocks); "" for a single reading.
         num_samples: how many independent samples (requests, sequences, blocks) stand behind it.
         low, high: 95 % interval where the sample supports one, else None.
     """

@@ -3,7 +3,10 @@
 import dataclasses
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from codesign.engine.kv.policies.streaming_llm import StreamingLLM
 from codesign.predict.memory import ModelSize, estimate, kept_tokens
 from codesign.spec.engine_config import Choice, EngineConfig, KVConfig
 from codesign.units import GIB
@@ -89,3 +92,13 @@ def test_a_size_that_is_missing_is_an_error_unless_it_has_a_default(missing: str
     else:
         with pytest.raises(KeyError):
             ModelSize.of(plain)
+
+
+@given(
+    kv_budget=st.one_of(st.integers(70, 5000), st.floats(0.05, 1.0)),
+    max_model_len=st.integers(1500, 4000),
+)
+def test_the_estimate_counts_the_rows_that_the_engine_allocates(kv_budget: int | float, max_model_len: int) -> None:
+    allocated = StreamingLLM(kv_budget=kv_budget).budgets(num_layers=2, max_model_len=max_model_len)
+
+    assert {kept_tokens(Choice.of("streaming_llm", kv_budget=kv_budget), max_model_len)} == set(allocated)

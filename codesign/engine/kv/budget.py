@@ -1,4 +1,4 @@
-"""kv_budget as a person writes it: a number of tokens, or a fraction of `max_model_len`; and its split over layers."""
+"""What a kv_budget must be, what must fit in it, and its split over layers."""
 
 from collections.abc import Sequence
 
@@ -17,12 +17,6 @@ def check_tokens(name: str, value: int, *, least: int = 0) -> None:
     """Raises ValueError unless `value` is a whole number >= `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def resolve_kv_budget(kv_budget: int | float, max_model_len: int) -> int:
-    """Tokens in 1..max_model_len; a fraction is rounded to the nearest token, a larger budget keeps everything."""
-    tokens = kv_budget if isinstance(kv_budget, int) else int(kv_budget * max_model_len + 0.5)
-    return max(1, min(tokens, max_model_len))
 
 
 def check_room(name: str, kv_budget: int | float, tokens: int, protected: int, max_model_len: int) -> None:

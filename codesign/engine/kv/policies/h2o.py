@@ -16,8 +16,9 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from codesign.engine.kv.budget import check_kv_budget, check_room, check_tokens, resolve_kv_budget
+from codesign.engine.kv.budget import check_kv_budget, check_room, check_tokens
 from codesign.engine.kv.policy import Evidence, KVPolicy, Prompt, Rows
+from codesign.spec.kv_budget import kv_budget_tokens
 
 ScoreNorm = Literal["none", "query_count"]
 
@@ -52,7 +53,7 @@ class H2O(KVPolicy):
         return max(1, int(budget * self.recent_fraction + 0.5))
 
     def budgets(self, *, num_layers: int, max_model_len: int) -> tuple[int, ...]:
-        tokens = resolve_kv_budget(self.kv_budget, max_model_len)
+        tokens = kv_budget_tokens(self.kv_budget, max_model_len)
         protected = self.num_sink_tokens + self.recent_tokens(tokens)
         check_room("h2o", self.kv_budget, tokens, protected, max_model_len)
         return (tokens,) * num_layers

@@ -21,9 +21,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from codesign.engine.kv.budget import check_kv_budget, check_room, check_tokens, exact_budgets, resolve_kv_budget
+from codesign.engine.kv.budget import check_kv_budget, check_room, check_tokens, exact_budgets
 from codesign.engine.kv.policy import Evidence, KVPolicy, Prompt, Rows
 from codesign.engine.kv.window_scores import snapkv_scores
+from codesign.spec.kv_budget import kv_budget_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class PyramidKV(KVPolicy):
             raise ValueError(f"beta must be a number of at least 1, got {self.beta!r}")
 
     def budgets(self, *, num_layers: int, max_model_len: int) -> tuple[int, ...]:
-        mean = resolve_kv_budget(self.kv_budget, max_model_len)
+        mean = kv_budget_tokens(self.kv_budget, max_model_len)
         protected = self.window_tokens + self.num_sink_tokens
         check_room("pyramidkv", self.kv_budget, mean, protected, max_model_len)
         if mean == max_model_len:

@@ -14,8 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from codesign.engine.kv.budget import check_kv_budget, check_room, check_tokens, resolve_kv_budget
+from codesign.engine.kv.budget import check_kv_budget, check_room, check_tokens
 from codesign.engine.kv.policy import KeySpace, KVPolicy, Prompt, Rows
+from codesign.spec.kv_budget import kv_budget_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class StreamingLLM(KVPolicy):
         check_tokens("num_sink_tokens", self.num_sink_tokens)
 
     def budgets(self, *, num_layers: int, max_model_len: int) -> tuple[int, ...]:
-        tokens = resolve_kv_budget(self.kv_budget, max_model_len)
+        tokens = kv_budget_tokens(self.kv_budget, max_model_len)
         check_room("streaming_llm", self.kv_budget, tokens, self.num_sink_tokens, max_model_len)
         return (tokens,) * num_layers
 
