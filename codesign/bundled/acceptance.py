@@ -46,7 +46,7 @@ def chains(agrees: Sequence[bool], num_draft_tokens: int) -> Chains:
 def acceptance(target: Llama, draft: Llama, prompts: Tensor) -> tuple[Rate, float]:
     """Accepted / proposed with a bootstrap interval over prompts [B, T], and output tokens per step of the target."""
     played = []
-    for batch in prompts.split(_BATCH):
+    for batch in torch.split(prompts, _BATCH):
         ids = greedy_continuations(target, batch, CONTINUATION_TOKENS)
         agrees = (draft(ids[:, :-1]).argmax(-1) == ids[:, 1:])[:, -CONTINUATION_TOKENS:]
         played += [chains(row, NUM_DRAFT_TOKENS) for row in agrees.tolist()]
