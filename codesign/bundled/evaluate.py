@@ -7,7 +7,7 @@ Perplexity    held-out text in non-overlapping windows of 1024 tokens, beside un
 Retrieval     all five digits of a number told 256 to 1536 tokens earlier among three others, greedily; Wilson interval
 Acceptance    greedy draft tokens equal to the target's, in chains of 4 on its greedy continuations of held-out text:
               accepted / proposed, where a chain's tokens after its first rejection count as not proposed
-Step time     on the engine: one token, one sequence, 256 tokens and more in the cache, draft and target by turns
+Step time     on the engine, one sequence, 256 tokens and more in the cache: 4 draft steps, then one of the target
 """
 
 import argparse
@@ -146,24 +146,30 @@ def retrieval(target: Llama, tokenizer: Tokenizer, distance_tokens: int, num_sam
 
 
 def step_times(prompt: Tensor) -> StepTimes:
-    """Single decode steps of both models by turns on the engine as it is by default, after the same `prompt` [T]."""
-    engines = [
+    """Decode steps on the engine as it is by default, in the rhythm of speculation: draft, draft, ..., target.
+
+    Both follow the same `prompt` [T]; a sample is one target step and the mean of the draft steps before it.
+    """
+    target, draft = (
         build_engine(ModelSpec(name=folder.name, path=str(folder)), EngineConfig(max_batch_size=1))
         for folder in (target_path(), draft_path())
-    ]
-    times_ms: list[list[float]] = [[], []]
+    )
+    target_ms: list[float] = []
+    draft_ms: list[float] = []
     for number in range(NUM_TIMED_RUNS + 1):
-        sampling = SamplingParams(max_tokens=NUM_STEPS_PER_RUN + 1, ignore_eos=True)
-        for engine in engines:
+        for engine, steps in ((target, NUM_STEPS_PER_RUN), (draft, NUM_DRAFT_TOKENS * NUM_STEPS_PER_RUN)):
+            sampling = SamplingParams(max_tokens=steps + 1, ignore_eos=True)
             engine.submit(Request(request_id=str(number), prompt_token_ids=tuple(prompt.tolist()), sampling=sampling))
             engine.step()  # the prompt
         for _ in range(NUM_STEPS_PER_RUN):
-            for engine, times in zip(engines, times_ms, strict=True):
-                start = time.perf_counter()
-                engine.step()
-                if number:  # the first run warms up
-                    times.append((time.perf_counter() - start) * 1e3)
-    target_ms, draft_ms = times_ms
+            start = time.perf_counter()
+            for _ in range(NUM_DRAFT_TOKENS):
+                draft.step()
+            middle = time.perf_counter()
+            target.step()
+            if number:  # the first run warms up
+                draft_ms.append((middle - start) * 1e3 / NUM_DRAFT_TOKENS)
+                target_ms.append((time.perf_counter() - middle) * 1e3)
     low, _, high = statistics.quantiles((d / t for t, d in zip(target_ms, draft_ms, strict=True)), n=4)
     return StepTimes(
         target_ms=statistics.median(target_ms),
