@@ -16,6 +16,8 @@ from codesign.engine.models.random import RandomWeights
 from codesign.engine.models.rope_scaling import rope_frequencies
 from codesign.engine.models.shape import ModelShape, read_shape
 from codesign.engine.models.tokenizer import eos_token_ids
+from codesign.engine.quantize.calibration import Calibration
+from codesign.engine.quantize.calibration_text import calibration_ids
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
 from codesign.errors import InputError, Unsupported
@@ -55,6 +57,9 @@ def build_engine(
         dtype=dtype,
         device=place,
         workspace=workspace,
+        calibrate=lambda embedding: Calibration(
+            shape, calibration_ids(model, shape.vocab_size, shape.max_positions), embedding, _rope(shape)
+        ),
     )
     started = time.perf_counter()
     source: TensorSource = (
@@ -142,11 +147,15 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
         )
 
 
+def _rope(shape: ModelShape) -> Rope:
+    inv_freq, attention_scaling = rope_frequencies(shape.rope, shape.head_dim)
+    return Rope(inv_freq=inv_freq, attention_scaling=attention_scaling)
+
+
 def _allocate(
     shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[Attention, int]:
     """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number."""
-    inv_freq, attention_scaling = rope_frequencies(shape.rope, shape.head_dim)
 
     def attention(num_slots: int) -> Attention:
         return Attention(
@@ -155,7 +164,7 @@ def _allocate(
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             scale=shape.head_dim**-0.5,
-            rope=Rope(inv_freq=inv_freq, attention_scaling=attention_scaling),
+            rope=_rope(shape),
             policy=KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict),
             codec=KV_CODECS.create(config.kv.codec.name, key="kv.codec", **config.kv.codec.knob_dict),
             backend=ATTENTION.create(config.attention.name, key="attention", **config.attention.knob_dict),

@@ -6,7 +6,7 @@ weight format is: the table is only looked up, and the head decides the token.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -14,12 +14,23 @@ from torch import Tensor
 
 from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.decoder import Decoder, DecoderLayer, RMSNorm
+from codesign.engine.models.dense_layer import DenseLayer
 from codesign.engine.models.shape import ModelShape
+from codesign.engine.quantize.calibration import LINEARS, Calibration
+from codesign.engine.quantize.format import GridFormat, WeightFormat
 from codesign.engine.quantize.formats.native import Native
-from codesign.engine.quantize.linear import Linear, WeightFormat, Workspace
+from codesign.engine.quantize.inputs import InputStats
+from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.errors import Unsupported
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+_PARTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "output": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
 
 
 class TensorSource(Protocol):
@@ -49,6 +60,7 @@ class Assembler:
 
     Args:
         weight_format: packs every linear layer of the decoder layers.
+        calibrate: embedding table -> text to run through the model, for methods that want to see inputs.
     """
 
     shape: ModelShape
@@ -56,14 +68,17 @@ class Assembler:
     dtype: torch.dtype
     device: torch.device
     workspace: Workspace
+    calibrate: Callable[[Tensor], Calibration] | None = None
     clock: PackClock = dataclasses.field(default_factory=PackClock)
 
     def build(self, source: TensorSource) -> Decoder:
         """The whole model. Raises what `source` raises, and Unsupported for shapes that the format cannot hold."""
+        calibration = self._calibration(source)
         layers = []
         for index in range(self.shape.num_layers):
-            layers.append(self._layer(index, source))
+            layers.append(self._layer(index, source, calibration))
             return_freed_memory()
+        del calibration
         tensors = source.read(outer_shapes(self.shape))
         embedding = self._own(tensors["model.embed_tokens.weight"])
         if self.shape.ties_embeddings:
@@ -75,8 +90,18 @@ class Assembler:
             self.shape, embedding=embedding, layers=layers, norm=self._norm(tensors["model.norm.weight"]), head=head
         ).requires_grad_(False)
 
-    def _layer(self, index: int, source: TensorSource) -> DecoderLayer:
-        shape, prefix, shapes = self.shape, f"model.layers.{index}.", layer_shapes(self.shape, index)
+    def _calibration(self, source: TensorSource) -> Calibration | None:
+        """Where the method wants to see inputs: calibration text, looked up in the embedding."""
+        method = self.weight_format.method_member
+        if method is None or not method.needs_inputs:
+            return None
+        name = "model.embed_tokens.weight"
+        embedding = source.read({name: outer_shapes(self.shape)[name]})[name].to(self.dtype)
+        assert self.calibrate is not None, "a method that needs inputs needs something to calibrate on"
+        return self.calibrate(embedding)
+
+    def _read_layer(self, index: int, source: TensorSource) -> DenseLayer:
+        prefix, shapes = f"model.layers.{index}.", layer_shapes(self.shape, index)
 
         def read(kind: str, parts: tuple[str, ...]) -> Tensor | None:
             """The parts as one new tensor, in the source's precision: a format packs what the checkpoint says."""
@@ -86,31 +111,90 @@ class Assembler:
             found = source.read({name: shapes[name] for name in names})
             return torch.cat([found[name].to(self.device) for name in names])
 
-        def linear(name: str, *parts: str) -> Linear:
-            weight, bias = read("weight", parts), read("bias", parts)
-            assert weight is not None, "every linear layer has a weight"
-            return self._pack(self.weight_format, f"layer {index} {name}", weight, bias)
+        def weight(name: str) -> Tensor:
+            found = read("weight", _PARTS[name])
+            assert found is not None, "every linear layer has a weight"
+            return found
 
-        def norm(name: str) -> RMSNorm:
-            full_name = f"{prefix}{name}.weight"
-            return self._norm(source.read({full_name: shapes[full_name]})[full_name])
+        def norm(name: str) -> Tensor:
+            found = read("weight", (name,))
+            assert found is not None
+            return found
 
-        return DecoderLayer(
-            shape,
+        return DenseLayer(
+            shape=self.shape,
             input_norm=norm("input_layernorm"),
-            qkv=linear("qkv", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            q_norm=norm("self_attn.q_norm") if shape.has_qk_norm else None,
-            k_norm=norm("self_attn.k_norm") if shape.has_qk_norm else None,
-            output=linear("output", "self_attn.o_proj"),
+            q_norm=norm("self_attn.q_norm") if self.shape.has_qk_norm else None,
+            k_norm=norm("self_attn.k_norm") if self.shape.has_qk_norm else None,
             mlp_norm=norm("post_attention_layernorm"),
-            gate_up=linear("gate_up", "mlp.gate_proj", "mlp.up_proj"),
-            down=linear("down", "mlp.down_proj"),
+            weight={name: weight(name) for name in LINEARS},
+            bias={name: read("bias", _PARTS[name]) for name in LINEARS},
         )
 
-    def _pack(self, weight_format: WeightFormat, name: str, weight: Tensor, bias: Tensor | None) -> Linear:
+    def _layer(self, index: int, source: TensorSource, calibration: Calibration | None) -> DecoderLayer:
+        dense = self._read_layer(index, source)
+        if calibration is None:
+            return self._decoder_layer(dense, lambda name: self._pack_linear(index, name, dense))
+        native = Native()
+
+        def wrapped() -> DecoderLayer:
+            return self._decoder_layer(
+                dense,
+                lambda name: native.wrap(dense.weight[name].to(self.dtype), dense.bias[name], workspace=self.workspace),
+            )
+
+        if isinstance(self.weight_format, GridFormat):
+            started = time.perf_counter()
+            self.weight_format.method_member.fold(dense, wrapped(), calibration, self.weight_format.grid(self.dtype))
+            self.clock.quantize_s += time.perf_counter() - started
+        layer = wrapped()
+        calibration.pack(layer, lambda name, inputs: self._pack_linear(index, name, dense, inputs), keeps_hessian=True)
+        return layer
+
+    def _decoder_layer(self, dense: DenseLayer, linear: Callable[[str], Linear]) -> DecoderLayer:
+        linears = {name: linear(name) for name in LINEARS}
+        return DecoderLayer(
+            self.shape,
+            input_norm=self._norm(dense.input_norm),
+            q_norm=None if dense.q_norm is None else self._norm(dense.q_norm),
+            k_norm=None if dense.k_norm is None else self._norm(dense.k_norm),
+            mlp_norm=self._norm(dense.mlp_norm),
+            **linears,
+        )
+
+    def _pack_linear(self, index: int, name: str, dense: DenseLayer, inputs: InputStats | None = None) -> Linear:
+        """Packs one linear and lets go of its dense weight."""
+        weight, bias = dense.weight.pop(name), dense.bias.pop(name)
+        num_queries_and_keys = (self.shape.num_heads + self.shape.num_kv_heads) * self.shape.head_dim
+        return self._pack(
+            self.weight_format,
+            f"layer {index} {name}",
+            weight,
+            bias,
+            inputs=inputs,
+            num_unclipped_rows=num_queries_and_keys if name == "qkv" else 0,
+        )
+
+    def _pack(
+        self,
+        weight_format: WeightFormat,
+        name: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        inputs: InputStats | None = None,
+        num_unclipped_rows: int = 0,
+    ) -> Linear:
         started = time.perf_counter()
         try:
-            return weight_format.pack(weight, bias, dtype=self.dtype, workspace=self.workspace)
+            return weight_format.pack(
+                weight,
+                bias,
+                dtype=self.dtype,
+                workspace=self.workspace,
+                inputs=inputs,
+                num_unclipped_rows=num_unclipped_rows,
+            )
         except ValueError as error:
             chosen = type(weight_format).__name__.lower()
             raise Unsupported(f"weight format {chosen!r} cannot hold {name} {list(weight.shape)}: {error}") from error

@@ -70,10 +70,18 @@ class DecoderLayer(nn.Module):
         self._num_heads, self._num_kv_heads, self._head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
 
     def forward(self, x: Tensor, layer: int, attention: AttentionFn, batch: Batch) -> Tensor:
-        q, k, v = self.project(self.input_norm(x))
-        x = x + self.output(attention(layer, q, k, v, batch).flatten(1))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        result: Tensor = x + self.down(F.silu(gate).mul_(up))
+        x = x + self.attend(self.input_norm(x), layer, attention, batch)
+        return x + self.feed_forward(self.mlp_norm(x))
+
+    def attend(self, x: Tensor, layer: int, attention: AttentionFn, batch: Batch) -> Tensor:
+        """What the attention half adds to the residual stream, from its normalised input."""
+        result: Tensor = self.output(attention(layer, *self.project(x), batch).flatten(1))
+        return result
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """What the feed-forward half adds to the residual stream, from its normalised input."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        result: Tensor = self.down(F.silu(gate).mul_(up))
         return result
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Linear: y = x Wᵀ + b behind one interface, whatever the weights are packed as.
 
-A weight format (one file below `formats/`) turns a dense weight into a Linear. Bytes are the bytes of its buffers, plus
+A weight format (`format.py`) turns a dense weight into a Linear. Bytes are the bytes of its buffers, plus
 what a kernel library keeps in an object of its own (`opaque_bytes`).
 """
 
@@ -52,22 +52,13 @@ class Linear(nn.Module, ABC):
     def dequantize(self) -> Tensor:
         """[out_features, in_features] fp32: the weight that `forward` multiplies with."""
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """The activations that `forward` multiplies: x itself, unless the format rounds them too."""
+        return x
+
     @property
     def num_bytes(self) -> int:
         """Bytes held: unique storages of the tensors, and what is opaque."""
         tensors = (*self.buffers(), *self.parameters())
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values()) + self.opaque_bytes
-
-
-class WeightFormat(ABC):
-    """The protocol. Members are frozen dataclasses of knobs."""
-
-    @abstractmethod
-    def pack(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
-        """Packs one dense weight [out, in] (any float dtype) for activations of `dtype` on the weight's device.
-
-        Raises:
-            ValueError: a shape that the format cannot hold (the text says which sizes it can), a weight that is not
-                finite, or one whose scale does not fit `dtype`.
-        """

@@ -1,35 +1,45 @@
-"""int4: asymmetric 4-bit weights in groups along the input, 16-bit activations.
+"""int4: 4-bit weights in groups along the input, 16-bit activations.
 
-A quarter of the bytes of 16-bit weights (4 + 32 / group_size bits a weight: a 16-bit scale and a 16-bit midpoint per
-group); pays where reading weights is the cost. Round to nearest, no calibration: smaller groups lose less.
+A quarter of the bytes of 16-bit weights (4 + 32 / group_size bits a weight: a 16-bit scale and a 16-bit offset per
+group, which the kernels read for symmetric weights too); pays where reading weights is the cost.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from codesign.engine.quantize import int4_layout
 from codesign.engine.quantize.few_rows import choose
-from codesign.engine.quantize.linear import Linear, WeightFormat, Workspace
-from codesign.engine.quantize.rounding import quantize_groups
+from codesign.engine.quantize.format import GridFormat
+from codesign.engine.quantize.grid import AffineGrid, Quantized
+from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int4(WeightFormat):
+class Int4(GridFormat):
     """Args:
-    group_size: inputs that share a scale and a midpoint: 32, 64, 128 or 256.
+    method: how codes are chosen.
+    group_size: inputs that share a scale and an offset: 32, 64, 128 or 256.
+    symmetric: no offset, so that 0 is exactly 0; for what only takes symmetric checkpoints.
     """
 
+    method: str = "rtn"
     group_size: int = 64
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size not in int4_layout.GROUP_SIZES or isinstance(self.group_size, bool):
             raise ValueError(f"group_size must be one of {int4_layout.GROUP_SIZES}, got {self.group_size!r}")
 
-    def pack(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
-        num_out, num_in = weight.shape
+    def grid(self, dtype: torch.dtype) -> AffineGrid:
+        # 16-bit scales whatever the activations are: the codes are chosen for the scale as stored.
+        scale_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+        return AffineGrid(bits=4, group_size=self.group_size, is_symmetric=self.symmetric, scale_dtype=scale_dtype)
+
+    def check_size(self, num_out: int, num_in: int) -> None:
         if num_out % int4_layout.OUT_MULTIPLE:
             raise ValueError(
                 f"int4 needs an output size that is a multiple of {int4_layout.OUT_MULTIPLE}, got {num_out}"
@@ -40,15 +50,30 @@ class Int4(WeightFormat):
             raise ValueError(
                 f"int4 needs an input size that is a multiple of group_size {self.group_size}, got {num_in}{hint}"
             )
-        # 16-bit scales whatever the activations are: the codes are chosen for the scale as stored.
-        scale_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
-        codes, scale, zero = quantize_groups(weight, group_size=self.group_size, scale_dtype=scale_dtype)
-        packed, is_readable = int4_layout.pack(codes.cpu())
+
+    def build(self, quantized: Quantized, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        packed, is_readable = int4_layout.pack(quantized.codes.cpu())
         if not is_readable:
             raise ValueError("int4: this CPU packs weights in an order that is not known here; use int8 or native")
-        scale_and_zero = torch.stack([scale.t(), zero.t()], dim=-1).contiguous()
+        scale, offset = quantized.fit.scale, quantized.fit.offset
+        zero = torch.zeros_like(scale) if offset is None else offset
         return _Int4Linear(
-            packed.to(weight.device), scale_and_zero, bias, group_size=self.group_size, dtype=dtype, workspace=workspace
+            packed.to(scale.device),
+            torch.stack([scale.t(), zero.t()], dim=-1).contiguous(),
+            bias,
+            group_size=self.group_size,
+            dtype=dtype,
+            workspace=workspace,
+        )
+
+    def restore(self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        return _Int4Linear(
+            tensors["packed"],
+            tensors["scale_and_zero"],
+            tensors.get("bias"),
+            group_size=self.group_size,
+            dtype=dtype,
+            workspace=workspace,
         )
 
 

@@ -1,31 +1,45 @@
 """int8: symmetric 8-bit weights, one scale per output row, 16-bit activations.
 
 Half the bytes of 16-bit weights (8 + 16 / in bits a weight) at close to no loss; pays where reading weights is the
-cost, that is at small batches. Round to nearest, no calibration.
+cost, that is at small batches.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from codesign.engine.quantize.few_rows import choose
-from codesign.engine.quantize.linear import Linear, WeightFormat, Workspace
-from codesign.engine.quantize.rounding import dequantize_rows, quantize_rows
+from codesign.engine.quantize.format import GridFormat
+from codesign.engine.quantize.grid import AffineGrid, Quantized
+from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
 
 _IN_MULTIPLE = 16  # ATen reads 16 inputs at a time without a tail loop, past the end of the row where there is one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int8(WeightFormat):
-    """No knobs: per output row, symmetric."""
+class Int8(GridFormat):
+    """Args:
+    method: how codes are chosen.
+    """
 
-    def pack(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
-        if weight.shape[1] % _IN_MULTIPLE:
-            raise ValueError(f"int8 needs an input size that is a multiple of {_IN_MULTIPLE}, got {weight.shape[1]}")
-        codes, scale = quantize_rows(weight, scale_dtype=dtype)
-        return _Int8Linear(codes, scale, bias, dtype=dtype, workspace=workspace)
+    method: str = "rtn"
+
+    def grid(self, dtype: torch.dtype) -> AffineGrid:
+        return AffineGrid(bits=8, group_size=None, is_symmetric=True, is_narrow=True, scale_dtype=dtype)
+
+    def check_size(self, num_out: int, num_in: int) -> None:
+        if num_in % _IN_MULTIPLE:
+            raise ValueError(f"int8 needs an input size that is a multiple of {_IN_MULTIPLE}, got {num_in}")
+
+    def build(self, quantized: Quantized, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        codes = (quantized.codes ^ 128).view(torch.int8)
+        return _Int8Linear(codes, quantized.fit.scale.flatten(), bias, dtype=dtype, workspace=workspace)
+
+    def restore(self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        return _Int8Linear(tensors["codes"], tensors["scale"], tensors.get("bias"), dtype=dtype, workspace=workspace)
 
 
 class _Int8Linear(Linear):
@@ -78,4 +92,4 @@ class _Int8Linear(Linear):
             out.mul_(self.scale[start:stop, None])
 
     def dequantize(self) -> Tensor:
-        return dequantize_rows(self.codes, self.scale)
+        return self.codes.float() * self.scale.float()[:, None]

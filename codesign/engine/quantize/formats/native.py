@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codesign.engine.quantize import half_packed
-from codesign.engine.quantize.linear import Linear, WeightFormat, Workspace
+from codesign.engine.quantize.format import WeightFormat
+from codesign.engine.quantize.inputs import InputStats
+from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
 
 
@@ -15,7 +17,16 @@ from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
 class Native(WeightFormat):
     """Dense weights; the neutral member. Two bytes a weight in bf16 and fp16, four in fp32."""
 
-    def pack(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+    def pack(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        workspace: Workspace,
+        inputs: InputStats | None = None,
+        num_unclipped_rows: int = 0,
+    ) -> Linear:
         dense = weight.to(dtype)
         if compute_dtype(dtype, dense.device) != dtype and half_packed.holds(dense):
             return half_packed.HalfPackedLinear(dense, None if bias is None else bias.to(dtype))

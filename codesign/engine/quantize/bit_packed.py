@@ -1,0 +1,147 @@
+"""What int2 and int3 share: codes of two or three bits without gaps, unpacked slice by slice into the workspace.
+
+    2 bits: four codes a byte, lowest bits first
+    3 bits: eight codes in three bytes: one byte of their highest bits, two of their lower two bits, four a byte
+
+There is no kernel that multiplies these as they are, so every product unpacks the weight once: formats for memory and
+quality, whose speed is what is measured.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from codesign.engine.quantize.format import GridFormat, check_group_size
+from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized
+from codesign.engine.quantize.linear import Linear, Workspace
+from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
+
+_IN_MULTIPLE = 8
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """codes [out, in] uint8 below 2^bits, `in` a multiple of 8 -> [out, in * bits / 8] uint8."""
+    low = _pack_pairs(codes & 3)
+    return low if bits == 2 else torch.cat([low, _pack_single(codes >> 2)], dim=1)
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """[n, in * bits / 8] -> codes [n, in] uint8; the inverse of `pack_bits`."""
+    num_in = packed.shape[1] * 8 // bits
+    codes = packed.new_empty(packed.shape[0], num_in)
+    pairs = codes.view(packed.shape[0], -1, 4)
+    low = packed[:, : num_in // 4]
+    for place in range(4):
+        torch.bitwise_and(low >> (2 * place), 3, out=pairs[..., place])
+    if bits == 3:
+        eighths = codes.view(packed.shape[0], -1, 8)
+        high = packed[:, num_in // 4 :]
+        for place in range(8):
+            eighths[..., place] |= ((high >> place) & 1) << 2
+    return codes
+
+
+def _pack_pairs(values: Tensor) -> Tensor:
+    quads = values.view(values.shape[0], -1, 4)
+    return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+
+
+def _pack_single(values: Tensor) -> Tensor:
+    eighths = values.view(values.shape[0], -1, 8)
+    packed = eighths[..., 0].clone()
+    for place in range(1, 8):
+        packed |= eighths[..., place] << place
+    return packed
+
+
+class BitPackedLinear(Linear):
+    """packed [out, in * bits / 8] uint8; scale and, unless symmetric, offset [out, groups]."""
+
+    packed: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        bias: Tensor | None,
+        *,
+        grid: AffineGrid,
+        dtype: torch.dtype,
+        workspace: Workspace,
+    ) -> None:
+        super().__init__()
+        self._grid, self._workspace = grid, workspace
+        self.out_features, self.in_features = packed.shape[0], packed.shape[1] * 8 // grid.bits
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("offset", offset)
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+        self._compute_dtype = compute_dtype(dtype, packed.device)
+        self.kernel = f"unpack + aten::mm {str(self._compute_dtype).removeprefix('torch.')}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:
+            return x.new_empty(0, self.out_features)
+        y = multiply_unpacked(
+            x.to(self._compute_dtype),
+            self._unpack,
+            out_features=self.out_features,
+            step=1,
+            is_transposed=False,
+            workspace=self._workspace,
+        )
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+    def _unpack(self, start: int, stop: int, out: Tensor) -> None:
+        rows = slice(start, stop)
+        codes = unpack_bits(self.packed[rows], self._grid.bits)
+        groups = out.view(stop - start, self.scale.shape[1], -1)
+        groups.copy_(codes.view(groups.shape)).sub_(self._grid.middle).mul_(self.scale[rows, :, None])
+        if self.offset is not None:
+            groups.add_(self.offset[rows, :, None])
+
+    def dequantize(self) -> Tensor:
+        codes = unpack_bits(self.packed, self._grid.bits)
+        return self._grid.dequantize(Quantized(codes, Fit(self.scale, self.offset)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BitPackedFormat(GridFormat):
+    """What int2 and int3 share.
+
+    Args:
+        method: how codes are chosen.
+        group_size: inputs that share a scale and an offset, a multiple of 8.
+        symmetric: no offset, 16 / group_size bits a weight less.
+    """
+
+    bits: ClassVar[int]
+    method: str = "rtn"
+    group_size: int = 64
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size, multiple_of=_IN_MULTIPLE)
+
+    def grid(self, dtype: torch.dtype) -> AffineGrid:
+        scale_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+        return AffineGrid(
+            bits=self.bits, group_size=self.group_size, is_symmetric=self.symmetric, scale_dtype=scale_dtype
+        )
+
+    def build(self, quantized: Quantized, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        packed, fit = pack_bits(quantized.codes, self.bits), quantized.fit
+        return BitPackedLinear(
+            packed, fit.scale, fit.offset, bias, grid=self.grid(dtype), dtype=dtype, workspace=workspace
+        )
+
+    def restore(self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        parts = (tensors["packed"], tensors["scale"], tensors.get("offset"), tensors.get("bias"))
+        return BitPackedLinear(*parts, grid=self.grid(dtype), dtype=dtype, workspace=workspace)

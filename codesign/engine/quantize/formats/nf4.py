@@ -1,0 +1,90 @@
+"""nf4: sixteen levels at the quantiles of a normal distribution, one scale per 64 weights, 16-bit activations.
+
+QLoRA, Dettmers et al., 2023 (https://arxiv.org/abs/2305.14314), with double quantisation: 4.127 bits a weight. There is
+no kernel that multiplies nf4, so every product unpacks the weight once.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from codesign.engine.quantize.format import GridFormat
+from codesign.engine.quantize.grid import Quantized
+from codesign.engine.quantize.linear import Linear, Workspace
+from codesign.engine.quantize.nf4_grid import BLOCK, Nf4Fit, Nf4Grid, ScaleCodes, byte_levels
+from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nf4(GridFormat):
+    """Args:
+    method: how codes are chosen.
+    """
+
+    method: str = "rtn"
+
+    def grid(self, dtype: torch.dtype) -> Nf4Grid:
+        return Nf4Grid()
+
+    def check_size(self, num_out: int, num_in: int) -> None:
+        if num_in % BLOCK:
+            raise ValueError(f"nf4 needs an input size that is a multiple of its block of {BLOCK}, got {num_in}")
+
+    def build(self, quantized: Quantized, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        assert isinstance(quantized.fit, Nf4Fit) and quantized.fit.scale_codes is not None
+        pairs = quantized.codes.view(quantized.codes.shape[0], -1, 2)
+        scales = quantized.fit.scale_codes
+        return _Nf4Linear(pairs[..., 0] | pairs[..., 1] << 4, scales, bias, dtype=dtype, workspace=workspace)
+
+    def restore(self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        scales = ScaleCodes(tensors["scale_codes"], tensors["scale_step"], tensors["scale_mean"])
+        return _Nf4Linear(tensors["packed"], scales, tensors.get("bias"), dtype=dtype, workspace=workspace)
+
+
+class _Nf4Linear(Linear):
+    packed: Tensor  # [out, in / 2] uint8, the even input's code in the low bits
+    scale_codes: Tensor
+    scale_step: Tensor
+    scale_mean: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, packed: Tensor, scales: ScaleCodes, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = packed.shape[0], 2 * packed.shape[1]
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale_codes", scales.codes)
+        self.register_buffer("scale_step", scales.step)
+        self.register_buffer("scale_mean", scales.mean)
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+        self._workspace = workspace
+        self._compute_dtype = compute_dtype(dtype, packed.device)
+        self.kernel = f"unpack + aten::mm {str(self._compute_dtype).removeprefix('torch.')}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:
+            return x.new_empty(0, self.out_features)
+        y = multiply_unpacked(
+            x.to(self._compute_dtype),
+            self._unpack,
+            out_features=self.out_features,
+            step=1,
+            is_transposed=False,
+            workspace=self._workspace,
+        )
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+    def _unpack(self, start: int, stop: int, out: Tensor) -> None:
+        pairs = byte_levels(out.device).index_select(0, self.packed[start:stop].flatten().int())
+        groups = pairs.view(stop - start, -1, BLOCK)
+        torch.mul(groups, self._scale()[start:stop, :, None], out=out.view(groups.shape))
+
+    def _scale(self) -> Tensor:
+        return ScaleCodes(self.scale_codes, self.scale_step, self.scale_mean).scale()
+
+    def dequantize(self) -> Tensor:
+        pairs = byte_levels(self.packed.device)[self.packed.int()]
+        return (pairs.view(self.out_features, -1, BLOCK) * self._scale()[..., None]).flatten(1)
