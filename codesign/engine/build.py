@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from codesign.engine.attention.layer import Attention
-from codesign.engine.attention.rope import Rope
 from codesign.engine.engine import Engine, EngineParts
 from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.assemble import Assembler, TensorSource
 from codesign.engine.models.load import Checkpoint, read_config
 from codesign.engine.models.random import RandomWeights
-from codesign.engine.models.rope_scaling import rope_frequencies
+from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.shape import ModelShape, read_shape
 from codesign.engine.models.tokenizer import eos_token_ids
 from codesign.engine.quantize.calibration import Calibration
@@ -58,7 +57,10 @@ def build_engine(
         device=place,
         workspace=workspace,
         calibrate=lambda embedding: Calibration(
-            shape, calibration_ids(model, shape.vocab_size, shape.max_positions), embedding, _rope(shape)
+            shape,
+            calibration_ids(model, shape.vocab_size, shape.max_positions),
+            embedding,
+            rope_of(shape.rope, shape.head_dim),
         ),
     )
     started = time.perf_counter()
@@ -147,11 +149,6 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
         )
 
 
-def _rope(shape: ModelShape) -> Rope:
-    inv_freq, attention_scaling = rope_frequencies(shape.rope, shape.head_dim)
-    return Rope(inv_freq=inv_freq, attention_scaling=attention_scaling)
-
-
 def _allocate(
     shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[Attention, int]:
@@ -164,7 +161,7 @@ def _allocate(
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             scale=shape.head_dim**-0.5,
-            rope=_rope(shape),
+            rope=rope_of(shape.rope, shape.head_dim),
             policy=KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict),
             codec=KV_CODECS.create(config.kv.codec.name, key="kv.codec", **config.kv.codec.knob_dict),
             backend=ATTENTION.create(config.attention.name, key="attention", **config.attention.knob_dict),

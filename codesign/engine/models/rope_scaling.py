@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from codesign.engine.attention.rope import Rope
 from codesign.engine.models.config_values import ConfigValues
 from codesign.errors import Unsupported
 
@@ -159,3 +160,9 @@ def _yarn_attention_factor(rope: RopeScaling) -> float:
     if rope.mscale and rope.mscale_all_dim:
         return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
     return mscale(1.0)
+
+
+def rope_of(scaling: RopeScaling, head_dim: int) -> Rope:
+    """The rotary positions of a model."""
+    inv_freq, attention_scaling = rope_frequencies(scaling, head_dim)
+    return Rope(inv_freq=inv_freq, attention_scaling=attention_scaling)
