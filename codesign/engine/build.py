@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from codesign.engine.attention.layer import Attention
+from codesign.engine.caches import cache_folder
 from codesign.engine.engine import Engine, EngineParts
 from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.assemble import Assembler, TensorSource
@@ -15,8 +16,11 @@ from codesign.engine.models.random import RandomWeights
 from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.shape import ModelShape, read_shape
 from codesign.engine.models.tokenizer import eos_token_ids
+from codesign.engine.quantize.cache import WeightCache
+from codesign.engine.quantize.cache_key import weights_key
 from codesign.engine.quantize.calibration import Calibration
 from codesign.engine.quantize.calibration_text import calibration_ids
+from codesign.engine.quantize.format import GridFormat, WeightFormat
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
 from codesign.errors import InputError, Unsupported
@@ -50,9 +54,16 @@ def build_engine(
     _check(shape, config)
 
     workspace = Workspace()
+    weight_format: WeightFormat = WEIGHT_FORMATS.create(config.weights.name, key="weights", **config.weights.knob_dict)
+    started = time.perf_counter()
+    source: TensorSource = (
+        Checkpoint(Path(model.path), dtype=dtype)
+        if model.path is not None
+        else RandomWeights(shape, seed=model.seed, dtype=dtype)
+    )
     assembler = Assembler(
         shape=shape,
-        weight_format=WEIGHT_FORMATS.create(config.weights.name, key="weights", **config.weights.knob_dict),
+        weight_format=weight_format,
         dtype=dtype,
         device=place,
         workspace=workspace,
@@ -62,12 +73,8 @@ def build_engine(
             embedding,
             rope_of(shape.rope, shape.head_dim),
         ),
-    )
-    started = time.perf_counter()
-    source: TensorSource = (
-        Checkpoint(Path(model.path), dtype=dtype)
-        if model.path is not None
-        else RandomWeights(shape, seed=model.seed, dtype=dtype)
+        cache=WeightCache(cache_folder("weights")) if isinstance(weight_format, GridFormat) else None,
+        cache_key=_cache_key(model, source, weight_format, dtype, place),
     )
     decoder = assembler.build(source)
     loaded = time.perf_counter()
@@ -99,6 +106,7 @@ def build_engine(
                 "num_parameters": shape.num_parameters,
                 "vocab_size": shape.vocab_size,
                 "eos_token_ids": sorted(eos),
+                "weight_cache": assembler.clock.cache,
             },
             phases={
                 "load_s": loaded - started - assembler.clock.quantize_s,
@@ -118,6 +126,15 @@ def _device(name: str) -> torch.device:
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise Unsupported(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
+
+
+def _cache_key(
+    model: ModelSpec, source: TensorSource, weight_format: WeightFormat, dtype: torch.dtype, device: torch.device
+) -> str:
+    if not isinstance(weight_format, GridFormat):
+        return ""
+    files = source.files if isinstance(source, Checkpoint) else []
+    return weights_key(model, files, weight_format, dtype=dtype, device=device)
 
 
 def _describe(model: ModelSpec) -> tuple[dict[str, Any], object, frozenset[int]]:

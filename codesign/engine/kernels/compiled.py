@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from codesign.engine.caches import cache_folder
+
 _FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-shared", "-fPIC")
 _TIMEOUT_S = 60
 
@@ -52,7 +54,7 @@ def _build(source: Path, compiler: str) -> Path:
     real = Path(compiler).resolve()
     made_by = f"{real} {real.stat().st_size} {real.stat().st_mtime_ns} {' '.join(_FLAGS)}"
     digest = hashlib.sha256(source.read_bytes() + made_by.encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codesign" / "kernels"
+    folder = cache_folder("kernels")
     target = folder / f"{source.stem}-{digest}.so"
     if target.exists():
         return target

@@ -16,6 +16,7 @@ from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.decoder import Decoder, DecoderLayer, RMSNorm
 from codesign.engine.models.dense_layer import DenseLayer
 from codesign.engine.models.shape import ModelShape
+from codesign.engine.quantize.cache import WeightCache
 from codesign.engine.quantize.calibration import LINEARS, Calibration
 from codesign.engine.quantize.format import GridFormat, WeightFormat
 from codesign.engine.quantize.formats.native import Native
@@ -25,6 +26,7 @@ from codesign.errors import Unsupported
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_NORMS = ("input_norm", "q_norm", "k_norm", "mlp_norm")
 _PARTS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "output": ("self_attn.o_proj",),
@@ -49,9 +51,10 @@ class TensorSource(Protocol):
 
 @dataclasses.dataclass(kw_only=True)
 class PackClock:
-    """Seconds spent packing weights, as opposed to reading them."""
+    """Seconds spent packing weights, as opposed to reading them; whether the cache had them ("found", "made", "")."""
 
     quantize_s: float = 0.0
+    cache: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,7 @@ class Assembler:
 
     Args:
         weight_format: packs every linear layer of the decoder layers.
+        cache, cache_key: where packed layers are kept between builds, and the name of everything they depend on.
         calibrate: embedding table -> text to run through the model, for methods that want to see inputs.
     """
 
@@ -69,16 +73,13 @@ class Assembler:
     device: torch.device
     workspace: Workspace
     calibrate: Callable[[Tensor], Calibration] | None = None
+    cache: WeightCache | None = None
+    cache_key: str = ""
     clock: PackClock = dataclasses.field(default_factory=PackClock)
 
     def build(self, source: TensorSource) -> Decoder:
         """The whole model. Raises what `source` raises, and Unsupported for shapes that the format cannot hold."""
-        calibration = self._calibration(source)
-        layers = []
-        for index in range(self.shape.num_layers):
-            layers.append(self._layer(index, source, calibration))
-            return_freed_memory()
-        del calibration
+        layers = list(self._layers(source))
         tensors = source.read(outer_shapes(self.shape))
         embedding = self._own(tensors["model.embed_tokens.weight"])
         if self.shape.ties_embeddings:
@@ -89,6 +90,44 @@ class Assembler:
         return Decoder(
             self.shape, embedding=embedding, layers=layers, norm=self._norm(tensors["model.norm.weight"]), head=head
         ).requires_grad_(False)
+
+    def _layers(self, source: TensorSource) -> Iterator[DecoderLayer]:
+        """Out of the cache, or packed now and put there where one is given."""
+        if self.cache is None or not isinstance(self.weight_format, GridFormat):
+            yield from self._new_layers(source)
+            return
+        entry = self.cache.find(self.cache_key)
+        if entry is not None and entry.num_layers == self.shape.num_layers:
+            self.clock.cache = "found"
+            yield from (self._restored(entry.layer(index)) for index in range(entry.num_layers))
+            return
+        self.clock.cache = "made"
+        with self.cache.making(self.cache_key) as new:
+            yield from (self._restored(new.keep(dict(layer.named_buffers()))) for layer in self._new_layers(source))
+        if new.problem:
+            self.clock.cache = f"off: {new.problem}"
+
+    def _new_layers(self, source: TensorSource) -> Iterator[DecoderLayer]:
+        calibration = self._calibration(source)
+        for index in range(self.shape.num_layers):
+            yield self._layer(index, source, calibration)
+            return_freed_memory()
+
+    def _restored(self, tensors: Mapping[str, Tensor]) -> DecoderLayer:
+        """A layer from the buffers of an earlier one, on pages of their file."""
+        weight_format = self.weight_format
+        assert isinstance(weight_format, GridFormat)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, buffer = name.partition(".")
+            parts.setdefault(part, {})[buffer] = tensor.to(self.device)
+        linears = {
+            name: weight_format.restore(parts[name], dtype=self.dtype, workspace=self.workspace) for name in LINEARS
+        }
+        norms = {
+            name: RMSNorm(parts[name]["weight"], self.shape.rms_norm_eps) if name in parts else None for name in _NORMS
+        }
+        return DecoderLayer(self.shape, **norms, **linears)  # type: ignore[arg-type]
 
     def _calibration(self, source: TensorSource) -> Calibration | None:
         """Where the method wants to see inputs: calibration text, looked up in the embedding."""

@@ -54,6 +54,11 @@ class Checkpoint:
                     found[name] = self._tensor(handle, shard, name, shapes[name])
         return found
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted(set(self._shard_of.values()))
+
     def finish(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """A tensor that the model does not use is a sign that config.json describes another model."""
         unused = [name for name in sorted(set(self._shard_of) - set(expected)) if not _may_be_left(name)]

@@ -1,5 +1,6 @@
 """Which tokens a quantiser may look at: the bundled calibration text, which no quality figure is computed on."""
 
+import hashlib
 import random
 from pathlib import Path
 
@@ -13,6 +14,17 @@ from codesign.spec.model import ModelSpec
 
 NUM_SEQUENCES, NUM_TOKENS = 32, 512
 _SEED = 20261123
+
+
+def calibration_digest(model: ModelSpec) -> str:
+    """Of the texts and the tokenizer that calibration would use."""
+    digest = hashlib.sha256(f"{_SEED} {NUM_SEQUENCES} {NUM_TOKENS}".encode())
+    if model.path is not None:
+        for document in calibration_texts():
+            digest.update(document.text.encode())
+        tokenizer = Path(model.path) / "tokenizer.json"
+        digest.update(tokenizer.read_bytes() if tokenizer.is_file() else b"")
+    return digest.hexdigest()
 
 
 def calibration_ids(model: ModelSpec, vocab_size: int, max_positions: int) -> Tensor:

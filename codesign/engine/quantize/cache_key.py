@@ -1,0 +1,49 @@
+"""The name of packed weights: a hash of everything that they depend on, the code that packs them included."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from codesign.engine.caches import cache_folder
+from codesign.engine.quantize import cpu
+from codesign.engine.quantize.cache import file_digest
+from codesign.engine.quantize.calibration_text import calibration_digest
+from codesign.engine.quantize.format import GridFormat
+from codesign.spec.model import ModelSpec
+
+
+def weights_key(
+    model: ModelSpec, files: list[Path], weight_format: GridFormat, *, dtype: torch.dtype, device: torch.device
+) -> str:
+    """32 hex digits.
+
+    Args:
+        files: of a checkpoint; none for random weights.
+    """
+    memo = cache_folder("digests")
+    random = {"architecture": dict(model.architecture or {}), "seed": model.seed}
+    facts = {
+        "model": [file_digest(file, memo) for file in files] if files else random,
+        "config": "" if model.path is None else file_digest(Path(model.path) / "config.json", memo),
+        "format": repr(weight_format),
+        "method": repr(weight_format.method_member),
+        "calibration": calibration_digest(model) if weight_format.method_member.needs_inputs else "",
+        "dtype": str(dtype),
+        "layout": cpu.capability() if device.type == "cpu" else device.type,
+        "torch": torch.__version__,
+        "code": _code_digest(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Of the sources that decide codes and their order: two versions of a method never share an entry."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
