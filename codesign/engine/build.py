@@ -16,6 +16,7 @@ from codesign.engine.models.random import RandomWeights
 from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.shape import ModelShape, read_shape
 from codesign.engine.models.tokenizer import eos_token_ids
+from codesign.engine.prune.pruner import Pruner
 from codesign.engine.quantize.cache import WeightCache
 from codesign.engine.quantize.cache_key import weights_key
 from codesign.engine.quantize.calibration import Calibration
@@ -24,7 +25,7 @@ from codesign.engine.quantize.format import GridFormat, WeightFormat
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
 from codesign.errors import InputError, Unsupported
-from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, SCHEDULERS, WEIGHT_FORMATS
+from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, PRUNERS, SCHEDULERS, WEIGHT_FORMATS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from codesign.units import format_bytes
@@ -55,6 +56,7 @@ def build_engine(
 
     workspace = Workspace()
     weight_format: WeightFormat = WEIGHT_FORMATS.create(config.weights.name, key="weights", **config.weights.knob_dict)
+    pruner: Pruner = PRUNERS.create(config.prune.name, key="prune", **config.prune.knob_dict)
     started = time.perf_counter()
     source: TensorSource = (
         Checkpoint(Path(model.path), dtype=dtype)
@@ -64,6 +66,7 @@ def build_engine(
     assembler = Assembler(
         shape=shape,
         weight_format=weight_format,
+        pruner=pruner,
         dtype=dtype,
         device=place,
         workspace=workspace,
@@ -74,7 +77,7 @@ def build_engine(
             rope_of(shape.rope, shape.head_dim),
         ),
         cache=WeightCache(cache_folder("weights")) if isinstance(weight_format, GridFormat) else None,
-        cache_key=_cache_key(model, source, weight_format, dtype, place),
+        cache_key=_cache_key(model, source, weight_format, pruner, dtype, place),
     )
     decoder = assembler.build(source)
     loaded = time.perf_counter()
@@ -129,12 +132,17 @@ def _device(name: str) -> torch.device:
 
 
 def _cache_key(
-    model: ModelSpec, source: TensorSource, weight_format: WeightFormat, dtype: torch.dtype, device: torch.device
+    model: ModelSpec,
+    source: TensorSource,
+    weight_format: WeightFormat,
+    pruner: Pruner,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> str:
     if not isinstance(weight_format, GridFormat):
         return ""
     files = source.files if isinstance(source, Checkpoint) else []
-    return weights_key(model, files, weight_format, dtype=dtype, device=device)
+    return weights_key(model, files, weight_format, pruner, dtype=dtype, device=device)
 
 
 def _describe(model: ModelSpec) -> tuple[dict[str, Any], object, frozenset[int]]:
@@ -158,6 +166,11 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
         raise Unsupported(
             f"max_model_len {length} is longer than the model's sliding window of {shape.sliding_window} tokens, which "
             f"this engine does not mask; use at most {shape.sliding_window}"
+        )
+    if config.prune.name != "none" and config.weights.knob_dict.get("method") == "gptq":
+        raise Unsupported(
+            f"prune {config.prune.name!r} with weights.method 'gptq': gptq pushes rounding errors into pruned weights; "
+            "use method rtn, hqq or awq"
         )
     if config.max_step_tokens < config.max_batch_size:
         raise Unsupported(

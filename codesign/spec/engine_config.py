@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
 from codesign.errors import InputError, shown
-from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, SCHEDULERS, WEIGHT_FORMATS, Family
+from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, PRUNERS, SCHEDULERS, WEIGHT_FORMATS, Family
 from codesign.spec.yaml import load_yaml
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -31,6 +31,7 @@ Scalar = int | float | str | bool
 FAMILIES: dict[str, Family] = {
     "scheduler": SCHEDULERS,
     "weights": WEIGHT_FORMATS,
+    "prune": PRUNERS,
     "kv.policy": KV_POLICIES,
     "kv.codec": KV_CODECS,
     "attention": ATTENTION,
@@ -83,6 +84,7 @@ class EngineConfig:
     max_step_tokens: int = 2048
     scheduler: Choice = Choice("continuous")
     weights: Choice = Choice("native")
+    prune: Choice = Choice("none")
     kv: KVConfig = KVConfig()
     attention: Choice = Choice("sdpa")
 
@@ -118,7 +120,7 @@ class EngineConfig:
         plain: dict[str, Any] = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "kv"
         }
-        for name in ("scheduler", "weights", "attention"):
+        for name in ("scheduler", "weights", "prune", "attention"):
             plain[name] = plain[name].to_dict()
         plain["kv"] = {"policy": self.kv.policy.to_dict(), "codec": self.kv.codec.to_dict()}
         return plain
@@ -131,9 +133,9 @@ class EngineConfig:
             InputError: unknown keys, wrong types, unknown members; names `file` and the dotted key.
         """
         values = _mapping(plain, "", [field.name for field in dataclasses.fields(cls)], file)
-        for key, family in (("scheduler", SCHEDULERS), ("weights", WEIGHT_FORMATS), ("attention", ATTENTION)):
+        for key in ("scheduler", "weights", "prune", "attention"):
             if key in values:
-                values[key] = _choice(values[key], key, family, file)
+                values[key] = _choice(values[key], key, FAMILIES[key], file)
         if "kv" in values:
             kv = _mapping(values["kv"], "kv", ["policy", "codec"], file)
             families = {"policy": KV_POLICIES, "codec": KV_CODECS}

@@ -16,6 +16,8 @@ from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.decoder import Decoder, DecoderLayer, RMSNorm
 from codesign.engine.models.dense_layer import DenseLayer
 from codesign.engine.models.shape import ModelShape
+from codesign.engine.prune.pruner import Pruner
+from codesign.engine.prune.pruners.none import NoPruning
 from codesign.engine.quantize.cache import WeightCache
 from codesign.engine.quantize.calibration import LINEARS, Calibration
 from codesign.engine.quantize.format import GridFormat, WeightFormat
@@ -63,12 +65,14 @@ class Assembler:
 
     Args:
         weight_format: packs every linear layer of the decoder layers.
+        pruner: puts zeros into them before.
         cache, cache_key: where packed layers are kept between builds, and the name of everything they depend on.
         calibrate: embedding table -> text to run through the model, for methods that want to see inputs.
     """
 
     shape: ModelShape
     weight_format: WeightFormat
+    pruner: Pruner = dataclasses.field(default_factory=NoPruning)
     dtype: torch.dtype
     device: torch.device
     workspace: Workspace
@@ -132,7 +136,7 @@ class Assembler:
     def _calibration(self, source: TensorSource) -> Calibration | None:
         """Where the method wants to see inputs: calibration text, looked up in the embedding."""
         method = self.weight_format.method_member
-        if method is None or not method.needs_inputs:
+        if not self.pruner.needs_inputs and not (method is not None and method.needs_inputs):
             return None
         name = "model.embed_tokens.weight"
         embedding = source.read({name: outer_shapes(self.shape)[name]})[name].to(self.dtype)
@@ -203,7 +207,7 @@ class Assembler:
 
     def _pack_linear(self, index: int, name: str, dense: DenseLayer, inputs: InputStats | None = None) -> Linear:
         """Packs one linear and lets go of its dense weight."""
-        weight, bias = dense.weight.pop(name), dense.bias.pop(name)
+        weight, bias = self.pruner.prune(dense.weight.pop(name), inputs), dense.bias.pop(name)
         num_queries_and_keys = (self.shape.num_heads + self.shape.num_kv_heads) * self.shape.head_dim
         return self._pack(
             self.weight_format,

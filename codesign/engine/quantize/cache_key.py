@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from codesign.engine.caches import cache_folder
+from codesign.engine.prune.pruner import Pruner
 from codesign.engine.quantize import cpu
 from codesign.engine.quantize.cache import file_digest
 from codesign.engine.quantize.calibration_text import calibration_digest
@@ -16,21 +17,29 @@ from codesign.spec.model import ModelSpec
 
 
 def weights_key(
-    model: ModelSpec, files: list[Path], weight_format: GridFormat, *, dtype: torch.dtype, device: torch.device
+    model: ModelSpec,
+    files: list[Path],
+    weight_format: GridFormat,
+    pruner: Pruner,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> str:
     """32 hex digits.
 
     Args:
         files: of a checkpoint; none for random weights.
     """
+    is_calibrated = weight_format.method_member.needs_inputs or pruner.needs_inputs
     memo = cache_folder("digests")
     random = {"architecture": dict(model.architecture or {}), "seed": model.seed}
     facts = {
         "model": [file_digest(file, memo) for file in files] if files else random,
         "config": "" if model.path is None else file_digest(Path(model.path) / "config.json", memo),
         "format": repr(weight_format),
+        "pruner": repr(pruner),
         "method": repr(weight_format.method_member),
-        "calibration": calibration_digest(model) if weight_format.method_member.needs_inputs else "",
+        "calibration": calibration_digest(model) if is_calibrated else "",
         "dtype": str(dtype),
         "layout": cpu.capability() if device.type == "cpu" else device.type,
         "torch": torch.__version__,
@@ -42,8 +51,8 @@ def weights_key(
 @functools.cache
 def _code_digest() -> str:
     """Of the sources that decide codes and their order: two versions of a method never share an entry."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
+    for file in sorted([*folder.glob("quantize/**/*.py"), *folder.glob("prune/**/*.py")]):
         digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
     return digest.hexdigest()
