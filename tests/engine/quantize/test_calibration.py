@@ -26,6 +26,7 @@ from codesign.registry import WEIGHT_METHODS
 from codesign.spec.engine_config import Choice, EngineConfig
 from codesign.spec.model import ModelSpec
 from tests.engine.driving import generate, request
+from tests.engine.quantize.outliers import write_outlier_variant
 
 SHAPE = read_shape(tiny_config("Qwen3ForCausalLM"), file=None)
 IDS = torch.randint(0, SHAPE.vocab_size, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -177,3 +178,30 @@ def test_a_folded_layer_is_packed_with_the_norms_it_was_folded_into() -> None:
 def test_codes_of_a_calibrated_build_are_used_as_they_are() -> None:
     assert Int3(method="gptq").method_member.needs_inputs
     assert not Int3(method="rtn").method_member.needs_inputs
+
+
+def test_the_outlier_variant_is_the_same_function(tmp_path: Path) -> None:
+    text = calibration_ids(ModelSpec(name="bundled", path=str(target_path())), 4096, 2048)[0, :64].tolist()
+    plan = StepPlan(
+        slots=(0,),
+        query_lens=(64,),
+        token_ids=tuple(text),
+        positions=tuple(range(64)),
+        is_prompt=(True,),
+        is_prompt_end=(True,),
+        logits_rows=tuple(range(64)),
+    )
+    variant = write_outlier_variant(target_path(), tmp_path / "variant", dtype=torch.float32)
+    plain, changed = (
+        build_engine(
+            ModelSpec(name="model", path=str(path)), EngineConfig(dtype="fp32", max_batch_size=1, max_model_len=64)
+        )
+        for path in (target_path(), variant)
+    )
+
+    torch.testing.assert_close(changed.parts.runner.run(plan), plain.parts.runner.run(plan), rtol=1e-3, atol=1e-3)
+    norms = [
+        max(float(layer.input_norm.weight.abs().max()) for layer in engine.parts.model.layers)
+        for engine in (plain, changed)
+    ]
+    assert norms[1] > 5 * norms[0]
