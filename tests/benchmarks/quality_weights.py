@@ -164,9 +164,8 @@ def table(results: dict[str, dict[str, dict[str, Any]]], checks: list[dict[str, 
         "",
         f"`{facts['command']}`, {facts['date']}: {facts['num_sequences']} held-out sequences of {facts['num_tokens']} "
         f"tokens, {facts['machine']}, torch {facts['torch']}.",
-        "KL is to the unmodified model in bf16, in nats per token; brackets are 95 % bootstrap intervals over sequences.",
-        "Bits are those held for the linear layers of the decoder, over their weights. Build times are those of this run,",
-        "without the cache.",
+        "KL is to the unmodified model in bf16, in nats per token; brackets: 95 % bootstrap intervals over sequences.",
+        "Bits are what the decoder's linear layers hold, over their weights. Builds were timed without the cache.",
     ]
     for model, own in results.items():
         lines += ["", f"## {model[0].upper()}{model[1:]}: {facts['models'][model]}", ""]
@@ -179,10 +178,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]], checks: list[dict[str, 
                 f"| {result['bits_per_weight']:.2f} | {result['build_s']:.1f} |"
             )
     lines += ["", "## Orders that the papers promise", ""]
-    lines += [
-        "| better | worse | on | KL removed | required | holds outside its interval |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines += ["| better | worse | on | KL removed | required | holds outside its interval |", "|---" * 6 + "|"]
     for check in checks:
         lines.append(
             f"| {check['better']} | {check['worse']} | {check['on']} | {check['share_removed']:.0%} "
