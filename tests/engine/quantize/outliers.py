@@ -1,6 +1,7 @@
 """The outlier variant of a checkpoint: the same function, with a few input channels of every layer 20 times as large.
 
-Small models have no outlier channels, large ones do (LLM.int8(), https://arxiv.org/abs/2208.07339). Norm weights of 1 % of the channels are multiplied by 20 and the columns that they feed divided by 20.
+Small models have no outlier channels, large ones do (LLM.int8(), https://arxiv.org/abs/2208.07339). Norm weights of 1 %
+of the channels are multiplied by 20 and the columns that they feed divided by 20.
 """
 
 import random
