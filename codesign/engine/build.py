@@ -7,25 +7,18 @@ from typing import Any
 import torch
 
 from codesign.engine.attention.layer import Attention
-from codesign.engine.caches import cache_folder
 from codesign.engine.engine import Engine, EngineParts
 from codesign.engine.memory import return_freed_memory
-from codesign.engine.models.assemble import Assembler, TensorSource
-from codesign.engine.models.load import Checkpoint, read_config
-from codesign.engine.models.random import RandomWeights
+from codesign.engine.models.assemble import PackClock
+from codesign.engine.models.load import read_config
 from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.shape import ModelShape, read_shape
 from codesign.engine.models.tokenizer import eos_token_ids
-from codesign.engine.prune.pruner import Pruner
-from codesign.engine.quantize.cache import WeightCache
-from codesign.engine.quantize.cache_key import weights_key
-from codesign.engine.quantize.calibration import Calibration
-from codesign.engine.quantize.calibration_text import calibration_ids
-from codesign.engine.quantize.format import GridFormat, WeightFormat
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
+from codesign.engine.weights import build_decoder
 from codesign.errors import InputError, Unsupported
-from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, PRUNERS, SCHEDULERS, WEIGHT_FORMATS
+from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, SCHEDULERS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from codesign.units import format_bytes
@@ -54,32 +47,9 @@ def build_engine(
     shape = read_shape(plain, file=file)
     _check(shape, config)
 
-    workspace = Workspace()
-    weight_format: WeightFormat = WEIGHT_FORMATS.create(config.weights.name, key="weights", **config.weights.knob_dict)
-    pruner: Pruner = PRUNERS.create(config.prune.name, key="prune", **config.prune.knob_dict)
+    workspace, clock = Workspace(), PackClock()
     started = time.perf_counter()
-    source: TensorSource = (
-        Checkpoint(Path(model.path), dtype=dtype)
-        if model.path is not None
-        else RandomWeights(shape, seed=model.seed, dtype=dtype)
-    )
-    assembler = Assembler(
-        shape=shape,
-        weight_format=weight_format,
-        pruner=pruner,
-        dtype=dtype,
-        device=place,
-        workspace=workspace,
-        calibrate=lambda embedding: Calibration(
-            shape,
-            calibration_ids(model, shape.vocab_size, shape.max_positions),
-            embedding,
-            rope_of(shape.rope, shape.head_dim),
-        ),
-        cache=WeightCache(cache_folder("weights")) if isinstance(weight_format, GridFormat) else None,
-        cache_key=_cache_key(model, source, weight_format, pruner, dtype, place),
-    )
-    decoder = assembler.build(source)
+    decoder = build_decoder(model, shape, config, dtype=dtype, device=place, workspace=workspace, clock=clock)
     loaded = time.perf_counter()
     attention, num_slots = _allocate(shape, config, dtype, place)
     return_freed_memory()
@@ -109,11 +79,11 @@ def build_engine(
                 "num_parameters": shape.num_parameters,
                 "vocab_size": shape.vocab_size,
                 "eos_token_ids": sorted(eos),
-                "weight_cache": assembler.clock.cache,
+                "weight_cache": clock.cache,
             },
             phases={
-                "load_s": loaded - started - assembler.clock.quantize_s,
-                "quantize_s": assembler.clock.quantize_s,
+                "load_s": loaded - started - clock.quantize_s,
+                "quantize_s": clock.quantize_s,
                 "allocate_s": allocated - loaded,
             },
         )
@@ -129,20 +99,6 @@ def _device(name: str) -> torch.device:
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise Unsupported(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
-
-
-def _cache_key(
-    model: ModelSpec,
-    source: TensorSource,
-    weight_format: WeightFormat,
-    pruner: Pruner,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> str:
-    if not isinstance(weight_format, GridFormat):
-        return ""
-    files = source.files if isinstance(source, Checkpoint) else []
-    return weights_key(model, files, weight_format, pruner, dtype=dtype, device=device)
 
 
 def _describe(model: ModelSpec) -> tuple[dict[str, Any], object, frozenset[int]]:

@@ -4,8 +4,10 @@ glibc keeps freed blocks of up to 32 MiB for itself. After packing a model layer
 would be counted as memory of the configuration.
 """
 
+import contextlib
 import ctypes
 import sys
+from pathlib import Path
 
 
 def return_freed_memory() -> None:
@@ -15,3 +17,9 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def reset_peak_memory() -> None:
+    """Makes the process's peak of resident memory (VmHWM) what is resident now; does nothing where that cannot be."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

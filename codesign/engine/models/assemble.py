@@ -97,17 +97,18 @@ class Assembler:
 
     def _layers(self, source: TensorSource) -> Iterator[DecoderLayer]:
         """Out of the cache, or packed now and put there where one is given."""
-        if self.cache is None or not isinstance(self.weight_format, GridFormat):
+        if self.cache is None:
             yield from self._new_layers(source)
             return
         entry = self.cache.find(self.cache_key)
         if entry is not None and entry.num_layers == self.shape.num_layers:
             self.clock.cache = "found"
-            yield from (self._restored(entry.layer(index)) for index in range(entry.num_layers))
+            yield from (self._restored(index, entry.layer(index)) for index in range(entry.num_layers))
             return
         self.clock.cache = "made"
         with self.cache.making(self.cache_key) as new:
-            yield from (self._restored(new.keep(dict(layer.named_buffers()))) for layer in self._new_layers(source))
+            for index, layer in enumerate(self._new_layers(source)):
+                yield self._restored(index, new.keep(dict(layer.named_buffers())))
         if new.problem:
             self.clock.cache = f"off: {new.problem}"
 
@@ -117,17 +118,17 @@ class Assembler:
             yield self._layer(index, source, calibration)
             return_freed_memory()
 
-    def _restored(self, tensors: Mapping[str, Tensor]) -> DecoderLayer:
+    def _restored(self, index: int, tensors: Mapping[str, Tensor]) -> DecoderLayer:
         """A layer from the buffers of an earlier one, on pages of their file."""
-        weight_format = self.weight_format
-        assert isinstance(weight_format, GridFormat)
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, _, buffer = name.partition(".")
             parts.setdefault(part, {})[buffer] = tensor.to(self.device)
-        linears = {
-            name: weight_format.restore(parts[name], dtype=self.dtype, workspace=self.workspace) for name in LINEARS
-        }
+        linears = {}
+        for name in LINEARS:
+            own = self.weight_format.of(index, name)
+            assert isinstance(own, GridFormat), "only packed weights are kept"
+            linears[name] = own.restore(parts[name], dtype=self.dtype, workspace=self.workspace)
         norms = {
             name: RMSNorm(parts[name]["weight"], self.shape.rms_norm_eps) if name in parts else None for name in _NORMS
         }
@@ -186,12 +187,14 @@ class Assembler:
                 lambda name: native.wrap(dense.weight[name].to(self.dtype), dense.bias[name], workspace=self.workspace),
             )
 
-        if isinstance(self.weight_format, GridFormat):
-            started = time.perf_counter()
-            self.weight_format.method_member.fold(dense, wrapped(), calibration, self.weight_format.grid(self.dtype))
-            self.clock.quantize_s += time.perf_counter() - started
+        started, packed_before = time.perf_counter(), self.clock.quantize_s
+        own = {name: self.weight_format.of(index, name) for name in LINEARS}
+        grids = {name: member.grid(self.dtype) for name, member in own.items() if isinstance(member, GridFormat)}
+        if self.weight_format.method_member is not None:
+            self.weight_format.method_member.fold(dense, wrapped(), calibration, grids)
         layer = wrapped()
         calibration.pack(layer, lambda name, inputs: self._pack_linear(index, name, dense, inputs), keeps_hessian=True)
+        self.clock.quantize_s = packed_before + time.perf_counter() - started
         return layer
 
     def _decoder_layer(self, dense: DenseLayer, linear: Callable[[str], Linear]) -> DecoderLayer:
@@ -210,7 +213,7 @@ class Assembler:
         weight, bias = self.pruner.prune(dense.weight.pop(name), inputs), dense.bias.pop(name)
         num_queries_and_keys = (self.shape.num_heads + self.shape.num_kv_heads) * self.shape.head_dim
         return self._pack(
-            self.weight_format,
+            self.weight_format.of(index, name),
             f"layer {index} {name}",
             weight,
             bias,

@@ -95,6 +95,7 @@ class DecoderLayer(nn.Module):
 
 class Decoder(nn.Module):
     """Attributes:
+    layer_list: the decoder layers.
     embedding: [vocab_size, hidden_size] in the model's dtype; tied models share its storage with the head.
     """
 
@@ -107,12 +108,12 @@ class Decoder(nn.Module):
         self.shape = shape
         self.register_buffer("embedding", embedding)
         self.layers, self.norm, self.head = nn.ModuleList(layers), norm, head
-        self._steps = layers  # plain list: ModuleList costs a lookup per layer and step
+        self.layer_list = layers  # a plain list: ModuleList costs a lookup per layer and step
 
     def forward(self, batch: Batch, attention: AttentionFn) -> Tensor:
         """Logits [len(plan.logits_rows), vocab_size] fp32."""
         x = F.embedding(batch.token_ids, self.embedding)
-        for index, layer in enumerate(self._steps):
+        for index, layer in enumerate(self.layer_list):
             x = layer(x, index, attention, batch)
         rows = batch.plan.logits_rows
         if len(rows) < x.shape[0]:

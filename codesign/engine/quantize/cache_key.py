@@ -12,25 +12,28 @@ from codesign.engine.prune.pruner import Pruner
 from codesign.engine.quantize import cpu
 from codesign.engine.quantize.cache import file_digest
 from codesign.engine.quantize.calibration_text import calibration_digest
-from codesign.engine.quantize.format import GridFormat
+from codesign.engine.quantize.format import WeightFormat
 from codesign.spec.model import ModelSpec
 
 
 def weights_key(
     model: ModelSpec,
     files: list[Path],
-    weight_format: GridFormat,
+    weight_format: WeightFormat,
     pruner: Pruner,
     *,
     dtype: torch.dtype,
     device: torch.device,
+    is_calibrated: bool = False,
 ) -> str:
     """32 hex digits.
 
     Args:
         files: of a checkpoint; none for random weights.
+        is_calibrated: whether the calibration text matters though neither method nor pruner look at it.
     """
-    is_calibrated = weight_format.method_member.needs_inputs or pruner.needs_inputs
+    method = weight_format.method_member
+    is_calibrated = is_calibrated or pruner.needs_inputs or (method is not None and method.needs_inputs)
     memo = cache_folder("digests")
     random = {"architecture": dict(model.architecture or {}), "seed": model.seed}
     facts = {
@@ -38,7 +41,7 @@ def weights_key(
         "config": "" if model.path is None else file_digest(Path(model.path) / "config.json", memo),
         "format": repr(weight_format),
         "pruner": repr(pruner),
-        "method": repr(weight_format.method_member),
+        "method": repr(method),
         "calibration": calibration_digest(model) if is_calibrated else "",
         "dtype": str(dtype),
         "layout": cpu.capability() if device.type == "cpu" else device.type,

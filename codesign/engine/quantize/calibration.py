@@ -77,9 +77,16 @@ class Calibration:
                     self._run(layer, hidden)
         return found
 
+    def run(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
+        """[S, T, hidden] after the layer."""
+        return torch.cat([self._run(layer, part) for part in self._split(hidden)])
+
     def micro_batches(self) -> Iterator[Tensor]:
         """Views [s, T, hidden] of the hidden states."""
-        return iter(torch.split(self.hidden, max(1, _MICRO_BATCH_TOKENS // self.num_tokens)))
+        return iter(self._split(self.hidden))
+
+    def _split(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(hidden, max(1, _MICRO_BATCH_TOKENS // self.num_tokens))
 
     def _run(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
         out: Tensor = layer(hidden.flatten(0, 1), 0, self.attention, self.batch)

@@ -46,6 +46,10 @@ class WeightFormat(ABC):
         """How codes are chosen; None where there is nothing to choose."""
         return None
 
+    def of(self, layer: int, name: str) -> "WeightFormat":
+        """The format of one linear of the model; itself unless a plan says otherwise."""
+        return self
+
 
 class GridFormat(WeightFormat):
     """A format whose weights are codes on a grid, chosen by the method that its knob `method` names."""

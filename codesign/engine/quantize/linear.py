@@ -62,3 +62,9 @@ class Linear(nn.Module, ABC):
         tensors = (*self.buffers(), *self.parameters())
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values()) + self.opaque_bytes
+
+
+def weight_bytes(linear: Linear) -> int:
+    """Bytes of the weight without its bias."""
+    bias = getattr(linear, "bias", None)
+    return linear.num_bytes - (0 if bias is None else bias.untyped_storage().nbytes())

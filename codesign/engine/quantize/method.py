@@ -1,6 +1,7 @@
 """Method: how codes are chosen for a weight on a grid. Members live in `methods/`; `rtn` needs only the weight."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
@@ -22,14 +23,14 @@ class Method(ABC):
     needs_inputs: ClassVar[bool] = False
 
     def fold(  # noqa: B027  # most methods move nothing
-        self, dense: DenseLayer, layer: DecoderLayer, calibration: Calibration, grid: Grid
+        self, dense: DenseLayer, layer: DecoderLayer, calibration: Calibration, grids: Mapping[str, Grid]
     ) -> None:
         """Moves scales between neighbouring weights of `dense` before any of them is packed; does nothing by default.
 
         Args:
             dense: the layer's tensors, to be changed in place by `absorb`.
             layer: a layer that computes with them as they were.
-            grid: what the weights will be rounded to.
+            grids: name of a linear -> what its weights will be rounded to.
         """
 
     @abstractmethod

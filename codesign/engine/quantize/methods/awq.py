@@ -9,7 +9,7 @@ with the group's block of the second moment.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -40,11 +40,11 @@ class Awq(Method):
     needs_inputs: ClassVar[bool] = True
 
     @torch.no_grad()
-    def fold(self, dense: DenseLayer, layer: DecoderLayer, calibration: Calibration, grid: Grid) -> None:
+    def fold(self, dense: DenseLayer, layer: DecoderLayer, calibration: Calibration, grids: Mapping[str, Grid]) -> None:
         for name in ("qkv", "output", "gate_up", "down"):
             if not dense.can_absorb(name):
                 continue
-            scale = self._best_scale(name, dense, layer, calibration, grid)
+            scale = self._best_scale(name, dense, layer, calibration, grids[name])
             dense.absorb(name, scale)
 
     def _best_scale(

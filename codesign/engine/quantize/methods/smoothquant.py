@@ -6,6 +6,7 @@ Xiao et al., 2022 (https://arxiv.org/abs/2211.10438). For what a norm feeds: qkv
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -29,7 +30,7 @@ class SmoothQuant(Method):
     needs_inputs: ClassVar[bool] = True
 
     @torch.no_grad()
-    def fold(self, dense: DenseLayer, layer: DecoderLayer, calibration: Calibration, grid: Grid) -> None:
+    def fold(self, dense: DenseLayer, layer: DecoderLayer, calibration: Calibration, grids: Mapping[str, Grid]) -> None:
         for name in ("qkv", "gate_up"):
             seen = calibration.inputs(layer, name, keeps_hessian=False).max_abs.clamp(min=1e-5)
             held = dense.weight[name].float().abs().amax(0).clamp(min=1e-5)

@@ -1,0 +1,117 @@
+"""build_decoder: the weights of one EngineConfig, from a checkpoint or random numbers: pruned, packed, kept."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codesign.engine.caches import cache_folder
+from codesign.engine.memory import reset_peak_memory, return_freed_memory
+from codesign.engine.models.assemble import Assembler, PackClock, TensorSource
+from codesign.engine.models.decoder import Decoder
+from codesign.engine.models.load import Checkpoint
+from codesign.engine.models.random import RandomWeights
+from codesign.engine.models.rope_scaling import rope_of
+from codesign.engine.models.shape import ModelShape
+from codesign.engine.prune.pruner import Pruner
+from codesign.engine.prune.pruners.none import NoPruning
+from codesign.engine.quantize.cache import WeightCache
+from codesign.engine.quantize.cache_key import weights_key
+from codesign.engine.quantize.calibration import Calibration
+from codesign.engine.quantize.calibration_text import calibration_ids
+from codesign.engine.quantize.format import WeightFormat
+from codesign.engine.quantize.formats.mixed import Mixed
+from codesign.engine.quantize.formats.native import Native
+from codesign.engine.quantize.linear import Workspace
+from codesign.engine.quantize.plan import Plan, planned
+from codesign.engine.quantize.sensitivity import NUM_SEQUENCES, NUM_TOKENS
+from codesign.errors import Unsupported
+from codesign.registry import PRUNERS, WEIGHT_FORMATS
+from codesign.spec.engine_config import EngineConfig
+from codesign.spec.model import ModelSpec
+
+
+def build_decoder(
+    model: ModelSpec,
+    shape: ModelShape,
+    config: EngineConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    workspace: Workspace,
+    clock: PackClock,
+) -> Decoder:
+    """Args:
+        clock: takes the seconds spent on packing and what the cache did.
+    Raises:
+        InputError: a file or tensor of the model is wrong.
+        Unsupported: a format that cannot hold a weight, or a method that cannot see text.
+    """
+    weight_format: WeightFormat = WEIGHT_FORMATS.create(config.weights.name, key="weights", **config.weights.knob_dict)
+    pruner: Pruner = PRUNERS.create(config.prune.name, key="prune", **config.prune.knob_dict)
+    source: TensorSource = (
+        Checkpoint(Path(model.path), dtype=dtype)
+        if model.path is not None
+        else RandomWeights(shape, seed=model.seed, dtype=dtype)
+    )
+    files = source.files if isinstance(source, Checkpoint) else []
+
+    def text(num_sequences: int | None = None, num_tokens: int | None = None) -> Callable[[Tensor], Calibration]:
+        def calibrate(embedding: Tensor) -> Calibration:
+            ids = calibration_ids(model, shape.vocab_size, shape.max_positions)[:num_sequences, :num_tokens]
+            return Calibration(shape, ids, embedding, rope_of(shape.rope, shape.head_dim))
+
+        return calibrate
+
+    assembler = Assembler(
+        shape=shape,
+        weight_format=weight_format,
+        pruner=pruner,
+        dtype=dtype,
+        device=device,
+        workspace=workspace,
+        calibrate=text(),
+        clock=clock,
+    )
+    if isinstance(weight_format, Mixed):
+        weight_format = _plan(weight_format, assembler, source, text(NUM_SEQUENCES, NUM_TOKENS), model, files)
+        assembler = dataclasses.replace(assembler, weight_format=weight_format)
+    if weight_format.method_member is not None:
+        assembler = dataclasses.replace(
+            assembler,
+            cache=WeightCache(cache_folder("weights")),
+            cache_key=weights_key(model, files, weight_format, pruner, dtype=dtype, device=device),
+        )
+    decoder = assembler.build(source)
+    if clock.cache == "made":
+        # From here on it is as if the weights had been found: what packing them took is not the configuration's.
+        return_freed_memory()
+        reset_peak_memory()
+    return decoder
+
+
+def _plan(
+    mixed: Mixed,
+    assembler: Assembler,
+    source: TensorSource,
+    calibrate: Callable[[Tensor], Calibration],
+    model: ModelSpec,
+    files: list[Path],
+) -> Plan:
+    """A format for every linear, from what rounding it costs."""
+    started = time.perf_counter()
+    dense = dataclasses.replace(assembler, weight_format=Native(), pruner=NoPruning(), clock=PackClock())
+    # What sensitivities depend on: neither the budget nor the method that will choose the codes.
+    asked = dataclasses.replace(mixed, bits=16, method="rtn")
+    key = weights_key(
+        model, files, asked, NoPruning(), dtype=assembler.dtype, device=assembler.device, is_calibrated=True
+    )
+    try:
+        return planned(mixed, dense, source, calibrate, key)
+    except ValueError as error:
+        raise Unsupported(f"weights mixed: {error}") from error
+    finally:
+        assembler.clock.quantize_s += time.perf_counter() - started
