@@ -85,6 +85,7 @@ class Family:
 SCHEDULERS = Family("scheduler", "engine.schedulers")
 WEIGHT_FORMATS = Family("weight format", "engine.quantize.formats")
 WEIGHT_METHODS = Family("weight method", "engine.quantize.methods")
+CHECKPOINT_LAYOUTS = Family("layout of quantised checkpoints", "engine.quantize.layouts")
 PRUNERS = Family("pruner", "engine.prune.pruners")
 KV_POLICIES = Family("KV policy", "engine.kv.policies")
 KV_CODECS = Family("KV codec", "engine.kv.codecs")

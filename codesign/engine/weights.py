@@ -12,7 +12,8 @@ from codesign.engine.caches import cache_folder
 from codesign.engine.memory import reset_peak_memory, return_freed_memory
 from codesign.engine.models.assemble import Assembler, PackClock, TensorSource
 from codesign.engine.models.decoder import Decoder
-from codesign.engine.models.load import Checkpoint
+from codesign.engine.models.imported import ImportedCheckpoint, read_layout
+from codesign.engine.models.load import Checkpoint, read_config
 from codesign.engine.models.random import RandomWeights
 from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.shape import ModelShape
@@ -52,11 +53,7 @@ def build_decoder(
     """
     weight_format: WeightFormat = WEIGHT_FORMATS.create(config.weights.name, key="weights", **config.weights.knob_dict)
     pruner: Pruner = PRUNERS.create(config.prune.name, key="prune", **config.prune.knob_dict)
-    source: TensorSource = (
-        Checkpoint(Path(model.path), dtype=dtype)
-        if model.path is not None
-        else RandomWeights(shape, seed=model.seed, dtype=dtype)
-    )
+    source = _source(model, shape, config, dtype)
     files = source.files if isinstance(source, Checkpoint) else []
 
     def text(num_sequences: int | None = None, num_tokens: int | None = None) -> Callable[[Tensor], Calibration]:
@@ -91,6 +88,21 @@ def build_decoder(
         return_freed_memory()
         reset_peak_memory()
     return decoder
+
+
+def _source(model: ModelSpec, shape: ModelShape, config: EngineConfig, dtype: torch.dtype) -> TensorSource:
+    if model.path is None:
+        return RandomWeights(shape, seed=model.seed, dtype=dtype)
+    path = Path(model.path)
+    layout = read_layout(read_config(path), file=path / "config.json")
+    if layout is None:
+        return Checkpoint(path, dtype=dtype)
+    if config.weights.name != "native" or config.prune.name != "none":
+        raise Unsupported(
+            f"{path}: the checkpoint is already quantised (quantization_config) and can only be run as it is, with "
+            "`weights: native` and `prune: none`; other formats need the original weights"
+        )
+    return ImportedCheckpoint(path, dtype=dtype, layout=layout)
 
 
 def _plan(

@@ -15,6 +15,7 @@ from torch import Tensor
 from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.decoder import Decoder, DecoderLayer, RMSNorm
 from codesign.engine.models.dense_layer import DenseLayer
+from codesign.engine.models.imported import ImportedCheckpoint
 from codesign.engine.models.shape import ModelShape
 from codesign.engine.prune.pruner import Pruner
 from codesign.engine.prune.pruners.none import NoPruning
@@ -28,7 +29,12 @@ from codesign.errors import Unsupported
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_NORMS = ("input_norm", "q_norm", "k_norm", "mlp_norm")
+_NORM_NAMES = {
+    "input_norm": "input_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+}
 _PARTS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "output": ("self_attn.o_proj",),
@@ -129,9 +135,8 @@ class Assembler:
             own = self.weight_format.of(index, name)
             assert isinstance(own, GridFormat), "only packed weights are kept"
             linears[name] = own.restore(parts[name], dtype=self.dtype, workspace=self.workspace)
-        norms = {
-            name: RMSNorm(parts[name]["weight"], self.shape.rms_norm_eps) if name in parts else None for name in _NORMS
-        }
+        eps = self.shape.rms_norm_eps
+        norms = {name: RMSNorm(parts[name]["weight"], eps) if name in parts else None for name in _NORM_NAMES}
         return DecoderLayer(self.shape, **norms, **linears)  # type: ignore[arg-type]
 
     def _calibration(self, source: TensorSource) -> Calibration | None:
@@ -144,38 +149,38 @@ class Assembler:
         assert self.calibrate is not None, "a method that needs inputs needs something to calibrate on"
         return self.calibrate(embedding)
 
+    def _read_parts(self, source: TensorSource, index: int, kind: str, parts: tuple[str, ...]) -> Tensor | None:
+        """The parts on top of each other as one new tensor, in the source's precision: a format packs what the
+        checkpoint says. None where the model has no such tensor."""
+        shapes = layer_shapes(self.shape, index)
+        names = [f"model.layers.{index}.{part}.{kind}" for part in parts]
+        if names[0] not in shapes:
+            return None
+        found = source.read({name: shapes[name] for name in names})
+        return torch.cat([found[name].to(self.device) for name in names])
+
     def _read_layer(self, index: int, source: TensorSource) -> DenseLayer:
-        prefix, shapes = f"model.layers.{index}.", layer_shapes(self.shape, index)
+        def optional(kind: str, *parts: str) -> Tensor | None:
+            return self._read_parts(source, index, kind, parts)
 
-        def read(kind: str, parts: tuple[str, ...]) -> Tensor | None:
-            """The parts as one new tensor, in the source's precision: a format packs what the checkpoint says."""
-            names = [f"{prefix}{part}.{kind}" for part in parts]
-            if names[0] not in shapes:
-                return None
-            found = source.read({name: shapes[name] for name in names})
-            return torch.cat([found[name].to(self.device) for name in names])
-
-        def weight(name: str) -> Tensor:
-            found = read("weight", _PARTS[name])
+        def weight(*parts: str) -> Tensor:
+            found = optional("weight", *parts)
             assert found is not None, "every linear layer has a weight"
-            return found
-
-        def norm(name: str) -> Tensor:
-            found = read("weight", (name,))
-            assert found is not None
             return found
 
         return DenseLayer(
             shape=self.shape,
-            input_norm=norm("input_layernorm"),
-            q_norm=norm("self_attn.q_norm") if self.shape.has_qk_norm else None,
-            k_norm=norm("self_attn.k_norm") if self.shape.has_qk_norm else None,
-            mlp_norm=norm("post_attention_layernorm"),
-            weight={name: weight(name) for name in LINEARS},
-            bias={name: read("bias", _PARTS[name]) for name in LINEARS},
+            input_norm=weight(_NORM_NAMES["input_norm"]),
+            q_norm=optional("weight", _NORM_NAMES["q_norm"]),
+            k_norm=optional("weight", _NORM_NAMES["k_norm"]),
+            mlp_norm=weight(_NORM_NAMES["mlp_norm"]),
+            weight={name: weight(*_PARTS[name]) for name in LINEARS},
+            bias={name: optional("bias", *_PARTS[name]) for name in LINEARS},
         )
 
     def _layer(self, index: int, source: TensorSource, calibration: Calibration | None) -> DecoderLayer:
+        if isinstance(source, ImportedCheckpoint):
+            return self._imported_layer(index, source)
         dense = self._read_layer(index, source)
         if calibration is None:
             return self._decoder_layer(dense, lambda name: self._pack_linear(index, name, dense))
@@ -196,6 +201,28 @@ class Assembler:
         calibration.pack(layer, lambda name, inputs: self._pack_linear(index, name, dense, inputs), keeps_hessian=True)
         self.clock.quantize_s = packed_before + time.perf_counter() - started
         return layer
+
+    def _imported_layer(self, index: int, source: ImportedCheckpoint) -> DecoderLayer:
+        """Packed as the checkpoint holds it; what it holds dense stays dense."""
+        prefix, shapes = f"model.layers.{index}.", layer_shapes(self.shape, index)
+        linears: dict[str, Linear] = {}
+        for name in LINEARS:
+            weights = {key: shapes[key] for part in _PARTS[name] if (key := f"{prefix}{part}.weight")}
+            packed = [source.is_packed(key) for key in weights]
+            bias = self._read_parts(source, index, "bias", _PARTS[name])
+            if all(packed):
+                linears[name] = source.read_linear(weights, bias, dtype=self.dtype, workspace=self.workspace)
+            elif any(packed):
+                raise Unsupported(f"{source.path}: layer {index} {name}: one part is quantised and another is not")
+            else:
+                weight = self._read_parts(source, index, "weight", _PARTS[name])
+                assert weight is not None, "every linear layer has a weight"
+                linears[name] = self._pack(Native(), f"layer {index} {name}", weight, bias)
+        norms = {
+            own: None if (weight := self._read_parts(source, index, "weight", (name,))) is None else self._norm(weight)
+            for own, name in _NORM_NAMES.items()
+        }
+        return DecoderLayer(self.shape, **norms, **linears)  # type: ignore[arg-type]
 
     def _decoder_layer(self, dense: DenseLayer, linear: Callable[[str], Linear]) -> DecoderLayer:
         linears = {name: linear(name) for name in LINEARS}

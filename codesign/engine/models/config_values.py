@@ -97,6 +97,16 @@ class ConfigValues:
             raise self.error(key, f"must be an object, got {_short(value)}")
         return ConfigValues(value, file=self.file, prefix=f"{self._prefix}{key}.")
 
+    def mapping(self, key: str) -> "ConfigValues":
+        """The mapping below `key`, which must be there."""
+        found = self.inner(key)
+        if found is None:
+            raise self.error(key, "is missing")
+        return found
+
+    def keys(self) -> list[str]:
+        return [str(key) for key in self._values]
+
     def _given(self, key: str, default: Any) -> Any:
         value = self._values.get(key)
         if value is None:

@@ -39,6 +39,9 @@ class Checkpoint:
         self._shard_of = self._find_shards()
 
     def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        return self._read(shapes, _FLOATS)
+
+    def _read(self, shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         by_shard: dict[Path, list[str]] = {}
         for name in shapes:
             if name not in self._shard_of:
@@ -51,13 +54,16 @@ class Checkpoint:
                 for name in names:
                     if name not in held:
                         raise InputError("the index names this tensor, the file does not hold it", file=shard, key=name)
-                    found[name] = self._tensor(handle, shard, name, shapes[name])
+                    found[name] = self._tensor(handle, shard, name, shapes[name], kinds)
         return found
 
     @property
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
         return sorted(set(self._shard_of.values()))
+
+    def has(self, name: str) -> bool:
+        return name in self._shard_of
 
     def finish(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """A tensor that the model does not use is a sign that config.json describes another model."""
@@ -99,17 +105,21 @@ class Checkpoint:
                 )
         return {name: self.path / shard for name, shard in weight_map.items()}
 
-    def _tensor(self, handle: Any, shard: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _tensor(
+        self, handle: Any, shard: Path, name: str, shape: tuple[int, ...], kinds: Mapping[str, torch.dtype]
+    ) -> Tensor:
         try:
             view = handle.get_slice(name)
             held, kind = tuple(view.get_shape()), view.get_dtype()
             if held != shape:
                 raise InputError(f"has shape {list(held)}, config.json asks for {list(shape)}", file=shard, key=name)
-            if kind not in _FLOATS:
-                raise Unsupported(f"{shard}: {name}: dtype {kind} is not supported (supported: {', '.join(_FLOATS)})")
+            if kind not in kinds:
+                raise Unsupported(f"{shard}: {name}: dtype {kind} is not supported (supported: {', '.join(kinds)})")
             tensor: Tensor = handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"cannot be read: {error}", file=shard, key=name) from error
+        if not tensor.is_floating_point():
+            return tensor
         # A sum is one cheap pass and lets no NaN or infinity through; only then look closely (a sum may overflow).
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise InputError("holds values that are not finite", file=shard, key=name)

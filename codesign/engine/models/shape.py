@@ -60,16 +60,11 @@ def read_shape(plain: Mapping[str, Any], *, file: object = None) -> ModelShape:
     the same for everybody, else they are required.
 
     Raises:
-        Unsupported: another architecture, activation, rope scaling, or a checkpoint that is already quantised.
+        Unsupported: another architecture, activation or rope scaling.
         InputError: a missing, mistyped or impossible value; names the key.
     """
     config = ConfigValues(plain, file=file)
     architecture = _architecture(config)
-    if config.has("quantization_config"):
-        raise Unsupported(
-            f"{file or 'model'}: the checkpoint is already quantised (quantization_config); give the original weights "
-            "and choose `weights: {name: int4}` or another format"
-        )
     activation = config.text("hidden_act", "silu")
     if activation != "silu":
         raise Unsupported(f"{file or 'model'}: hidden_act {activation!r} is not supported (supported: silu)")

@@ -1,6 +1,6 @@
-"""What int2 and int3 share: codes of two or three bits without gaps, unpacked slice by slice into the workspace.
+"""What int2 and int3 share: codes without gaps, unpacked slice by slice into the workspace.
 
-    2 bits: four codes a byte, lowest bits first
+    2, 4 bits: four or two codes a byte, lowest bits first;  8 bits: as they are
     3 bits: eight codes in three bytes: one byte of their highest bits, two of their lower two bits, four a byte
 
 There is no kernel that multiplies these as they are, so every product unpacks the weight once: formats for memory and
@@ -24,13 +24,21 @@ _IN_MULTIPLE = 8
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """codes [out, in] uint8 below 2^bits, `in` a multiple of 8 -> [out, in * bits / 8] uint8."""
+    if bits == 8:
+        return codes
+    if bits == 4:
+        return codes[:, ::2] | codes[:, 1::2] << 4
     low = _pack_pairs(codes & 3)
     return low if bits == 2 else torch.cat([low, _pack_single(codes >> 2)], dim=1)
 
 
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     """[n, in * bits / 8] -> codes [n, in] uint8; the inverse of `pack_bits`."""
+    if bits == 8:
+        return packed
     num_in = packed.shape[1] * 8 // bits
+    if bits == 4:
+        return torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)
     codes = packed.new_empty(packed.shape[0], num_in)
     pairs = codes.view(packed.shape[0], -1, 4)
     low = packed[:, : num_in // 4]

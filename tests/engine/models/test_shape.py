@@ -48,11 +48,6 @@ def test_other_rope_scalings_are_refused_by_name(kind: str, spelling: str) -> No
         read_shape({**tiny_config(), spelling: {"type": kind, "factor": 2.0}})
 
 
-def test_quantised_checkpoint_is_refused() -> None:
-    with pytest.raises(Unsupported, match="already quantised"):
-        read_shape({**tiny_config(), "quantization_config": {"quant_method": "gptq"}})
-
-
 def test_other_activation_and_partial_rotation_are_refused() -> None:
     with pytest.raises(Unsupported, match="gelu"):
         read_shape({**tiny_config(), "hidden_act": "gelu"})
