@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Without an NVIDIA driver the CPU build of torch is installed, from the version that constraints-cpu.txt pins.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--constraint constraints-cpu.txt")
 
-.PHONY: demo test check clean
+.PHONY: demo test check oracles clean
 
 demo: $(VENV)/.installed
 	$(BIN)/codesign search profiles/cpu.yaml
@@ -20,6 +20,13 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
+
+# Other projects in an environment of their own: what they say about what we write. Never part of the tests.
+oracles: $(VENV)/.installed-dev
+	$(PYTHON) -m venv .oracles
+	.oracles/bin/pip install --quiet $(CONSTRAINTS) torch
+	.oracles/bin/pip install --quiet $(CONSTRAINTS) 'transformers>=5' accelerate compressed-tensors
+	PYTHONPATH=. $(BIN)/python tests/oracles/exported_weights.py --python .oracles/bin/python
 
 $(VENV)/.created:
 	$(PYTHON) -c 'import sys; sys.exit("codesign needs Python >= 3.11; set PYTHON=...") if sys.version_info < (3, 11) else None'
@@ -37,4 +44,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .oracles build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

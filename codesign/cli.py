@@ -161,6 +161,9 @@ def export(
         str | None, typer.Option(metavar="NAME", help="A named pick, as `codesign front` lists them.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: inside the study's folder.")] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Also write the packed weights as a Hugging Face directory.")
+    ] = False,
     as_json: Json = False,
 ) -> Answer:
     """Write a trial's configuration in the form that a target takes, with the evidence for it."""
@@ -171,7 +174,10 @@ def export(
     TARGETS.check(to, key="--to")
     folder = find_study(study)
     record = chosen(folder, trial=trial, pick=pick)
-    files = TARGETS.create(to).export(record, folder, out or folder / "export" / f"trial-{record.number}-{to}")
+    target = out or folder / "export" / f"trial-{record.number}-{to}"
+    files = TARGETS.create(to).export(record, folder, target)
+    if weights:
+        files += _export_weights(record, folder, target / "weights")
     document = {
         "schema_version": SCHEMA_VERSION,
         "trial": record.number,
@@ -179,6 +185,18 @@ def export(
         "files": [str(file) for file in files],
     }
     return Answer(document, lambda: print(*files, sep="\n"))
+
+
+def _export_weights(record: Any, study: Path, target: Path) -> list[Path]:
+    from codesign.engine.build import DTYPES
+    from codesign.engine.quantize.export import export_checkpoint
+    from codesign.spec.engine_config import EngineConfig
+    from codesign.spec.profile import load_profile
+
+    config = EngineConfig.from_dict(record.config)
+    say(f"packing the weights of trial {record.number}")
+    spec = load_profile(study / "profile.yaml").model_spec
+    return export_checkpoint(spec, config, target, dtype=DTYPES[config.dtype])
 
 
 @app.command()

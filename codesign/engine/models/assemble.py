@@ -29,13 +29,13 @@ from codesign.errors import Unsupported
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_NORM_NAMES = {
+NORM_NAMES = {
     "input_norm": "input_layernorm",
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
     "mlp_norm": "post_attention_layernorm",
 }
-_PARTS = {
+LINEAR_PARTS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "output": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -136,7 +136,7 @@ class Assembler:
             assert isinstance(own, GridFormat), "only packed weights are kept"
             linears[name] = own.restore(parts[name], dtype=self.dtype, workspace=self.workspace)
         eps = self.shape.rms_norm_eps
-        norms = {name: RMSNorm(parts[name]["weight"], eps) if name in parts else None for name in _NORM_NAMES}
+        norms = {name: RMSNorm(parts[name]["weight"], eps) if name in parts else None for name in NORM_NAMES}
         return DecoderLayer(self.shape, **norms, **linears)  # type: ignore[arg-type]
 
     def _calibration(self, source: TensorSource) -> Calibration | None:
@@ -170,12 +170,12 @@ class Assembler:
 
         return DenseLayer(
             shape=self.shape,
-            input_norm=weight(_NORM_NAMES["input_norm"]),
-            q_norm=optional("weight", _NORM_NAMES["q_norm"]),
-            k_norm=optional("weight", _NORM_NAMES["k_norm"]),
-            mlp_norm=weight(_NORM_NAMES["mlp_norm"]),
-            weight={name: weight(*_PARTS[name]) for name in LINEARS},
-            bias={name: optional("bias", *_PARTS[name]) for name in LINEARS},
+            input_norm=weight(NORM_NAMES["input_norm"]),
+            q_norm=optional("weight", NORM_NAMES["q_norm"]),
+            k_norm=optional("weight", NORM_NAMES["k_norm"]),
+            mlp_norm=weight(NORM_NAMES["mlp_norm"]),
+            weight={name: weight(*LINEAR_PARTS[name]) for name in LINEARS},
+            bias={name: optional("bias", *LINEAR_PARTS[name]) for name in LINEARS},
         )
 
     def _layer(self, index: int, source: TensorSource, calibration: Calibration | None) -> DecoderLayer:
@@ -207,20 +207,21 @@ class Assembler:
         prefix, shapes = f"model.layers.{index}.", layer_shapes(self.shape, index)
         linears: dict[str, Linear] = {}
         for name in LINEARS:
-            weights = {key: shapes[key] for part in _PARTS[name] if (key := f"{prefix}{part}.weight")}
+            names = [f"{prefix}{part}.weight" for part in LINEAR_PARTS[name]]
+            weights = {key: shapes[key] for key in names}
             packed = [source.is_packed(key) for key in weights]
-            bias = self._read_parts(source, index, "bias", _PARTS[name])
+            bias = self._read_parts(source, index, "bias", LINEAR_PARTS[name])
             if all(packed):
                 linears[name] = source.read_linear(weights, bias, dtype=self.dtype, workspace=self.workspace)
             elif any(packed):
                 raise Unsupported(f"{source.path}: layer {index} {name}: one part is quantised and another is not")
             else:
-                weight = self._read_parts(source, index, "weight", _PARTS[name])
+                weight = self._read_parts(source, index, "weight", LINEAR_PARTS[name])
                 assert weight is not None, "every linear layer has a weight"
                 linears[name] = self._pack(Native(), f"layer {index} {name}", weight, bias)
         norms = {
             own: None if (weight := self._read_parts(source, index, "weight", (name,))) is None else self._norm(weight)
-            for own, name in _NORM_NAMES.items()
+            for own, name in NORM_NAMES.items()
         }
         return DecoderLayer(self.shape, **norms, **linears)  # type: ignore[arg-type]
 

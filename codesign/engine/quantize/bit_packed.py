@@ -16,7 +16,7 @@ from torch import Tensor
 
 from codesign.engine.quantize.format import GridFormat, check_group_size
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized
-from codesign.engine.quantize.linear import Linear, Workspace
+from codesign.engine.quantize.linear import Linear, Stored, Workspace
 from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
 
 _IN_MULTIPLE = 8
@@ -115,9 +115,12 @@ class BitPackedLinear(Linear):
         if self.offset is not None:
             groups.add_(self.offset[rows, :, None])
 
-    def dequantize(self) -> Tensor:
+    def stored(self) -> Stored:
         codes = unpack_bits(self.packed, self._grid.bits)
-        return self._grid.dequantize(Quantized(codes, Fit(self.scale, self.offset)))
+        return Stored(Quantized(codes, Fit(self.scale, self.offset)), self._grid)
+
+    def dequantize(self) -> Tensor:
+        return self._grid.dequantize(self.stored().quantized)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -148,6 +148,16 @@ class AffineGrid(Grid):
         return (self.middle - steps).clamp_(0, 2**self.bits - 1).to(torch.uint8)
 
 
+def row_grid(scale_dtype: torch.dtype) -> AffineGrid:
+    """Symmetric 8-bit codes with one scale a row: what int8 and w8a8 hold."""
+    return AffineGrid(bits=8, group_size=None, is_symmetric=True, is_narrow=True, scale_dtype=scale_dtype)
+
+
+def signed(codes: Tensor) -> Tensor:
+    """uint8 codes around 128 -> int8 around 0, or back."""
+    return (codes ^ 128).view(torch.int8) if codes.dtype == torch.uint8 else codes.view(torch.uint8) ^ 128
+
+
 def finite(weight: Tensor) -> Tensor:
     """The weight itself. Raises ValueError when it holds something that is not finite."""
     if not bool(torch.isfinite(weight.sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):

@@ -5,9 +5,12 @@ what a kernel library keeps in an object of its own (`opaque_bytes`).
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from codesign.engine.quantize.grid import AffineGrid, Quantized
 
 
 class Workspace:
@@ -31,6 +34,14 @@ class Workspace:
         return 0 if self._buffer is None else self._buffer.numel()
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Codes of a weight [out, in] in the order of outputs and inputs, and their grid."""
+
+    quantized: Quantized
+    grid: AffineGrid
+
+
 class Linear(nn.Module, ABC):
     """A packed weight [out_features, in_features] that multiplies.
 
@@ -47,6 +58,10 @@ class Linear(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """[M, in_features] -> [M, out_features], in the dtype of x. M may be 0."""
+
+    def stored(self) -> "Stored | None":
+        """The codes that it holds and what they mean; None where it holds none on equally spaced values."""
+        return None
 
     @abstractmethod
     def dequantize(self) -> Tensor:

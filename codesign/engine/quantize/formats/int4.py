@@ -13,8 +13,8 @@ from torch import Tensor
 from codesign.engine.quantize import int4_layout
 from codesign.engine.quantize.few_rows import choose
 from codesign.engine.quantize.format import GridFormat
-from codesign.engine.quantize.grid import AffineGrid, Quantized
-from codesign.engine.quantize.linear import Linear, Workspace
+from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized
+from codesign.engine.quantize.linear import Linear, Stored, Workspace
 from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
 
 
@@ -130,6 +130,17 @@ class _Int4Linear(Linear):
         scale, zero = self.scale_and_zero[:, None, start:stop].to(out.dtype).unbind(-1)
         groups = out.view(-1, self._group_size, stop - start)
         torch.addcmul(zero, groups, scale, out=groups)
+
+    def stored(self) -> Stored:
+        codes = torch.empty(self.in_features, self.out_features, dtype=torch.int8, device=self.packed.device)
+        int4_layout.unpack(self.packed, 0, self.out_features, codes)
+        scale, offset = (part.t().contiguous() for part in self.scale_and_zero.unbind(-1))
+        is_symmetric = not bool(offset.any())
+        grid = AffineGrid(
+            bits=4, group_size=self._group_size, is_symmetric=is_symmetric, scale_dtype=self.scale_and_zero.dtype
+        )
+        fit = Fit(scale, None if is_symmetric else offset)
+        return Stored(Quantized((codes.t() + 8).to(torch.uint8).contiguous(), fit), grid)
 
     def dequantize(self) -> Tensor:
         wide = torch.empty(self.in_features, self.out_features, device=self.packed.device)

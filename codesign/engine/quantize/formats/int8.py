@@ -12,8 +12,8 @@ from torch import Tensor
 
 from codesign.engine.quantize.few_rows import choose
 from codesign.engine.quantize.format import GridFormat
-from codesign.engine.quantize.grid import AffineGrid, Quantized
-from codesign.engine.quantize.linear import Linear, Workspace
+from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized, row_grid, signed
+from codesign.engine.quantize.linear import Linear, Stored, Workspace
 from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
 
 _IN_MULTIPLE = 16  # ATen reads 16 inputs at a time without a tail loop, past the end of the row where there is one
@@ -28,14 +28,14 @@ class Int8(GridFormat):
     method: str = "rtn"
 
     def grid(self, dtype: torch.dtype) -> AffineGrid:
-        return AffineGrid(bits=8, group_size=None, is_symmetric=True, is_narrow=True, scale_dtype=dtype)
+        return row_grid(dtype)
 
     def check_size(self, num_out: int, num_in: int) -> None:
         if num_in % _IN_MULTIPLE:
             raise ValueError(f"int8 needs an input size that is a multiple of {_IN_MULTIPLE}, got {num_in}")
 
     def build(self, quantized: Quantized, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
-        codes = (quantized.codes ^ 128).view(torch.int8)
+        codes = signed(quantized.codes)
         return _Int8Linear(codes, quantized.fit.scale.flatten(), bias, dtype=dtype, workspace=workspace)
 
     def restore(self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, workspace: Workspace) -> Linear:
@@ -90,6 +90,9 @@ class _Int8Linear(Linear):
         out.copy_(self.codes[start:stop])
         if self._compute_dtype != torch.float32:  # sums of unscaled codes overflow fp16; fp32 scales its few outputs
             out.mul_(self.scale[start:stop, None])
+
+    def stored(self) -> Stored:
+        return Stored(Quantized(signed(self.codes), Fit(self.scale[:, None])), row_grid(self.scale.dtype))
 
     def dequantize(self) -> Tensor:
         return self.codes.float() * self.scale.float()[:, None]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from codesign.engine.quantize.format import GridFormat
-from codesign.engine.quantize.grid import AffineGrid, Quantized
-from codesign.engine.quantize.linear import Linear, Workspace
+from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized, row_grid, signed
+from codesign.engine.quantize.linear import Linear, Stored, Workspace
 from codesign.engine.quantize.widened import multiply_unpacked
 
 _MULTIPLE = 8  # of inputs and outputs, for the integer tensor cores' tiles
@@ -31,14 +31,14 @@ class W8A8(GridFormat):
     method: str = "rtn"
 
     def grid(self, dtype: torch.dtype) -> AffineGrid:
-        return AffineGrid(bits=8, group_size=None, is_symmetric=True, is_narrow=True, scale_dtype=torch.float32)
+        return row_grid(torch.float32)
 
     def check_size(self, num_out: int, num_in: int) -> None:
         if num_in % _MULTIPLE or num_out % _MULTIPLE:
             raise ValueError(f"w8a8 needs sizes that are multiples of {_MULTIPLE}, got {num_out} x {num_in}")
 
     def build(self, quantized: Quantized, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
-        codes = (quantized.codes ^ 128).view(torch.int8)
+        codes = signed(quantized.codes)
         return _W8A8Linear(codes, quantized.fit.scale.flatten(), bias, dtype=dtype, workspace=workspace)
 
     def restore(self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, workspace: Workspace) -> Linear:
@@ -113,6 +113,9 @@ class _W8A8Linear(Linear):
     def rounded(self, x: Tensor) -> Tensor:
         codes, scale = quantize_tokens(x)
         return codes.float() * scale
+
+    def stored(self) -> Stored:
+        return Stored(Quantized(signed(self.codes), Fit(self.scale[:, None])), row_grid(self.scale.dtype))
 
     def dequantize(self) -> Tensor:
         return self.codes.float() * self.scale[:, None]
