@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codesign.engine.quantize import half_packed
+from codesign.engine.quantize import half_packed, prepacked
 from codesign.engine.quantize.format import WeightFormat
 from codesign.engine.quantize.inputs import InputStats
 from codesign.engine.quantize.linear import Linear, Workspace
@@ -28,6 +28,8 @@ class Native(WeightFormat):
         num_unclipped_rows: int = 0,
     ) -> Linear:
         dense = weight.to(dtype)
+        if prepacked.holds(dense):
+            return prepacked.PrepackedLinear(dense, None if bias is None else bias.to(dtype))
         if compute_dtype(dtype, dense.device) != dtype and half_packed.holds(dense):
             return half_packed.HalfPackedLinear(dense, None if bias is None else bias.to(dtype))
         return self.wrap(dense, bias, workspace=workspace)
