@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from codesign.report.show import visible
+from codesign.spec.engine_config import FAMILIES
 
 # What a person decides on comes first; other keys follow in alphabetical order.
-_ORDER = ("weights", "kv.policy", "kv.codec", "dtype", "max_batch_size")
-# Choices of a family: a mapping with `name` and the member's knobs.
-FAMILIES = ("weights", "kv.policy", "kv.codec", "scheduler", "attention")
+_ORDER = ("weights", "prune", "kv.policy", "kv.codec", "dtype", "max_batch_size")
 
 
 def parts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def choice_name(choice: Any) -> str:
 
 
 class Labels:
-    """Labels of one study. Knobs are named when they vary between its trials, else only when a choice has few."""
+    """Labels of one study. Knobs are named when they vary between its trials; else numbers are, where there are few."""
 
     def __init__(self, baseline: Mapping[str, Any] | None, configs: Iterable[Mapping[str, Any]]) -> None:
         self._baseline = baseline
@@ -64,6 +63,7 @@ class Labels:
         knobs = {str(knob): setting for knob, setting in value.items() if knob != "name"}
         name = choice_name(value)
         varying = {knob: v for knob, v in knobs.items() if len(self._values.get((key, name, knob), ())) > 1}
-        named = varying or (knobs if len(knobs) <= 2 else {})
+        sizes = {knob: v for knob, v in knobs.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        named = varying or (sizes if len(sizes) <= 2 else {})
         inside = ", ".join(f"{visible(knob)} {visible(setting)}" for knob, setting in named.items())
         return f"{name} ({inside})" if inside else name

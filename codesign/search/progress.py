@@ -128,9 +128,11 @@ class ConsoleProgress:
 
 
 def label(config: EngineConfig, default: EngineConfig) -> str:
-    """What differs from the unmodified configuration, in a few words."""
-    unmodified = default.flat()
-    changed = [f"{name}={value}" for name, value in config.flat().items() if unmodified.get(name) != value]
+    """What differs from the unmodified configuration, in a few words; knobs at their member's default are left out."""
+    usual = default.flat()
+    for key, (family, choice) in config.choices().items():
+        usual |= {f"{key}.{choice.name}.{knob}": value for knob, value in family.knobs(choice.name).items()}
+    changed = [f"{name}={value}" for name, value in config.flat().items() if name not in usual or usual[name] != value]
     return " ".join(changed) or "unmodified"
 
 

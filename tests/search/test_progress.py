@@ -50,7 +50,7 @@ def test_a_terminal_gets_a_live_line_with_the_phase() -> None:
 
 
 def test_a_configuration_is_named_by_what_differs_from_the_unmodified_one() -> None:
-    config = dataclasses.replace(DEFAULT, weights=Choice.of("int4", group_size=64))
+    config = dataclasses.replace(DEFAULT, weights=Choice.of("int4", group_size=128, method="rtn"))
 
-    assert label(config, DEFAULT) == "weights=int4 weights.int4.group_size=64"
+    assert label(config, DEFAULT) == "weights=int4 weights.int4.group_size=128"
     assert label(DEFAULT, DEFAULT) == "unmodified"
