@@ -98,8 +98,28 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
         return None
     mean = math.fsum(values) / count
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    half = (_T975[count - 2] if count - 2 < len(_T975) else 1.96) * deviation / math.sqrt(count)
+    half = _t975(count) * deviation / math.sqrt(count)
     return mean - half, mean + half
+
+
+def _t975(count: int) -> float:
+    """Student's t for a two-sided 95 % interval from `count` values."""
+    return _T975[count - 2] if count - 2 < len(_T975) else 1.96
+
+
+def ratio_interval(counts: Sequence[float], seconds: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of sum(counts) / sum(seconds) over blocks, by the ratio estimator; None below three blocks.
+
+    Cochran, Sampling Techniques, 1977, section 6.3. It holds the ratio, as an interval of the mean of the blocks' rates
+    need not: slow blocks last longer.
+    """
+    count = len(counts)
+    if count < 3:
+        return None
+    ratio = math.fsum(counts) / math.fsum(seconds)
+    squares = math.fsum((own - ratio * wall) ** 2 for own, wall in zip(counts, seconds, strict=True))
+    half = _t975(count) * math.sqrt(squares / (count - 1) / count) / (math.fsum(seconds) / count)
+    return ratio - half, ratio + half
 
 
 def share_interval(successes: int, count: int) -> tuple[float, float]:
@@ -126,13 +146,12 @@ def _over_requests(name: str, values: Sequence[float], chosen: str) -> MetricVal
 
 def _rates(readings: Readings, profile: Profile) -> dict[str, MetricValue]:
     def rate(name: str, counts: Sequence[float]) -> MetricValue:
-        per_block = [count / block.wall_s for count, block in zip(counts, readings.blocks, strict=True)]
-        low, high = mean_interval(per_block) or (None, None)
+        low, high = ratio_interval(counts, [block.wall_s for block in readings.blocks]) or (None, None)
         return MetricValue(
             value=sum(counts) / readings.wall_s,
             unit=METRICS[name].unit,
             statistic="total",
-            num_samples=len(per_block),
+            num_samples=len(counts),
             low=None if low is None else max(0.0, low),
             high=high,
         )

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from codesign.measure.load import LoadResult
 from codesign.measure.summary import (
     Readings,
     mean_interval,
     metrics,
+    ratio_interval,
     share_interval,
     unsupported_objectives,
     violations,
@@ -185,3 +188,26 @@ def test_an_unsupported_percentile_is_named() -> None:
     objectives = (Objective.of("ttft_ms", "p99"), Objective.of("tpot_ms"), Objective.of("kl_divergence"))
 
     assert unsupported_objectives(objectives, 90.0) == ["ttft_ms p99"]
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0.1, 10)), min_size=3, max_size=30))
+def test_the_interval_of_a_rate_holds_the_rate(blocks: list[tuple[float, float]]) -> None:
+    """Slow blocks last longer, so the mean of the blocks' rates lies above what was really reached."""
+    counts, seconds = [count for count, _ in blocks], [wall for _, wall in blocks]
+
+    low, high = ratio_interval(counts, seconds) or (1.0, 0.0)
+
+    assert low <= sum(counts) / sum(seconds) * (1 + 1e-9) + 1e-12
+    assert high >= sum(counts) / sum(seconds) * (1 - 1e-9) - 1e-12
+
+
+def test_the_interval_of_a_rate_covers_the_true_rate_about_as_often_as_it_says() -> None:
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(400):
+        seconds = [rng.uniform(0.5, 1.5) * rng.choice([1, 1, 1, 3]) for _ in range(12)]
+        counts = [30.0 * wall * rng.gauss(1, 0.1) for wall in seconds]
+        low, high = ratio_interval(counts, seconds) or (0.0, 0.0)
+        covered += low <= 30 <= high
+
+    assert 0.90 <= covered / 400 <= 0.99
