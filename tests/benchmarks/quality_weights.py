@@ -67,6 +67,11 @@ def configs() -> dict[str, Config]:
     return found
 
 
+# What the outlier variant is judged in.
+ON_OUTLIERS = (
+    *("native", "int8 rtn", "w8a8 rtn", "w8a8 smoothquant"),
+    *(f"int{bits} g128 {method}" for bits in (4, 3) for method in ("rtn", "awq", "gptq")),
+)
 # (better, worse, share of the worse one's KL that must be gone, on the outlier variant)
 REQUIRED = [
     *((f"int{bits} g{size} gptq", f"int{bits} g{size} rtn", 0.25 if bits == 4 else 0.0, False)
@@ -201,7 +206,8 @@ def main() -> int:
         for model, path in (("model", args.model), ("outlier variant", variant)):
             judge = Judge(path, args.sequences, args.tokens)
             results[model] = {}
-            for name, config in configs().items():
+            chosen = configs() if path == args.model else {name: configs()[name] for name in ON_OUTLIERS}
+            for name, config in chosen.items():
                 results[model][name] = judge(config)
                 kl = np.mean(results[model][name]["kl"])
                 print(f"{model}: {name}: KL {kl:.5f}", file=sys.stderr, flush=True)
