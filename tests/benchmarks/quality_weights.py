@@ -148,7 +148,10 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def verdicts(results: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """For every promised order: the mean of (worse (1 - share) - better) over sequences, which must be above 0."""
+    """For every promised order: the mean of (worse (1 - share) - better) over sequences.
+
+    It must be above 0 with its whole interval; for hqq, which promises to be no worse, its interval must not lie below.
+    """
     found = []
     for better, worse, share, on_outliers in REQUIRED:
         model = "outlier variant" if on_outliers else "model"
@@ -158,7 +161,7 @@ def verdicts(results: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, An
         found.append({
             "better": better, "worse": worse, "on": model, "share_removed_required": share,
             "share_removed": 1 - float(np.mean(own[better]["kl"]) / np.mean(own[worse]["kl"])),
-            "gap": mean, "low": low, "high": high, "holds": low > 0,
+            "gap": mean, "low": low, "high": high, "holds": (high if better.endswith("hqq") else low) > 0,
         })  # fmt: skip
     return found
 
@@ -183,7 +186,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]], checks: list[dict[str, 
                 f"| {result['bits_per_weight']:.2f} | {result['build_s']:.1f} |"
             )
     lines += ["", "## Orders that the papers promise", ""]
-    lines += ["| better | worse | on | KL removed | required | holds outside its interval |", "|---" * 6 + "|"]
+    lines += ["| better | worse | on | KL removed | required | holds |", "|---" * 6 + "|"]
     for check in checks:
         lines.append(
             f"| {check['better']} | {check['worse']} | {check['on']} | {check['share_removed']:.0%} "
@@ -212,7 +215,7 @@ def main() -> int:
                 kl = np.mean(results[model][name]["kl"])
                 print(f"{model}: {name}: KL {kl:.5f}", file=sys.stderr, flush=True)
     facts = {
-        "command": "python tests/benchmarks/quality_weights.py",
+        "command": " ".join(["python tests/benchmarks/quality_weights.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "codesign": __version__,
         "torch": torch.__version__,
