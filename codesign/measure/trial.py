@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from codesign.bundled import calibration_texts
+from codesign.engine.caches import cache_folder
 from codesign.engine.models.tokenizer import Tokenizer
 from codesign.errors import InputError, WorkError
 from codesign.measure import suite as suites
@@ -62,7 +63,7 @@ class TrialRunner:
     ) -> None:
         self._profile = profile
         self._baseline = baseline
-        self._cache_dir = cache_dir or default_cache_dir()
+        self._cache_dir = cache_dir or cache_folder()
         self._limits = limits or Limits()
         self._nursery = Nursery()
         self._provenance: Mapping[str, Any] = {}
@@ -336,8 +337,3 @@ def wants_energy(profile: Profile) -> bool:
     """Whether an objective or a limit needs the energy counter, which is too coarse for a short window."""
     named = {objective.metric for objective in profile.objectives} | {limit.metric for limit in profile.slo.limits()}
     return any(METRICS[name].needs == "energy" for name in named)
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/codesign`, or `~/.cache/codesign`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codesign"

@@ -175,7 +175,7 @@ def test_a_folded_layer_is_packed_with_the_norms_it_was_folded_into() -> None:
     assert sum(a == b for a, b in zip(plain["one"], folded["one"], strict=True)) >= 6
 
 
-def test_codes_of_a_calibrated_build_are_used_as_they_are() -> None:
+def test_a_format_knows_whether_its_method_wants_to_see_inputs() -> None:
     assert Int3(method="gptq").method_member.needs_inputs
     assert not Int3(method="rtn").method_member.needs_inputs
 

@@ -184,11 +184,8 @@ def test_awq_clips_where_it_lowers_the_output_error_and_never_where_it_must_not(
     plain = Rtn().quantize(weight, own, None)
 
     assert torch.equal(clipped.codes[:16], plain.codes[:16])
-    errors = [
-        ((weight - own.dequantize(found))[16:].view(32, 4, 32) * 1.0).pow(2).sum().item() for found in (clipped, plain)
-    ]
     assert output_error(Awq(), weight, own, x) < output_error(Rtn(), weight, own, x)
-    assert errors[0] != errors[1]
+    assert not torch.equal(clipped.codes[16:], plain.codes[16:])
 
 
 def test_the_best_range_is_that_of_a_search_by_products() -> None:
