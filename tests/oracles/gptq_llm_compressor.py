@@ -15,6 +15,7 @@ from llmcompressor.modifiers.gptq.helpers import accumulate_hessian, make_empty_
 
 from tests.oracles.exchange import read, signature, write
 
+torch.set_num_threads(1)
 asked, note = read(Path(sys.argv[1]))
 found = {}
 for layer in note["layers"]:

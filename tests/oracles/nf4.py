@@ -64,7 +64,7 @@ def main() -> int:
         print(f"  relative error of {name}: ours {ours:.6f}, bitsandbytes {other:.6f}   allowed: not more")
     if not has_levels or num_other or any(ours > other for ours, other in lost.values()):
         return 1
-    figures = {name: {"ours": ours, "bitsandbytes": other} for name, (ours, other) in lost.items()}
+    figures = {name: {"ours": round(ours, 7), "bitsandbytes": round(other, 7)} for name, (ours, other) in lost.items()}
     settings = {"seed": SEED, "relative_errors": figures, "notes": (__doc__ or "").splitlines()}
     made = provenance({"oracle": "bitsandbytes", **signature, **settings}, "tests/oracles/nf4.py")
     keep_tensors("nf4", theirs, {"provenance": made})
