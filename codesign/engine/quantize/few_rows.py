@@ -51,6 +51,9 @@ class FewRows:
         return f"{self.name} (M<={self.max_rows}{self.note}), {dense}"
 
 
+NO_KERNEL = FewRows("", 0)
+
+
 def choose(name: str, *, dtype: torch.dtype, device: torch.device, out_features: int = 0) -> FewRows:
     """The kernel of weight format `name` for activations of `dtype`.
 
