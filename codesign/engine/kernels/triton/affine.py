@@ -11,18 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codesign.engine.kernels.triton.launch import Config, launch
+from codesign.engine.kernels.triton.configs import Config
+from codesign.engine.kernels.triton.launch import launch
 from codesign.engine.kernels.triton.tile import load_rows, store, tile
 from codesign.engine.kernels.triton.unpack import load_codes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def affine_kernel(
     x_ptr,
     packed_ptr,
     scale_ptr,
     offset_ptr,
-    bias_ptr,
     y_ptr,
     num_rows,
     num_out,
@@ -30,7 +30,6 @@ def affine_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,7 +54,7 @@ def affine_kernel(
         if HAS_OFFSET:
             offset = tl.load(offset_ptr + group, mask=n < outs, other=0.0).to(tl.float32)
             sums += tl.sum(x.to(tl.float32), axis=1)[:, None] * offset[None, :]
-    store(y_ptr, sums, bias_ptr, m0, n0, rows, outs, num_rows, num_out, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT_K)
+    store(y_ptr, sums, m0, n0, rows, outs, num_rows, num_out, BLOCK_M, BLOCK_N)
 
 
 def affine(
@@ -63,7 +62,6 @@ def affine(
     packed: Tensor,
     scale: Tensor,
     offset: Tensor | None,
-    bias: Tensor | None,
     *,
     bits: int,
     config: Config,
@@ -78,4 +76,4 @@ def affine(
     group = x.shape[1] // scale.shape[1]
     weight = (packed, scale, scale if offset is None else offset)
     constants = {"BITS": bits, "GROUP": group, "HAS_OFFSET": offset is not None}
-    return launch(affine_kernel, x, weight, bias, packed.shape[0], config, **constants)
+    return launch(affine_kernel, x, weight, packed.shape[0], config, **constants)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codesign.engine.kernels.triton.launch import Config, launch
+from codesign.engine.kernels.triton.configs import Config
+from codesign.engine.kernels.triton.launch import launch
 from codesign.engine.kernels.triton.tile import load_rows, store, tile
 from codesign.engine.kernels.triton.unpack import load_codes
 
@@ -18,7 +19,7 @@ GROUP = 64
 SCALES_PER_STEP = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def nf4_kernel(
     x_ptr,
     packed_ptr,
@@ -26,14 +27,12 @@ def nf4_kernel(
     scale_codes_ptr,
     step_ptr,
     mean_ptr,
-    bias_ptr,
     y_ptr,
     num_rows,
     num_out,
     num_in,
     GROUP: tl.constexpr,
     SCALES_PER_STEP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,7 +54,7 @@ def nf4_kernel(
         scale_code = tl.load(scale_codes_ptr + group, mask=n < outs, other=0).to(tl.float32)
         step = tl.load(step_ptr + group // SCALES_PER_STEP, mask=n < outs, other=0.0)
         sums += products * tl.maximum(mean + scale_code * step, 0.0)[None, :]
-    store(y_ptr, sums, bias_ptr, m0, n0, rows, outs, num_rows, num_out, HAS_BIAS, BLOCK_M, BLOCK_N, SPLIT_K)
+    store(y_ptr, sums, m0, n0, rows, outs, num_rows, num_out, BLOCK_M, BLOCK_N)
 
 
 def nf4(
@@ -65,7 +64,6 @@ def nf4(
     scale_codes: Tensor,
     step: Tensor,
     mean: Tensor,
-    bias: Tensor | None,
     *,
     config: Config,
 ) -> Tensor:
@@ -77,6 +75,4 @@ def nf4(
         scale_codes, step, mean: `nf4_grid.ScaleCodes`.
     """
     weight = (packed, levels.to(x.dtype), scale_codes, step, mean)
-    return launch(
-        nf4_kernel, x, weight, bias, packed.shape[0], config, GROUP=GROUP, SCALES_PER_STEP=SCALES_PER_STEP
-    )
+    return launch(nf4_kernel, x, weight, packed.shape[0], config, GROUP=GROUP, SCALES_PER_STEP=SCALES_PER_STEP)

@@ -1,8 +1,8 @@
 """What every weight kernel here does alike: find its tile, load activations, store sums. Imported on the device only.
 
-    y [M, N] is cut into BLOCK_M x BLOCK_N tiles, and the K inputs of a tile into SPLIT_K runs of whole blocks; one
-    program adds one run of one tile in fp32. With SPLIT_K = 1 it adds the bias and stores y; otherwise it stores its
-    sums and `add_splits` adds them in the same order every time, which atomic additions would not.
+y [M, N] is cut into BLOCK_M x BLOCK_N tiles, and the K inputs of a tile into SPLIT_K runs of whole blocks; one
+program adds one run of one tile in fp32. With SPLIT_K = 1 that is y; otherwise `add_splits` adds the runs, in the same
+order every time, which atomic additions would not.
 """
 
 import triton
@@ -10,7 +10,15 @@ import triton.language as tl
 
 
 @triton.jit
-def tile(num_rows, num_out, num_in, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+def tile(
+    num_rows,
+    num_out,
+    num_in,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
     """Where this program works.
 
     Returns its first row and output (64 bits: everything else is counted from there in 32), how many rows and outputs
@@ -39,37 +47,27 @@ def load_rows(x_ptr, rows, k, num_in, IS_RAGGED: tl.constexpr, BLOCK_M: tl.const
 def store(
     y_ptr,
     sums,
-    bias_ptr,
     m0,
     n0,
     rows,
     outs,
     num_rows,
     num_out,
-    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
 ):
-    """y = sums + bias in the dtype of y; with splits the bare sums into y [SPLIT_K, M, N] fp32."""
-    m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)
-    if HAS_BIAS and SPLIT_K == 1:
-        sums += tl.load(bias_ptr + n0 + n, mask=n < outs, other=0.0).to(tl.float32)[None, :]
+    """Writes the sums of this program into its run of y [SPLIT_K, M, N], in y's dtype."""
+    m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     own_ptr = y_ptr + (tl.program_id(2).to(tl.int64) * num_rows + m0) * num_out + n0
-    mask = (m < rows) & (n[None, :] < outs)
-    tl.store(own_ptr + m * num_out + n[None, :], sums.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(own_ptr + m * num_out + n, sums.to(y_ptr.dtype.element_ty), mask=(m < rows) & (n < outs))
 
 
-@triton.jit
-def add_splits(
-    sums_ptr, bias_ptr, y_ptr, num_rows, num_out, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr
-):
-    """y [M, N] = sums [SPLIT_K, M, N] over the splits + bias; one program per BLOCK outputs of a row."""
+@triton.jit(do_not_specialize=["num_rows"])
+def add_splits(sums_ptr, y_ptr, num_rows, num_out, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
+    """y [M, N] = sums [SPLIT_K, M, N] fp32 over the splits; one program per BLOCK outputs of a row."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLIT_K):
         total += tl.load(sums_ptr + (split * num_rows + row) * num_out + n, mask=n < num_out, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + n, mask=n < num_out, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * num_out + n, total.to(y_ptr.dtype.element_ty), mask=n < num_out)

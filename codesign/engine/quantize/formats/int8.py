@@ -56,12 +56,16 @@ class _Int8Linear(PackedLinear):
             dtype=dtype,
             device=codes.device,
             workspace=workspace,
-            few_rows=choose("int8", dtype=dtype, device=codes.device),
+            few_rows=choose(
+                "int8", dtype=dtype, device=codes.device, out_features=codes.shape[0], in_features=codes.shape[1]
+            ),
         )
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", scale)
 
     def multiply_packed(self, x: Tensor) -> Tensor:
+        if self.few_rows.triton is not None:
+            return self.few_rows.triton.int8(x, self.codes, self.scale)
         if self.few_rows.compiled is not None:
             return self.few_rows.compiled.int8(x, self.codes).mul_(self.scale)
         x = x.contiguous()
