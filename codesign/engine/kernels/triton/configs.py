@@ -82,8 +82,8 @@ def default(problem: Problem, bucket: int) -> Config:
     """The rule. Not measured: it fills the device when M is small and spills no registers on sm_80 and sm_90."""
     if problem.dtype == "fp32":  # products by FMA: wide blocks of inputs spill
         config = Config(block_m=16, block_n=64, block_k=32)
-    elif bucket <= 16:
-        config = Config(block_m=16, block_n=64, block_k=128)
+    elif bucket <= 16:  # unpacking takes registers
+        config = Config(block_m=16, block_n=64 if problem.group_size is None else 32, block_k=128)
     elif bucket <= 64:
         config = Config(block_m=64, block_n=64, block_k=64, num_stages=3)
     else:
@@ -96,6 +96,7 @@ def candidates(problem: Problem, bucket: int) -> list[Config]:
     first = default(problem, bucket)
     changes: list[dict[str, int]] = [
         {"block_n": 32},
+        {"block_n": 64},
         {"block_n": 128},
         {"block_k": 64},
         {"block_k": 128},

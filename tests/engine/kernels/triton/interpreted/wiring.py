@@ -1,4 +1,4 @@
-"""The way of CUDA from format to kernel, driven on CPU tensors: with the interpreter on they are laid out as on CUDA."""
+"""The way of CUDA from format to kernel, driven on CPU tensors, which the interpreter has laid out as on CUDA."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def test_few_rows_take_the_kernel_and_many_the_slices(name: str, dtype: torch.dt
     linear = pack(name, weight, bias, dtype)
     expected = linear.dequantize().double()
 
-    assert linear.kernel.startswith(f"triton::{KERNELS[name]} (M<={linear.kernel_max_rows}, a guess; 16x64x")
+    assert linear.kernel.startswith(f"triton::{KERNELS[name]} (M<={linear.kernel_max_rows}, a guess; 16x")
     assert "not tuned on the interpreter" in linear.kernel
     assert "), unpack + aten::mm" in linear.kernel
     for num_rows in (1, 5, linear.kernel_max_rows, linear.kernel_max_rows + 1):
