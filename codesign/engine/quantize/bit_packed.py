@@ -100,6 +100,7 @@ class BitPackedLinear(PackedLinear):
                 in_features=num_in,
                 group_size=num_in // scale.shape[1],
             ),
+            has_compiled_unpack=True,
         )
         self._grid = grid
         self.register_buffer("packed", packed)
@@ -112,6 +113,13 @@ class BitPackedLinear(PackedLinear):
 
     def unpack(self, start: int, stop: int, out: Tensor) -> None:
         rows = slice(start, stop)
+        if self.compiled_unpack is not None:
+            scale = self.scale[rows].float()
+            middle = -self._grid.middle * scale
+            if self.offset is not None:
+                middle += self.offset[rows]
+            self.compiled_unpack.bits(self.packed[rows], self._grid.bits, scale, middle, out)
+            return
         codes = unpack_bits(self.packed[rows], self._grid.bits)
         groups = out.view(stop - start, self.scale.shape[1], -1)
         groups.copy_(codes.view(groups.shape)).sub_(self._grid.middle).mul_(self.scale[rows, :, None])

@@ -59,6 +59,7 @@ class _Int8Linear(PackedLinear):
             few_rows=choose(
                 "int8", dtype=dtype, device=codes.device, out_features=codes.shape[0], in_features=codes.shape[1]
             ),
+            has_compiled_unpack=True,
         )
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", scale)
@@ -75,7 +76,10 @@ class _Int8Linear(PackedLinear):
         return y
 
     def unpack(self, start: int, stop: int, out: Tensor) -> None:
-        torch.mul(self.codes[start:stop], self.scale[start:stop, None], out=out)
+        if self.compiled_unpack is not None:
+            self.compiled_unpack.int8(self.codes[start:stop], self.scale[start:stop], out)
+        else:
+            torch.mul(self.codes[start:stop], self.scale[start:stop, None], out=out)
 
     def stored(self) -> Stored:
         return Stored(Quantized(signed(self.codes), Fit(self.scale[:, None])), row_grid(self.scale.dtype))

@@ -14,7 +14,7 @@ from codesign.engine.quantize.few_rows import choose
 from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import Quantized
 from codesign.engine.quantize.linear import Linear, Workspace
-from codesign.engine.quantize.nf4_grid import BLOCK, Nf4Fit, Nf4Grid, ScaleCodes, byte_levels, levels_in
+from codesign.engine.quantize.nf4_grid import BLOCK, Nf4Fit, Nf4Grid, ScaleCodes, byte_levels, levels, levels_in
 from codesign.engine.quantize.packed_linear import PackedLinear
 
 
@@ -69,6 +69,7 @@ class _Nf4Linear(PackedLinear):
                 in_features=num_in,
                 group_size=BLOCK,
             ),
+            has_compiled_unpack=True,
         )
         self.register_buffer("packed", packed)
         self.register_buffer("scale_codes", scales.codes)
@@ -81,13 +82,17 @@ class _Nf4Linear(PackedLinear):
         return self.few_rows.triton.nf4(x, self.packed, levels_in(x.dtype, x.device), *scales)
 
     def unpack(self, start: int, stop: int, out: Tensor) -> None:
+        scale = self._scales().scale(start, stop)
+        if self.compiled_unpack is not None:
+            self.compiled_unpack.levels(self.packed[start:stop], levels(), scale, out)
+            return
         pairs = byte_levels(out.device).index_select(0, self.packed[start:stop].flatten().int())
         groups = pairs.view(stop - start, -1, BLOCK)
-        torch.mul(groups, self._scale()[start:stop, :, None], out=out.view(groups.shape))
+        torch.mul(groups, scale[..., None], out=out.view(groups.shape))
 
-    def _scale(self) -> Tensor:
-        return ScaleCodes(self.scale_codes, self.scale_step, self.scale_mean).scale()
+    def _scales(self) -> ScaleCodes:
+        return ScaleCodes(self.scale_codes, self.scale_step, self.scale_mean)
 
     def dequantize(self) -> Tensor:
         pairs = byte_levels(self.packed.device)[self.packed.int()]
-        return (pairs.view(self.out_features, -1, BLOCK) * self._scale()[..., None]).flatten(1)
+        return (pairs.view(self.out_features, -1, BLOCK) * self._scales().scale()[..., None]).flatten(1)
