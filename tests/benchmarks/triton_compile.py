@@ -72,14 +72,14 @@ def work(*, is_quick: bool) -> list[tuple[Problem, Config]]:
     if is_quick:
         chosen = [*problems()[:5], Problem("w8a16", "fp32", *SIZE)]
         return [(problem, default(problem, ROW_BUCKETS[0])) for problem in chosen]
-    found = {}
+    found: dict[tuple[Problem, int, Config], Config] = {}
     for problem in problems():
         is_first_choice = problem.dtype == "fp16" or (problem.kernel == "w4a16" and problem.group_size != 128)
         for bucket in ROW_BUCKETS[:1] if problem.dtype == "fp32" else ROW_BUCKETS:
             for config in [default(problem, bucket)] if is_first_choice else candidates(problem, bucket):
                 # Of the splits only whether there are any matters to the code.
-                found[problem, dataclasses.replace(config, split_k=min(config.split_k, 2))] = (problem, config)
-    return list(found.values())
+                found.setdefault((problem, min(config.split_k, 2), dataclasses.replace(config, split_k=1)), config)
+    return [(problem, config) for (problem, _, _), config in found.items()]
 
 
 def cases(*, is_quick: bool) -> Iterator[Case]:
@@ -162,7 +162,9 @@ def table(document: dict[str, Any]) -> str:
         f"`python tests/benchmarks/triton_compile.py`, {document['date']}, triton {document['triton']}, "
         f"{document['ptxas']}.",
         "Compiled for a device that was not there: these are registers and bytes, no speeds.",
-        f"{len(document['kernels'])} kernels, {document['num_spilling']} of them spill registers.",
+        f"{len(document['kernels'])} of them, {document['num_spilling']} spill registers.",
+        "The first config of a kernel and dtype for each tile is the rule's, the others are tried beside it on a device;",
+        "every number of splits above 1 gives the same code.",
         "",
         "| kernel, config | target | registers | bytes spilled (stores / loads) | shared | products | async copies |",
         "|---|---|---|---|---|---|---|",
