@@ -163,7 +163,7 @@ def table(document: dict[str, Any]) -> str:
         f"{document['ptxas']}.",
         "Compiled for a device that was not there: these are registers and bytes, no speeds.",
         f"{len(document['kernels'])} of them, {document['num_spilling']} spill registers.",
-        "The first config of a kernel and dtype for each tile is the rule's, the others are tried beside it on a device;",
+        "The first config of a kernel for each rows of a tile is the rule's, the others are tried on a device;",
         "every number of splits above 1 gives the same code.",
         "",
         "| kernel, config | target | registers | bytes spilled (stores / loads) | shared | products | async copies |",
