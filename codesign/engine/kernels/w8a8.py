@@ -15,14 +15,19 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in w8a8.c
 
 @dataclasses.dataclass(frozen=True)
 class W8A8Kernel:
-    """The loaded functions. Every tensor is on the CPU and contiguous.
-
-    Attributes:
-        max_rows: largest M for `sums`; 0 where this CPU has no instructions for it.
-    """
+    """The loaded functions. Every tensor is on the CPU and contiguous."""
 
     library: ctypes.CDLL
-    max_rows: int
+
+    def max_rows(self, num_in: int) -> int:
+        """Largest M for `sums`; 0 where this CPU has no instructions for it.
+
+        AMD Zen 4, one core, ms against `_int_mm`: [9728, 896] 0.44 / 0.76 at M = 1, 1.15 / 1.75 at 16, 2.27 / 2.41 at
+        32; [896, 4864] 0.19 / 0.22, 0.57 / 0.58 at 8, 0.91 / 0.79 at 16. Eight rows of x should fit the L1 cache.
+        """
+        if not hasattr(self.library, "few_row_sums"):
+            return 0
+        return 16 if 8 * num_in <= 32 * 2**10 else 8
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [M, in], bf16 or fp32, not NaN -> codes [M, in] int8, scale [M, 1] fp32."""
@@ -32,7 +37,7 @@ class W8A8Kernel:
         return codes, scale
 
     def sums(self, codes: Tensor, weight_codes: Tensor) -> Tensor:
-        """[M, out] int32 from codes [M, in] and [out, in] int8, M <= max_rows."""
+        """[M, out] int32 from codes [M, in] and [out, in] int8, M <= max_rows(in)."""
         num_rows, num_in = codes.shape
         sums = torch.empty(num_rows, weight_codes.shape[0], dtype=torch.int32)
         sizes = longs((num_rows, num_in, weight_codes.shape[0]))
@@ -58,8 +63,4 @@ def takes(dtype: torch.dtype) -> bool:
 def load() -> W8A8Kernel | Missing:
     """The kernel, or why there is none."""
     library = compiled.load("w8a8")
-    if isinstance(library, Missing):
-        return library
-    # AMD Zen 4, one core, [9728, 896], ms against `_int_mm`: 0.44 / 0.76 at M = 1, 1.15 / 1.75 at 16, 2.27 / 2.41 at
-    # 32; [896, 4864]: 0.19 / 0.22, 0.91 / 0.79 and 1.62 / 1.10.
-    return W8A8Kernel(library, 16 if hasattr(library, "few_row_sums") else 0)
+    return library if isinstance(library, Missing) else W8A8Kernel(library)

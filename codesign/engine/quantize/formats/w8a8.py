@@ -84,14 +84,15 @@ class _W8A8Linear(Linear):
         self.register_buffer("bias", None if bias is None else bias.float())
         self._is_exact = has_exact_products(codes.device)
         self._compiled: W8A8Kernel | None = None
+        self._max_rows = 0
         product = "aten::_int_mm" if self._is_exact else "widen + aten::mm float32; aten::_int_mm saturates here"
         if codes.device.type == "cpu" and w8a8.takes(dtype):
             found = w8a8.load()
             if isinstance(found, Missing):
                 product += f"; ours: {found.reason}"
             else:
-                self._compiled = found
-                product = f"codesign::w8a8 (M<={found.max_rows}), {product}" if found.max_rows else product
+                self._compiled, self._max_rows = found, found.max_rows(self.in_features)
+                product = f"codesign::w8a8 (M<={self._max_rows}), {product}" if self._max_rows else product
         self.kernel = f"{product} (activations rounded per token)"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class _W8A8Linear(Linear):
     def _sums(self, codes: Tensor) -> Tensor:
         """[M, out] int32: products of the codes, not yet scaled."""
         num_rows = codes.shape[0]
-        if self._compiled is not None and num_rows <= self._compiled.max_rows:
+        if self._compiled is not None and num_rows <= self._max_rows:
             return self._compiled.sums(codes, self.codes)
         if not self._is_exact:  # in fp32, exact too: |sum| < 2^24 for up to 1040 inputs, nearly so beyond
             return multiply_unpacked(
