@@ -162,7 +162,7 @@ def table(document: dict[str, Any]) -> str:
         f"`python tests/benchmarks/triton_compile.py`, {document['date']}, triton {document['triton']}, "
         f"{document['ptxas']}.",
         "Compiled for a device that was not there: these are registers and bytes, no speeds.",
-        f"{len(document['kernels'])} of them, {document['num_spilling']} spill registers.",
+        f"{len(document['kernels'])} compilations, {document['num_spilling']} of them spill registers.",
         "The first config of a kernel for each rows of a tile is the rule's, the others are tried on a device;",
         "every number of splits above 1 gives the same code.",
         "",

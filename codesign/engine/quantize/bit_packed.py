@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from codesign.engine.quantize.few_rows import choose
+from codesign.engine.quantize.few_rows import choose_triton
 from codesign.engine.quantize.format import GridFormat, check_group_size
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
@@ -92,7 +92,7 @@ class BitPackedLinear(PackedLinear):
             dtype=dtype,
             device=packed.device,
             workspace=workspace,
-            few_rows=choose(
+            few_rows=choose_triton(
                 f"int{grid.bits}" if grid.bits < 8 else "int8 in groups",
                 dtype=dtype,
                 device=packed.device,

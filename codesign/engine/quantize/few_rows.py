@@ -28,9 +28,9 @@ _ATEN_NAMES = {"int8": "aten::_weight_int8pack_mm", "int4": "aten::_weight_int4p
 
 # (format, whose kernel, on what) -> largest M that the kernel should get; beyond, unpacking is as fast or faster at one
 # of two shapes, [9728, 896] and [896, 4864]. One core's own time, `python tests/benchmarks/weight_kernels.py`.
-# AVX2: AMD Zen 3, torch 2.13.0, 2026-11-23. AVX512 (x in fp32) and bf16 (AVX512 with products in bf16): AMD Zen 4, torch
-# 2.13.0, 2026-11-25; at [9728, 896] kernel / unpacking, ms: int8 M = 16: 1.93 / 3.33, M = 32: 5.53 / 4.88; int4 M = 256:
-# 22.3 / 23.9, M = 1024: 94.0 / 88.5.
+# AVX2: AMD Zen 3, torch 2.13.0, 2026-11-23. AVX512 (x in fp32) and bf16 (AVX512 with products in bf16): AMD Zen 4,
+# torch 2.13.0, 2026-11-25; at [9728, 896] kernel / unpacking, ms: int8 M = 16: 1.93 / 3.33, M = 32: 5.53 / 4.88; int4
+# M = 256: 22.3 / 23.9, M = 1024: 94.0 / 88.5.
 _MAX_ROWS: dict[tuple[str, str, str], int] = {
     ("int8", "codesign", "AVX2"): 128,
     ("int4", "codesign", "AVX2"): 1024,
@@ -72,28 +72,12 @@ class FewRows:
 NO_KERNEL = FewRows("", 0)
 
 
-def choose(
-    name: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    out_features: int,
-    in_features: int,
-    group_size: int | None = None,
-) -> FewRows:
-    """The kernel of weight format `name` for activations of `dtype`.
+def choose_cpu(name: str, *, dtype: torch.dtype, out_features: int) -> FewRows:
+    """The CPU's kernel of int8, or of int4 in ATen's order (`int4_layout.py`), for activations of `dtype`.
 
-    On CUDA ours in Triton. On the CPU, for int8 and int4, ours for every float dtype where it could be compiled and
-    takes the shape, else ATen's for bf16, the one dtype it has vector code for on x86 (its scalar loop loses to
-    unpacking at every M).
-
-    Args:
-        group_size: inputs that share a scale; None for a whole row.
+    Ours for every float dtype where it could be compiled and takes the shape; ATen's for bf16, the one dtype it has
+    vector code for on x86 (its scalar loop loses to unpacking at every M).
     """
-    if available.is_target(device):
-        return _triton(name, dtype, device, out_features, in_features, group_size)
-    if name not in _ATEN_NAMES:
-        return NO_KERNEL
     kernel = packed_matmul.load()
     if isinstance(kernel, Missing):
         note = f"; ours: {kernel.reason}"
@@ -108,9 +92,24 @@ def choose(
     return FewRows(_ATEN_NAMES[name], most, note=note)
 
 
-def _triton(
-    name: str, dtype: torch.dtype, device: torch.device, out_features: int, in_features: int, group_size: int | None
+def choose_triton(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    out_features: int,
+    in_features: int,
+    group_size: int | None = None,
 ) -> FewRows:
+    """The Triton kernel of int8, of nf4 or of codes in the order of `bit_packed.py`, for activations of `dtype`.
+
+    None on the CPU, which is no reason to record.
+
+    Args:
+        group_size: inputs that share a scale; None for a whole row.
+    """
+    if not available.is_target(device):
+        return NO_KERNEL
     if name not in _TRITON_NAMES:
         return FewRows("", 0, note=f"; triton: no kernel for {name}")
     if group_size is not None and group_size not in _TRITON_GROUP_SIZES:

@@ -16,7 +16,7 @@ from torch import Tensor
 from codesign.engine.kernels.triton import available
 from codesign.engine.quantize import int4_layout
 from codesign.engine.quantize.bit_packed import BitPackedLinear, pack_bits
-from codesign.engine.quantize.few_rows import choose
+from codesign.engine.quantize.few_rows import choose_cpu
 from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
@@ -122,14 +122,7 @@ class _Int4Linear(PackedLinear):
             dtype=dtype,
             device=packed.device,
             workspace=workspace,
-            few_rows=choose(
-                "int4",
-                dtype=dtype,
-                device=packed.device,
-                out_features=packed.shape[0],
-                in_features=2 * packed.shape[1],
-                group_size=group_size,
-            ),
+            few_rows=choose_cpu("int4", dtype=dtype, out_features=packed.shape[0]),
             has_compiled_unpack=packed.shape[0] % int4_layout.block_rows() == 0,
             unpack_step=int4_layout.block_rows(),
             is_transposed=True,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from codesign.engine.quantize.few_rows import choose
+from codesign.engine.quantize.few_rows import choose_triton
 from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import Quantized
 from codesign.engine.quantize.linear import Linear, Workspace
@@ -61,7 +61,7 @@ class _Nf4Linear(PackedLinear):
             dtype=dtype,
             device=packed.device,
             workspace=workspace,
-            few_rows=choose(
+            few_rows=choose_triton(
                 "nf4",
                 dtype=dtype,
                 device=packed.device,
