@@ -8,6 +8,7 @@ import torch
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.engine import Engine, EngineParts
+from codesign.engine.kernels.pieces import Pieces, choose
 from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.assemble import PackClock
 from codesign.engine.models.load import read_config
@@ -50,8 +51,10 @@ def build_engine(
     workspace, clock = Workspace(), PackClock()
     started = time.perf_counter()
     decoder = build_decoder(model, shape, config, dtype=dtype, device=place, workspace=workspace, clock=clock)
+    pieces = choose(config.kernels.fused, dtype=dtype, device=place)
+    decoder.use(pieces)
     loaded = time.perf_counter()
-    attention, num_slots = _allocate(shape, config, dtype, place)
+    attention, num_slots = _allocate(shape, config, dtype, place, pieces)
     return_freed_memory()
     allocated = time.perf_counter()
 
@@ -137,7 +140,7 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
 
 
 def _allocate(
-    shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device, pieces: Pieces
 ) -> tuple[Attention, int]:
     """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number."""
 
@@ -157,6 +160,7 @@ def _allocate(
             max_query_len=_MAX_QUERY_LEN,
             dtype=dtype,
             device=device,
+            pieces=pieces,
         )
 
     try:

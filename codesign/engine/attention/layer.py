@@ -14,9 +14,11 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
-from codesign.engine.attention.rope import Rope, rotate
+from codesign.engine.attention.rope import Rope
 from codesign.engine.attention.weights import column_sums, weights
 from codesign.engine.batch import Batch
+from codesign.engine.kernels.pieces import Pieces
+from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policy import KVPolicy
@@ -77,7 +79,9 @@ class Attention:
         max_query_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        pieces: Pieces = PLAIN,
     ) -> None:
+        self._pieces = pieces
         self.policy, self.codec, self.backend = policy, codec, backend
         self.store = DenseStore(
             num_layers=num_layers,
@@ -196,9 +200,7 @@ class Attention:
                 group.sinks.store(index, part.new_sinks, k)
             if part.turn is not None:
                 group.sinks.apply(index, part.turn)
-        num_heads = q.shape[1]
-        rotated = rotate(torch.cat((q, k), dim=1), step.cos, step.signed_sin)
-        q, k = rotated[:, :num_heads], rotated[:, num_heads:]
+        q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
         if step.rows:
             tokens = step.output_tokens
             new_key, new_value = (k, v) if tokens is None else (k[tokens], v[tokens])
