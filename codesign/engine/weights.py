@@ -49,9 +49,14 @@ def build_decoder(
         clock: takes the seconds spent on packing and what the cache did.
     Raises:
         InputError: a file or tensor of the model is wrong.
-        Unsupported: a format that cannot hold a weight, or a method that cannot see text.
+        Unsupported: a format that this device cannot multiply or that cannot hold a weight, or a method that cannot
+            see text.
     """
     weight_format: WeightFormat = WEIGHT_FORMATS.create(config.weights.name, key="weights", **config.weights.knob_dict)
+    try:
+        weight_format.check_device(device, dtype)
+    except ValueError as error:
+        raise Unsupported(f"weights {config.weights.name}: {error}") from error
     pruner: Pruner = PRUNERS.create(config.prune.name, key="prune", **config.prune.knob_dict)
     source = _source(model, shape, config, dtype)
     files = source.files if isinstance(source, Checkpoint) else []

@@ -19,6 +19,7 @@ from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import METRICS, Objective
 from codesign.spec.model import ModelSpec
 from codesign.spec.profile import Profile
+from codesign.spec.rules import lacking, unjudged
 from codesign.units import GIB, format_bytes
 
 _WAYS_ON = (
@@ -93,6 +94,15 @@ def _missing(objective: Objective, profile: Profile) -> str | None:
             return None if profile.slo.limits() else "the profile has no slo"
         case _:
             return None
+
+
+def study_rules(profile: Profile) -> Callable[[EngineConfig], str | None]:
+    """Says of a resolved configuration why no trial of this profile should be spent on it, or None."""
+
+    def refuse(config: EngineConfig) -> str | None:
+        return lacking(config, profile.hardware) or unjudged(config, profile.asked_metrics)
+
+    return refuse
 
 
 def memory_check(profile: Profile) -> Callable[[EngineConfig], Misfit | None]:

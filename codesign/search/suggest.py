@@ -9,7 +9,7 @@ category, and can learn that 16 lies between 8 and 32.
 
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import optuna
@@ -49,10 +49,12 @@ class Points:
 
     Args:
         max_model_len: what the workload needs, where the space itself does not say.
+        refuse: why a resolved configuration makes no sense in this study, beside what the space itself rules out.
     """
 
     space: SearchSpace
     max_model_len: int | None = None
+    refuse: Callable[[EngineConfig], str | None] = lambda config: None
 
     def suggested(self, trial: optuna.Trial) -> Point:
         """The point that Optuna suggests for `trial`."""
@@ -137,7 +139,7 @@ class Points:
             config = config.resolve()
         except InputError as error:  # knobs that their member refuses only together
             return Point(config, params, distributions, str(error))
-        return Point(config, params, distributions, self.space.refusal(config))
+        return Point(config, params, distributions, self.space.refusal(config) or self.refuse(config))
 
 
 def distribution_of(domain: Domain) -> BaseDistribution:

@@ -104,6 +104,11 @@ class EngineConfig:
         """Dotted key -> (family, choice), for everything that is chosen from a family."""
         return {key: (family, operator.attrgetter(key)(self)) for key, family in FAMILIES.items()}
 
+    @property
+    def is_emulated(self) -> bool:
+        """Whether a choice stands for arithmetic that the machine does not have; for resolved configurations."""
+        return any(choice.knob_dict.get("emulated") is True for _, choice in self.choices().values())
+
     def flat(self) -> dict[str, Scalar | None]:
         """Every value under one dotted name: `weights` -> "int4", `weights.int4.group_size` -> 64.
 
