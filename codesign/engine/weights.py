@@ -121,8 +121,8 @@ def _plan(
     """A format for every linear, from what rounding it costs."""
     started = time.perf_counter()
     dense = dataclasses.replace(assembler, weight_format=Native(), pruner=NoPruning(), clock=PackClock())
-    # What sensitivities depend on: neither the budget nor the method that will choose the codes.
-    asked = dataclasses.replace(mixed, bits=16, method="rtn")
+    # What sensitivities depend on: neither the budgets nor the method that will choose the codes.
+    asked = Mixed(group_size=mixed.group_size)
     key = weights_key(
         model, files, asked, NoPruning(), dtype=assembler.dtype, device=assembler.device, is_calibrated=True
     )

@@ -153,6 +153,8 @@ class EngineConfig:
     def resolve(self, *, file: object = None) -> Self:
         """The same configuration with every member's default knobs filled in. Imports the chosen members.
 
+        A knob that is None is absent, and stays so: plain data has no other way to say it.
+
         Raises:
             InputError: a knob that its member does not know or refuses.
         """
@@ -160,7 +162,7 @@ class EngineConfig:
         for key, (family, choice) in self.choices().items():
             member = family.create(choice.name, file=file, key=key, **choice.knob_dict)
             knobs = {f.name: getattr(member, f.name) for f in dataclasses.fields(member)}
-            filled[key] = Choice.of(choice.name, **knobs)
+            filled[key] = Choice.of(choice.name, **{name: v for name, v in knobs.items() if v is not None})
         kv = KVConfig(policy=filled.pop("kv.policy"), codec=filled.pop("kv.codec"))
         return dataclasses.replace(self, kv=kv, **cast(dict[str, Any], filled))
 

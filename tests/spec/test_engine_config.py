@@ -55,6 +55,27 @@ def test_one_engine_has_one_digest_however_it_is_written() -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "resolved"),
+    [
+        ({}, {"bits": 4.5}),
+        ({"bits": 4.5}, {"bits": 4.5}),
+        ({"bits": 3}, {"bits": 3}),
+        ({"max_kl": 0.1}, {"max_kl": 0.1}),
+    ],
+)
+def test_a_knob_that_is_absent_stays_out_of_the_document(
+    written: dict[str, float], resolved: dict[str, float], tmp_path: Path
+) -> None:
+    config = EngineConfig.from_dict({"weights": {"name": "mixed", **written}}).resolve()
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_yaml(config.to_dict()))
+
+    assert config.to_dict()["weights"] == {"name": "mixed", "method": "rtn", "group_size": 64, **resolved}
+    assert config.resolve() == EngineConfig.from_dict(config.to_dict()) == load_config(path) == config
+    assert load_config(path).digest == config.digest
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"dtype": "fp32"},
