@@ -17,7 +17,7 @@ from codesign.search.inputs import inputs_of
 from codesign.search.interrupt import Interrupt
 from codesign.search.ledger import load
 from codesign.search.limits import Limits
-from codesign.search.preflight import check_device, memory_check, study_rules, usable_objectives
+from codesign.search.preflight import check_device, memory_check, say_ruled_out, study_rules, usable_objectives
 from codesign.search.progress import ConsoleProgress
 from codesign.search.study import Study, StudyResult
 from codesign.search.suggest import Points
@@ -75,6 +75,7 @@ def run_search(request: SearchRequest, console: Console, interrupt: Interrupt) -
         for note in notes:
             progress.say(note)
         progress.say(f"study {folder.path}: {_described(profile, points)}")
+        say_ruled_out(points, progress.say)
         records = load(folder.trials, progress.say)
         if records:
             check_same_world(records, provenance(profile.model_spec, profile.device), folder.path)
