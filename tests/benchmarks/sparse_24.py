@@ -198,7 +198,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     made = provenance(ModelSpec(name="random weights", architecture={}), args.device)
-    made["machine"] = {name: value for name, value in made["machine"].items() if name != "boot_id"}
+    made["machine"] = {name: made["machine"][name] for name in ("cpu", "isa", "cores", "memory_bytes")}
     run: dict[str, Any] = {
         "device": args.device,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
