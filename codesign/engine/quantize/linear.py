@@ -29,6 +29,10 @@ class Workspace:
             self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return self._buffer[:num_bytes].view(dtype).view(shape)
 
+    def release(self) -> None:
+        """Lets go of the buffer; the next `take` makes one."""
+        self._buffer = None
+
     @property
     def num_bytes(self) -> int:
         return 0 if self._buffer is None else self._buffer.numel()
@@ -48,12 +52,14 @@ class Linear(nn.Module, ABC):
     Attributes:
         kernel: which kernels run it, by M where that matters, e.g. "aten::_weight_int8pack_mm (M<=8), widen + ...".
         opaque_bytes: bytes of packed weights that are in no tensor, because a kernel library holds them.
+        note: what went otherwise than asked while it was packed, or "".
     """
 
     in_features: int
     out_features: int
     kernel: str
     opaque_bytes: int = 0
+    note: str = ""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ bitsandbytes spaces those second codes dynamically.
 
 import functools
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -17,15 +16,18 @@ from codesign.engine.quantize.grid import Fit, Grid, divisor
 BLOCK, _SCALE_BLOCK = 64, 256
 
 
+_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
 @functools.cache
 def levels() -> Tensor:
-    """[16] fp32 in -1 .. 1, ascending: QLoRA's appendix E, as bitsandbytes generates them."""
-    highest = 1 - (1 / 30 + 1 / 32) / 2
-    quantile = NormalDist().inv_cdf
-    above = [quantile(highest + (0.5 - highest) * i / 8) for i in range(8)]
-    below = [-quantile(highest + (0.5 - highest) * i / 7) for i in range(7)]
-    found = torch.tensor(sorted([*above, 0.0, *below]), dtype=torch.float64)
-    return (found / found.max()).float()
+    """[16] fp32 in -1 .. 1, ascending: QLoRA's appendix E, to the last bit what other stacks hold."""
+    return torch.tensor(_LEVELS)
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class ScaleCodes:
         codes = torch.round(blocks / divisor(step)[:, None]).flatten()[: scale.numel()].view(scale.shape)
         return cls(codes.to(torch.int8), step, mean)
 
-    def scale(self) -> Tensor:
-        steps = self.step.repeat_interleave(_SCALE_BLOCK)[: self.codes.numel()].view(self.codes.shape)
+    def scale(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """[rows, groups] fp32 of rows start..stop."""
+        codes, groups = self.codes[start:stop], self.codes.shape[1]
+        block = torch.arange(start * groups, start * groups + codes.numel(), device=codes.device) // _SCALE_BLOCK
         # A scale near 0 may come out below it; its block's weights are then as good as 0.
-        return (self.mean + self.codes.float() * steps).clamp_(min=0)
+        return (self.mean + codes.float() * self.step[block].view(codes.shape)).clamp_(min=0)
 
 
 @dataclass(frozen=True)
