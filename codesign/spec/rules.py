@@ -1,9 +1,9 @@
 """Rules that hold whatever a search space says, each with its reason.
 
-senseless   it would compute something else than meant       no search proposes it, and no build makes it
-unpaid      it gives up quality for a speed that is not there      no search proposes it
-lacking     the profile's hardware cannot run it as meant    no search proposes it
-unjudged    an emulation has no speed to judge it by         no search proposes it, and no trial is begun
+senseless   it would compute something else than meant           no search proposes it, and no build makes it
+unpaid      it gives up quality for a speed that is not there    no search proposes it
+lacking     the profile's hardware cannot run it as meant        no search proposes it
+unjudged    an emulation has no speed to judge it by             no search proposes it, and no trial is begun
 
 What is unpaid can be built and measured by hand all the same (`codesign measure --config`, the quality benchmark): a
 person who wants to know what 2:4 costs in quality asks a sensible question, a search that offers it for its speed does

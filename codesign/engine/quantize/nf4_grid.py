@@ -90,6 +90,12 @@ class Nf4Grid(Grid):
 
 
 @functools.cache
+def levels_in(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[16], rounded to what a kernel multiplies."""
+    return levels().to(device, dtype)
+
+
+@functools.cache
 def byte_levels(device: torch.device) -> Tensor:
     """[256, 2] fp32: the two levels of every byte."""
     table = levels().to(device)
