@@ -40,7 +40,7 @@ def test_every_default_choice_is_a_neutral_member_that_exists() -> None:
 def test_resolving_fills_in_every_knob_and_keeps_what_was_said() -> None:
     config = EngineConfig.from_dict({"weights": "int4", "kv": {"policy": {"name": "h2o", "kv_budget": 100}}}).resolve()
 
-    assert config.weights == Choice.of("int4", group_size=64, method="rtn", symmetric=False)
+    assert config.weights == Choice.of("int4", group_size=64, method="rtn", shadow=False, symmetric=False)
     assert config.kv.policy.knob_dict["kv_budget"] == 100
     assert set(config.kv.policy.knob_dict) == set(FAMILIES["kv.policy"].knobs("h2o"))
     assert config.resolve() == config
