@@ -17,8 +17,17 @@ from codesign.spec.kv_budget import kv_budget_tokens
 from codesign.units import format_bytes
 
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Bits per weight of linear layers, without scales. A format that is not listed counts as nothing.
-_WEIGHT_BITS = {"int8": 8.0, "int4": 4.0}
+# Bits per weight of linear layers, without scales (mixed: the smallest). A format that is not listed counts as nothing.
+_WEIGHT_BITS = {
+    "int8": 8.0,
+    "w8a8": 8.0,
+    "fp8": 8.0,
+    "int4": 4.0,
+    "nf4": 4.0,
+    "int3": 3.0,
+    "int2": 2.0,
+    "mixed": 2.0,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

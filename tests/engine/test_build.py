@@ -56,6 +56,7 @@ def test_facts_hold_the_bytes_that_theory_gives(dtype: str, size: int) -> None:
         ("native", {}, 16),
         ("int8", {}, 8),
         ("w8a8", {}, 8),
+        ("fp8", {"emulated": True}, 8),
         ("int4", {}, 4 + 32 / 64),
         ("int4", {"group_size": 128, "symmetric": True}, 4 + 32 / 128),
         ("nf4", {}, 4 + 8 / 64 + 32 / 256 / 64),
