@@ -213,7 +213,7 @@ def h2o_victims(policy: Any, rows: list[Row], count: int, next_position: int) ->
     return others[::-1][:count]
 
 
-def pyramid_select(policy: Any, ended: Ended, budget: int) -> list[list[int]]:
+def snapkv_select(policy: Any, ended: Ended, budget: int) -> list[list[int]]:
     num_kv_heads, num_tokens, _ = ended.key.shape
     num_groups, window = len(ended.query) // num_kv_heads, policy.window_tokens
     prefix, kept = num_tokens - window, []
@@ -231,7 +231,7 @@ def pyramid_select(policy: Any, ended: Ended, budget: int) -> list[list[int]]:
     return kept
 
 
-def pyramid_victims(policy: Any, rows: list[Row], count: int, next_position: int) -> list[int]:
+def snapkv_victims(policy: Any, rows: list[Row], count: int, next_position: int) -> list[int]:
     newest = sorted(row.position for row in rows)[-policy.window_tokens :]
     return newest[:count]
 
@@ -278,5 +278,6 @@ LAWS: dict[str, tuple[Select, Victims]] = {
     "full": (unasked_select, unasked_victims),
     "streaming_llm": (streaming_select, streaming_victims),
     "h2o": (h2o_select, h2o_victims),
-    "pyramidkv": (pyramid_select, pyramid_victims),
+    "snapkv": (snapkv_select, snapkv_victims),
+    "pyramidkv": (snapkv_select, snapkv_victims),
 }

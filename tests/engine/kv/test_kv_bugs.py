@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool1d
 from codesign.engine.attention.layer import Attention
 from codesign.engine.batch import Batch
 from codesign.engine.kv.group import LayerGroup
-from codesign.engine.kv.policies import pyramidkv
+from codesign.engine.kv.policies import snapkv
 from codesign.engine.kv.policies.h2o import H2O
 from codesign.engine.kv.policies.pyramidkv import PyramidKV
 from codesign.engine.kv.policies.streaming_llm import StreamingLLM
@@ -82,8 +82,8 @@ def test_pooling_before_the_softmax_is_noticed(monkeypatch: pytest.MonkeyPatch) 
         pooled = avg_pool1d(key.mT, kernel_size, stride=1, padding=kernel_size // 2).mT
         return right(window_query, pooled, scale=scale, kernel_size=1)
 
-    right = pyramidkv.snapkv_scores
-    monkeypatch.setattr(pyramidkv, "snapkv_scores", pooled_first)
+    right = snapkv.snapkv_scores
+    monkeypatch.setattr(snapkv, "snapkv_scores", pooled_first)
 
     with pytest.raises(AssertionError):
         traffic(PYRAMID_POLICY, "pyramidkv")

@@ -16,6 +16,7 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
         {"kv_budget": 12, "num_sink_tokens": 2},
         {"kv_budget": 0.3, "recent_fraction": 0.2, "num_sink_tokens": 0, "score_norm": "query_count"},
     ],
+    "snapkv": [{"kv_budget": 16, "window_tokens": 4, "num_sink_tokens": 2, "kernel_size": 3}],
     "pyramidkv": [
         {"kv_budget": 16, "window_tokens": 4, "num_sink_tokens": 2, "kernel_size": 3, "beta": 4},
         {"kv_budget": 0.5, "window_tokens": 7, "num_sink_tokens": 0, "kernel_size": 5, "beta": 1},
