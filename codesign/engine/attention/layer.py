@@ -253,7 +253,14 @@ class Attention:
             staged = self.staged_prompts[where] = StagedPrompt(self.policy, max_model_len=self._max_model_len)
         key, value = staged.append(new_key, new_value, query, is_last=span.is_prompt_end)
         if self.policy.evidence == "column_sums":
-            sums = column_sums(query[None], key[None], mask=call.mask, is_causal=call.is_causal, scale=self._scale)
+            sums = column_sums(
+                query[None],
+                key[None],
+                mask=call.mask,
+                is_causal=call.is_causal,
+                scale=self._scale,
+                decay=self.policy.column_decay,
+            )
             staged.add_column_sums(sums[0])
         out = self._backend_prompt(call, query, key, value)
         if span.is_prompt_end:

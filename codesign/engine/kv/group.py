@@ -43,6 +43,7 @@ class LayerGroup:
         self.position = row_is_position if position is None else position[own].view(shape)
         self.column = None if column is None else column[own].view(shape)
         self.pending_column: Tensor | None = None
+        self.column_decay = policy.column_decay
         if self.column is not None:
             self.pending_column = torch.zeros(*shape[:3], max_query_len, capacity, device=device)
         self.sinks: SinkKeys | None = None
@@ -75,8 +76,11 @@ class LayerGroup:
         """Adds the attention mass of the first `count` pending queries of each slot to the rows they looked at."""
         if self.column is None or self.pending_column is None:
             return
-        index = _index(slots, self.key.device)
-        self.column[:, index] += self.pending_column[:, index, :, :count].sum(dim=3)
+        index, decay = _index(slots, self.key.device), self.column_decay
+        for query in range(count):
+            if decay != 1:
+                self.column[:, index] *= decay
+            self.column[:, index] += self.pending_column[:, index, :, query]
 
     def replace(self, policy: KVPolicy, slots: list[tuple[int, int]], num_new: int) -> tuple[Tensor, Tensor]:
         """Lets the policy name `num_new` rows per KV head of each full (slot, position of its first new row).

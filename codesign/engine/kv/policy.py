@@ -30,7 +30,8 @@ class Prompt:
         window_query: [H, W, D] rotated queries of the last W = min(window, T) prompt tokens, or None
             (only with `evidence = "window_queries"`).
         column_sums: [H_kv, T] fp32, attention mass each row received from all prompt queries, summed over the queries
-            and averaged over the GQA group, or None (only with `evidence = "column_sums"`).
+            (query i of T counts `column_decay` ** (T - 1 - i)) and averaged over the GQA group, or None (only with
+            `evidence = "column_sums"`).
         scale: softmax scale of the attention.
     """
 
@@ -66,6 +67,11 @@ class KVPolicy(ABC):
     def window_tokens(self) -> int:
         """How many trailing prompt queries `select` wants to see (with `evidence = "window_queries"`)."""
         return 0
+
+    @property
+    def column_decay(self) -> float:
+        """What is left of all attention mass so far when one more query is accepted (`evidence = "column_sums"`)."""
+        return 1.0
 
     @property
     def num_sink_tokens(self) -> int:

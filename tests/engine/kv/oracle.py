@@ -65,6 +65,7 @@ class Oracle:
         max_model_len: int,
     ) -> None:
         self.policy, self.scale, self.inv_freq = policy, scale, inv_freq
+        self.decay = getattr(policy, "decay", 1.0)
         self.budgets = policy.budgets(num_layers=num_layers, max_model_len=max_model_len)
         self.select, self.victims = LAWS.get(name, (ask_select, ask_victims))
         self.num_groups, self.num_kv_heads = num_heads // num_kv_heads, num_kv_heads
@@ -91,8 +92,8 @@ class Oracle:
         head.pending, head.pending_mass = [], []
         everyone = {**head.rows, **{row.position: row for row in accepted}}
         for seen in mass:
-            for position, weight in seen.items():
-                everyone[position].column += weight
+            for row in everyone.values():
+                row.column = row.column * self.decay + seen.get(row.position, 0.0)
         appended = accepted[: budget - len(head.rows)]
         head.rows.update({row.position: row for row in appended})
         new = accepted[len(appended) :]
@@ -119,8 +120,9 @@ class Oracle:
                     out[tokens.start : tokens.stop, group], mass = self.attend(
                         list(head.rows.values()), query, position
                     )
-                    for row, weight in zip(head.rows.values(), mass.sum(axis=0), strict=True):
-                        row.column += float(weight)
+                    for weights in mass:
+                        for row, weight in zip(head.rows.values(), weights, strict=True):
+                            row.column = row.column * self.decay + float(weight)
                     continue
                 head.pending = new
                 for step, token in enumerate(tokens):

@@ -19,6 +19,7 @@ from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
 from codesign.engine.kv.sinks import SinkKeys
 
 H2O_POLICY = H2O(kv_budget=12, num_sink_tokens=2)
+DECAYED_POLICY = H2O(kv_budget=12, num_sink_tokens=2, score_norm="decayed", decay=0.7)
 PYRAMID_POLICY = PyramidKV(kv_budget=16, window_tokens=4, num_sink_tokens=2, kernel_size=3, beta=4)
 STREAMING_POLICY = StreamingLLM(kv_budget=9)
 
@@ -31,7 +32,13 @@ def traffic(
 
 
 @pytest.mark.parametrize(
-    ("policy", "name"), [(H2O_POLICY, "h2o"), (PYRAMID_POLICY, "pyramidkv"), (STREAMING_POLICY, "streaming_llm")]
+    ("policy", "name"),
+    [
+        (H2O_POLICY, "h2o"),
+        (DECAYED_POLICY, "h2o"),
+        (PYRAMID_POLICY, "pyramidkv"),
+        (STREAMING_POLICY, "streaming_llm"),
+    ],
 )
 def test_without_a_planted_bug_the_replay_agrees(policy: KVPolicy, name: str) -> None:
     traffic(policy, name)
@@ -75,6 +82,20 @@ def test_scores_of_rejected_queries_are_noticed(monkeypatch: pytest.MonkeyPatch)
 
     with pytest.raises(AssertionError):
         traffic(H2O_POLICY, "h2o")
+
+
+def test_decay_by_steps_instead_of_accepted_queries_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    credit = LayerGroup.credit
+
+    def credit_once(self: LayerGroup, slots: list[int], count: int) -> None:
+        if self.column is not None and count > 1:
+            self.column[:, slots] /= self.column_decay ** (count - 1)
+        credit(self, slots, count)
+
+    monkeypatch.setattr(LayerGroup, "credit", credit_once)
+
+    with pytest.raises(AssertionError):
+        traffic(DECAYED_POLICY, "h2o")
 
 
 def test_pooling_before_the_softmax_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
     "h2o": [
         {"kv_budget": 12, "num_sink_tokens": 2},
         {"kv_budget": 0.3, "recent_fraction": 0.2, "num_sink_tokens": 0, "score_norm": "query_count"},
+        {"kv_budget": 14, "num_sink_tokens": 2, "score_norm": "decayed", "decay": 0.7},
     ],
     "snapkv": [{"kv_budget": 16, "window_tokens": 4, "num_sink_tokens": 2, "kernel_size": 3}],
     "pyramidkv": [

@@ -19,7 +19,11 @@ from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES
 
 CPU = torch.device("cpu")
 NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, HEAD_DIM = 4, 2, 3, 16
-BOUNDED = [name for name in KV_POLICIES.names() if "kv_budget" in KV_POLICIES.knobs(name)]
+BOUNDED: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in KV_POLICIES.names() if "kv_budget" in KV_POLICIES.knobs(name) and name != "pyramidkv"),
+    ("pyramidkv", {"beta": 1}),
+    ("h2o", {"score_norm": "decayed", "decay": 0.9}),
+]
 
 
 def make(
@@ -95,12 +99,11 @@ def generate(attention: Attention, chunks: Sequence[int], num_output: int) -> to
 
 @pytest.mark.parametrize("backend", ATTENTION.names())
 @pytest.mark.parametrize("kv_budget", [64, 1.0, 60])
-@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize(("name", "knobs"), BOUNDED)
 def test_a_policy_that_keeps_everything_equals_full_bit_for_bit(
-    name: str, kv_budget: int | float, backend: str
+    name: str, knobs: dict[str, Any], kv_budget: int | float, backend: str
 ) -> None:
     """Also where it would evict later: at 60 of 64 tokens the prompt is staged, admitted and never cut."""
-    knobs: dict[str, Any] = {"beta": 1} if name == "pyramidkv" else {}
     keep_all = make(KV_POLICIES.create(name, kv_budget=kv_budget, **knobs), backend=backend)
     full = make(Full(), backend=backend)
 
