@@ -110,6 +110,7 @@ KNOBS: dict[str, dict[str, int]] = {
     "snapkv": {"window_tokens": 4, "num_sink_tokens": 2},
     "pyramidkv": {"window_tokens": 4, "num_sink_tokens": 2},
     "h2o": {"num_sink_tokens": 2},
+    "r_kv": {"window_tokens": 3, "num_sink_tokens": 2, "buffer_tokens": 3},
 }
 
 

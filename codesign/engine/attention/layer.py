@@ -41,12 +41,14 @@ class _Step:
     """Attributes:
     output_tokens: which packed tokens are output tokens; None means all of them.
     rows: layer -> where those go.
+    slots_positions: of each of those, two tensors, for a policy that looks at recent queries.
     """
 
     cos: Tensor
     signed_sin: Tensor
     output_tokens: Tensor | None
     rows: dict[int, Tensor]
+    slots_positions: tuple[Tensor, Tensor] | None
     groups: tuple[_GroupStep, ...]
 
 
@@ -82,11 +84,13 @@ class Attention:
         self.store = DenseStore(
             num_layers=num_layers,
             num_slots=num_slots,
+            num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             max_model_len=max_model_len,
             max_query_len=max_query_len,
             policy=policy,
+            scale=scale,
             dtype=dtype,
             device=device,
         )
@@ -136,8 +140,14 @@ class Attention:
         self._check(plan, starts)
         groups = tuple(self._group_step(group, plan, starts) for group in self.store.groups)
         output_tokens, rows = self._reserve(batch, starts)
+        slots_positions = None
+        if rows and any(group.recent is not None for group in self.store.groups):
+            facts = zip(plan.slots, plan.query_lens, strict=True)
+            token_slots = torch.tensor([own for own, length in facts for _ in range(length)], device=self._device)
+            output = slice(None) if output_tokens is None else output_tokens
+            slots_positions = token_slots[output], batch.positions[output]
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
-        self._step = _Step(cos[:, None], signed_sin[:, None], output_tokens, rows, groups)
+        self._step = _Step(cos[:, None], signed_sin[:, None], output_tokens, rows, slots_positions, groups)
 
     def _check(self, plan: StepPlan, starts: tuple[int, ...]) -> None:
         for index, slot in enumerate(plan.slots):
@@ -203,6 +213,8 @@ class Attention:
             tokens = step.output_tokens
             new_key, new_value = (k, v) if tokens is None else (k[tokens], v[tokens])
             self.store.write(step.rows[layer], new_key, new_value)
+            if group.recent is not None and step.slots_positions is not None:
+                group.recent.write(index, *step.slots_positions, q if tokens is None else q[tokens])
         if len(part.calls) == 1:
             return self._attend(part.calls[0], layer, group, index, q, k, v)
         out = q.new_empty(q.shape)

@@ -50,11 +50,17 @@ class Rows:
         position: [B, H_kv, R] int32 logical positions, unordered.
         column: [B, H_kv, R] fp32 accumulated attention mass, or None unless `evidence = "column_sums"`.
         next_position: [B] position of the first row about to be committed.
+        key: [B, H_kv, R, D] as they are stored, or None unless `needs_keys`; so are the next two.
+        window_query: [B, H, W, D] rotated queries of the W = window_tokens positions before `next_position`.
+        scale: softmax scale of the attention.
     """
 
     position: Tensor
     column: Tensor | None
     next_position: Tensor
+    key: Tensor | None = None
+    window_query: Tensor | None = None
+    scale: float | None = None
 
 
 class KVPolicy(ABC):
@@ -62,10 +68,12 @@ class KVPolicy(ABC):
 
     key_space: ClassVar[KeySpace] = "rotated"
     evidence: ClassVar[Evidence] = "none"
+    needs_keys: ClassVar[bool] = False  # `victims` looks at keys and recent queries; with evidence "window_queries"
 
     @property
     def window_tokens(self) -> int:
-        """How many trailing prompt queries `select` wants to see (with `evidence = "window_queries"`)."""
+        """How many of the newest queries are shown: to `select` with `evidence = "window_queries"`, to `victims` with
+        `needs_keys`."""
         return 0
 
     @property
@@ -92,6 +100,10 @@ class KVPolicy(ABC):
     def evictable(self, budget: int) -> int:
         """How many of `budget` rows `victims` may name at once: those outside sinks and the protected window."""
         raise NotImplementedError  # an unbounded policy is never asked
+
+    def lookahead(self, budget: int) -> int:
+        """How many victims to name at once, at most `evictable(budget)`; 1: as many as each commit overwrites."""
+        return 1
 
     def select(self, prompt: Prompt, num_rows: int) -> Tensor:
         """[H_kv, num_rows] int64 row indices to keep, ascending and distinct; called only when num_rows < T."""

@@ -36,11 +36,13 @@ class DenseStore:
         *,
         num_layers: int,
         num_slots: int,
+        num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         max_model_len: int,
         max_query_len: int,
         policy: KVPolicy,
+        scale: float,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -78,6 +80,8 @@ class DenseStore:
                 shape=(len(layers), num_slots, num_kv_heads, capacity[budget]),
                 max_query_len=max_query_len,
                 policy=policy,
+                num_heads=num_heads,
+                scale=scale,
             )
             groups.append(group)
             start += group.num_rows
@@ -167,6 +171,6 @@ class DenseStore:
     def num_bytes(self) -> int:
         """Sum of unique storages of what holds rows and their scores."""
         tensors = [self.key, self.value, self.position, self.column]
-        tensors += [tensor for group in self.groups for tensor in (group.pending_column, group.sink_key)]
+        tensors += [tensor for group in self.groups for tensor in group.beside]
         storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

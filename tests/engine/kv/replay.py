@@ -56,6 +56,7 @@ def make_oracle(policy: KVPolicy, name: str) -> Oracle:
         scale=SCALE,
         inv_freq=rope().inv_freq.double().numpy(),
         max_model_len=MAX_MODEL_LEN,
+        max_query_len=MAX_QUERY_LEN,
     )
 
 

@@ -11,17 +11,21 @@ from torch.nn.functional import avg_pool1d
 from codesign.engine.attention.layer import Attention
 from codesign.engine.batch import Batch
 from codesign.engine.kv.group import LayerGroup
-from codesign.engine.kv.policies import snapkv
+from codesign.engine.kv.policies import r_kv, snapkv
 from codesign.engine.kv.policies.h2o import H2O
 from codesign.engine.kv.policies.pyramidkv import PyramidKV
+from codesign.engine.kv.policies.r_kv import RKV
 from codesign.engine.kv.policies.streaming_llm import StreamingLLM
 from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
+from codesign.engine.kv.recent import RecentQueries, VictimQueue
+from codesign.engine.kv.redundancy import key_redundancy
 from codesign.engine.kv.sinks import SinkKeys
 
 H2O_POLICY = H2O(kv_budget=12, num_sink_tokens=2)
 DECAYED_POLICY = H2O(kv_budget=12, num_sink_tokens=2, score_norm="decayed", decay=0.7)
 PYRAMID_POLICY = PyramidKV(kv_budget=16, window_tokens=4, num_sink_tokens=2, kernel_size=3, beta=4)
 STREAMING_POLICY = StreamingLLM(kv_budget=9)
+R_KV_POLICY = RKV(kv_budget=16, buffer_tokens=5, window_tokens=3, num_sink_tokens=2, kernel_size=3)
 
 
 def traffic(
@@ -38,6 +42,7 @@ def traffic(
         (DECAYED_POLICY, "h2o"),
         (PYRAMID_POLICY, "pyramidkv"),
         (STREAMING_POLICY, "streaming_llm"),
+        (R_KV_POLICY, "r_kv"),
     ],
 )
 def test_without_a_planted_bug_the_replay_agrees(policy: KVPolicy, name: str) -> None:
@@ -115,6 +120,32 @@ def test_sinks_at_their_true_distance_are_noticed(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(AssertionError):
         traffic(STREAMING_POLICY, "streaming_llm")
+
+
+def test_rejected_queries_among_the_recent_ones_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = RecentQueries.before
+
+    def newest_written(self: RecentQueries, slot: Tensor, next_position: Tensor) -> Tensor:
+        return right(self, slot, next_position + 1)
+
+    monkeypatch.setattr(RecentQueries, "before", newest_written)
+
+    with pytest.raises(AssertionError):
+        traffic(R_KV_POLICY, "r_kv")
+
+
+def test_victims_left_over_from_the_sequence_before_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VictimQueue, "clear", lambda *_: None)
+
+    with pytest.raises(AssertionError):
+        traffic(R_KV_POLICY, "r_kv")
+
+
+def test_blame_on_the_newest_of_near_duplicates_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(r_kv, "key_redundancy", lambda key, position, **_: key_redundancy(key, position, threshold=2.0))
+
+    with pytest.raises(AssertionError):
+        traffic(R_KV_POLICY, "r_kv")
 
 
 def test_new_rows_as_victims_are_noticed() -> None:

@@ -17,6 +17,17 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
         {"kv_budget": 0.3, "recent_fraction": 0.2, "num_sink_tokens": 0, "score_norm": "query_count"},
         {"kv_budget": 14, "num_sink_tokens": 2, "score_norm": "decayed", "decay": 0.7},
     ],
+    "r_kv": [
+        {"kv_budget": 16, "buffer_tokens": 5, "window_tokens": 3, "num_sink_tokens": 2, "kernel_size": 3},
+        {
+            "kv_budget": 0.3,
+            "buffer_tokens": 128,
+            "window_tokens": 5,
+            "num_sink_tokens": 0,
+            "importance_weight": 0.7,
+            "similarity_threshold": 0.2,
+        },
+    ],
     "snapkv": [{"kv_budget": 16, "window_tokens": 4, "num_sink_tokens": 2, "kernel_size": 3}],
     "pyramidkv": [
         {"kv_budget": 16, "window_tokens": 4, "num_sink_tokens": 2, "kernel_size": 3, "beta": 4},

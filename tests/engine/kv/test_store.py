@@ -12,6 +12,7 @@ from codesign.engine.batch import Batch
 from codesign.engine.kv.policies.full import Full
 from codesign.engine.kv.policies.h2o import H2O
 from codesign.engine.kv.policies.pyramidkv import PyramidKV
+from codesign.engine.kv.policies.r_kv import RKV
 from codesign.engine.kv.policies.streaming_llm import StreamingLLM
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.step import StepPlan, decode_plan
@@ -134,6 +135,7 @@ def test_the_kernel_name_says_what_runs() -> None:
         StreamingLLM(kv_budget=12),
         H2O(kv_budget=12, num_sink_tokens=1),
         PyramidKV(kv_budget=20, window_tokens=8, num_sink_tokens=1, beta=3),
+        RKV(kv_budget=20, window_tokens=8, num_sink_tokens=1, buffer_tokens=4),
     ],
     ids=lambda policy: type(policy).__name__,
 )
@@ -149,7 +151,7 @@ def test_any_chunking_of_the_prompt_keeps_the_same_rows(policy: KVPolicy, chunks
 
 @pytest.mark.parametrize(
     "policy",
-    [StreamingLLM(kv_budget=0.1), H2O(kv_budget=0.1), PyramidKV(kv_budget=0.1)],
+    [StreamingLLM(kv_budget=0.1), H2O(kv_budget=0.1), PyramidKV(kv_budget=0.1), RKV(kv_budget=0.1)],
     ids=lambda policy: type(policy).__name__,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,7 +191,7 @@ def test_an_unbounded_layer_stages_nothing() -> None:
 
 
 def test_a_reused_slot_shows_nothing_of_the_sequence_before() -> None:
-    for policy in (Full(), StreamingLLM(kv_budget=9), H2O(kv_budget=9, num_sink_tokens=0)):
+    for policy in (Full(), StreamingLLM(kv_budget=9), H2O(kv_budget=9, num_sink_tokens=0), RKV(kv_budget=16)):
         used, fresh = make(policy), make(policy)
         generate(used, [40], 12)
         run(used, chunk(1, 0, 3, is_end=True, frees=[0]))
