@@ -107,6 +107,7 @@ def test_engine_with_requests_cannot_score() -> None:
 
 POLICIES = [name for name in KV_POLICIES.names() if name != "full"]
 KNOBS: dict[str, dict[str, int]] = {
+    "ada_kv": {"window_tokens": 4, "num_sink_tokens": 2},
     "snapkv": {"window_tokens": 4, "num_sink_tokens": 2},
     "pyramidkv": {"window_tokens": 4, "num_sink_tokens": 2},
     "h2o": {"num_sink_tokens": 2},

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
+from codesign.engine.attention.ragged import attend_ragged
 from codesign.engine.attention.rope import Rope, rotate
 from codesign.engine.attention.weights import column_sums, weights
 from codesign.engine.batch import Batch
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policy import KVPolicy
+from codesign.engine.kv.ragged import RaggedGroup
 from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.kv.store import DenseStore
@@ -100,6 +102,8 @@ class Attention:
         self.kernel = backend.kernel
         if is_bounded and policy.evidence == "column_sums":
             self.kernel += " + column pass"
+        if is_bounded and policy.head_budgets == "ragged":
+            self.kernel += ", a call per slot and KV head"
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
         self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
         self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
@@ -237,7 +241,10 @@ class Attention:
         query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
         key = group.key[index, call.slots, :, : call.num_rows]
         value = group.value[index, call.slots, :, : call.num_rows]
-        out = self.backend.attend(query, key, value, mask=call.mask, is_causal=False, scale=self._scale)
+        if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
+            out = attend_ragged(self.backend, group, index, call, query, scale=self._scale)
+        else:
+            out = self.backend.attend(query, key, value, mask=call.mask, is_causal=False, scale=self._scale)
         if group.pending_column is not None:
             whole = slice(0, query.shape[2])
             weight = weights(query, key, whole, mask=call.mask, is_causal=False, scale=self._scale)

@@ -85,6 +85,11 @@ class LayerGroup:
         """Rows that exist per KV head once `num_tokens` tokens are committed."""
         return min(num_tokens, self.budget)
 
+    def heads(self, index: int, slot: int, num_tokens: int) -> list[tuple[int, int]]:
+        """(first row, number of rows) of each KV head once `num_tokens` are committed, within the rows of the slot."""
+        num_kv_heads, capacity = self.key.shape[2:4]
+        return [(head * capacity, self.rows_after(num_tokens)) for head in range(num_kv_heads)]
+
     def admit(self, index: int, slot: int, prompt: Prompt, kept: Tensor | None) -> None:
         """Moves a finished prompt into the slot: the rows `kept` [H_kv, K], or all of them."""
         num_heads, num_tokens, head_dim = prompt.key.shape
@@ -103,6 +108,9 @@ class LayerGroup:
             seen = prompt.window_query.transpose(0, 1)
             position = torch.arange(num_tokens - len(seen), num_tokens, device=self.key.device)
             self.recent.write(index, slot, position, seen)
+
+    def release(self, slot: int) -> None:
+        """Forgets what was decided for the sequence in this slot."""
         if self.queue is not None:
             self.queue.clear(slot)
 

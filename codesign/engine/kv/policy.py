@@ -18,6 +18,7 @@ from torch import Tensor
 
 KeySpace = Literal["rotated", "pre_rope"]
 Evidence = Literal["none", "window_queries", "column_sums"]
+HeadBudgets = Literal["equal", "ragged"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,8 @@ class KVPolicy(ABC):
     evidence: ClassVar[Evidence] = "none"
     needs_keys: ClassVar[bool] = False  # `victims` looks at keys and recent queries; with evidence "window_queries"
 
+    head_budgets: ClassVar[HeadBudgets] = "equal"  # "ragged": a prompt's rows are split over the KV heads by values
+
     @property
     def window_tokens(self) -> int:
         """How many of the newest queries are shown: to `select` with `evidence = "window_queries"`, to `victims` with
@@ -106,12 +109,17 @@ class KVPolicy(ABC):
         return 1
 
     def select(self, prompt: Prompt, num_rows: int) -> Tensor:
-        """[H_kv, num_rows] int64 row indices to keep, ascending and distinct; called only when num_rows < T."""
+        """[H_kv, num_rows] int64 row indices to keep, ascending and distinct; called only when num_rows < T.
+
+        With `head_budgets = "ragged"`: [H_kv * num_rows] indices into the flattened [H_kv, T], ascending and distinct;
+        of each head at least the newest `evictable(num_rows)` rows, in which its output tokens will live.
+        """
         raise NotImplementedError  # an unbounded policy is never asked
 
     def victims(self, rows: Rows, num_victims: int) -> Tensor:
         """[B, H_kv, num_victims] int64 indices into R, distinct per head; called only when the budget is full.
 
-        Never names a row newer than the protected recent window of the policy.
+        Never names a row newer than the protected recent window of the policy. With `head_budgets = "ragged"` only the
+        newest `evictable` rows of each head are shown: R is their number.
         """
         raise NotImplementedError  # an unbounded policy is never asked

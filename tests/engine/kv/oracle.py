@@ -33,6 +33,7 @@ class Head:
     pending: list[Row] = dataclasses.field(default_factory=list)
     pending_mass: list[dict[int, float]] = dataclasses.field(default_factory=list)
     named: list[int] = dataclasses.field(default_factory=list)  # victims named ahead, next first
+    capacity: int | None = None  # rows it may hold; None: the layer's budget
 
 
 @dataclasses.dataclass
@@ -118,7 +119,7 @@ class Oracle:
         for seen in mass:
             for row in everyone.values():
                 row.column = row.column * self.decay + seen.get(row.position, 0.0)
-        appended = accepted[: self.budgets[layer] - len(head.rows)]
+        appended = accepted[: (head.capacity or self.budgets[layer]) - len(head.rows)]
         head.rows.update({row.position: row for row in appended})
         new = accepted[len(appended) :]
         if new:
@@ -208,9 +209,13 @@ class Oracle:
             column=np.array([[row.column for row in own] for own in rows]),
             scale=self.scale,
         )
-        for head, kept in zip(heads, self.select(self.policy, ended, budget), strict=True):
-            assert len(set(kept)) == budget, "the budget is used, and each row is kept once"
+        selected = self.select(self.policy, ended, budget)
+        assert sum(len(kept) for kept in selected) == budget * self.num_kv_heads, "the budget is used"
+        for head, kept in zip(heads, selected, strict=True):
+            assert len(set(kept)) == len(kept), "each row is kept once"
+            assert len(kept) == budget or self.policy.head_budgets == "ragged"
             head.rows = {position: head.rows[position] for position in kept}
+            head.capacity = len(kept)
 
 
 Select = Callable[[Any, Ended, int], list[list[int]]]
@@ -255,10 +260,11 @@ def h2o_victims(policy: Any, full: Full, count: int) -> list[int]:
     return others[::-1][:count]
 
 
-def snapkv_select(policy: Any, ended: Ended, budget: int) -> list[list[int]]:
+def snapkv_pooled(policy: Any, ended: Ended) -> tuple[list[int], list[dict[int, float]]]:
+    """(positions that always stay, score of each other position head by head)."""
     num_kv_heads, num_tokens, _ = ended.key.shape
     num_groups, window = len(ended.query) // num_kv_heads, policy.window_tokens
-    prefix, kept = num_tokens - window, []
+    prefix, scores = num_tokens - window, []
     for kv_head in range(num_kv_heads):
         received = np.zeros(prefix)
         for head in range(kv_head * num_groups, (kv_head + 1) * num_groups):
@@ -267,9 +273,25 @@ def snapkv_select(policy: Any, ended: Ended, budget: int) -> list[list[int]]:
                 received += seen[:prefix] / (num_groups * window)
         half = policy.kernel_size // 2
         padded = np.pad(received, half)
-        pooled = {p: float(padded[p : p + 2 * half + 1].mean()) for p in range(policy.num_sink_tokens, prefix)}
-        always = [*range(policy.num_sink_tokens), *range(prefix, num_tokens)]
-        kept.append(always + best(pooled, budget - len(always)))
+        scores.append({p: float(padded[p : p + 2 * half + 1].mean()) for p in range(policy.num_sink_tokens, prefix)})
+    return [*range(policy.num_sink_tokens), *range(prefix, num_tokens)], scores
+
+
+def snapkv_select(policy: Any, ended: Ended, budget: int) -> list[list[int]]:
+    always, scores = snapkv_pooled(policy, ended)
+    return [always + best(score, budget - len(always)) for score in scores]
+
+
+def ada_kv_select(policy: Any, ended: Ended, budget: int) -> list[list[int]]:
+    always, scores = snapkv_pooled(policy, ended)
+    floor = int(policy.floor_fraction * (budget - len(always)))
+    kept = [always + best(score, floor) for score in scores]
+    rest = sorted(
+        ((value, head, p) for head, score in enumerate(scores) for p, value in score.items() if p not in kept[head]),
+        reverse=True,
+    )
+    for _, head, p in rest[: len(kept) * budget - sum(len(own) for own in kept)]:
+        kept[head].append(p)
     return kept
 
 
@@ -288,6 +310,10 @@ def ask_select(policy: KVPolicy, ended: Ended, budget: int) -> list[list[int]]:
         scale=ended.scale,
     )
     kept = policy.select(prompt, budget)
+    if policy.head_budgets == "ragged":
+        assert (kept[1:] > kept[:-1]).all(), "selected rows are ascending"
+        num_heads, num_tokens, _ = ended.key.shape
+        return [[int(row) % num_tokens for row in kept if row // num_tokens == head] for head in range(num_heads)]
     assert (kept[:, 1:] > kept[:, :-1]).all(), "selected rows are ascending"
     return [[int(row) for row in own] for own in kept]
 
@@ -372,5 +398,6 @@ LAWS: dict[str, tuple[Select, Victims]] = {
     "h2o": (h2o_select, h2o_victims),
     "snapkv": (snapkv_select, snapkv_victims),
     "pyramidkv": (snapkv_select, snapkv_victims),
+    "ada_kv": (ada_kv_select, snapkv_victims),
     "r_kv": (r_kv_select, r_kv_victims),
 }

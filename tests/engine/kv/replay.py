@@ -101,11 +101,13 @@ def compare_rows(attention: Attention, oracle: Oracle) -> None:
             for slot in range(NUM_SLOTS):
                 if (layer, slot) in attention.staged_prompts:
                     continue
-                count = group.rows_after(store.num_tokens[slot])
+                places = group.heads(index, slot, store.num_tokens[slot])
+                assert sum(count for _, count in places) == NUM_KV_HEADS * group.rows_after(store.num_tokens[slot])
                 for kv_head, head in enumerate(oracle.heads[layer][slot]):
-                    position = group.position[index, slot, kv_head, :count].tolist()
+                    first, count = places[kv_head]
+                    position = group.position[index, slot].flatten()[first : first + count].tolist()
                     assert sorted(position) == sorted(head.rows), (layer, slot, kv_head)
                     if group.column is not None:
-                        column = group.column[index, slot, kv_head, :count].numpy()
+                        column = group.column[index, slot].flatten()[first : first + count].numpy()
                         expected = [head.rows[p].column for p in position]
                         assert np.abs(column - expected).max(initial=0) < TOLERANCE

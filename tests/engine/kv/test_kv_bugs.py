@@ -12,11 +12,13 @@ from codesign.engine.attention.layer import Attention
 from codesign.engine.batch import Batch
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policies import r_kv, snapkv
+from codesign.engine.kv.policies.ada_kv import AdaKV
 from codesign.engine.kv.policies.h2o import H2O
 from codesign.engine.kv.policies.pyramidkv import PyramidKV
 from codesign.engine.kv.policies.r_kv import RKV
 from codesign.engine.kv.policies.streaming_llm import StreamingLLM
 from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
+from codesign.engine.kv.ragged import RaggedGroup
 from codesign.engine.kv.recent import RecentQueries, VictimQueue
 from codesign.engine.kv.redundancy import key_redundancy
 from codesign.engine.kv.sinks import SinkKeys
@@ -25,6 +27,7 @@ H2O_POLICY = H2O(kv_budget=12, num_sink_tokens=2)
 DECAYED_POLICY = H2O(kv_budget=12, num_sink_tokens=2, score_norm="decayed", decay=0.7)
 PYRAMID_POLICY = PyramidKV(kv_budget=16, window_tokens=4, num_sink_tokens=2, kernel_size=3, beta=4)
 STREAMING_POLICY = StreamingLLM(kv_budget=9)
+ADA_KV_POLICY = AdaKV(kv_budget=16, window_tokens=4, num_sink_tokens=2, kernel_size=3)
 R_KV_POLICY = RKV(kv_budget=16, buffer_tokens=5, window_tokens=3, num_sink_tokens=2, kernel_size=3)
 
 
@@ -43,6 +46,7 @@ def traffic(
         (PYRAMID_POLICY, "pyramidkv"),
         (STREAMING_POLICY, "streaming_llm"),
         (R_KV_POLICY, "r_kv"),
+        (ADA_KV_POLICY, "ada_kv"),
     ],
 )
 def test_without_a_planted_bug_the_replay_agrees(policy: KVPolicy, name: str) -> None:
@@ -146,6 +150,25 @@ def test_blame_on_the_newest_of_near_duplicates_is_noticed(monkeypatch: pytest.M
 
     with pytest.raises(AssertionError):
         traffic(R_KV_POLICY, "r_kv")
+
+
+def test_heads_left_ragged_by_the_sequence_before_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RaggedGroup, "release", LayerGroup.release)
+
+    with pytest.raises(AssertionError):
+        traffic(ADA_KV_POLICY, "ada_kv")
+
+
+def test_victims_counted_from_the_start_of_a_ragged_head_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = RaggedGroup._victims
+
+    def from_the_start(self: RaggedGroup, policy: KVPolicy, slots: list[tuple[int, int]], num_new: int) -> Tensor:
+        return right(self, policy, slots, num_new) - self.budget + policy.evictable(self.budget)
+
+    monkeypatch.setattr(RaggedGroup, "_victims", from_the_start)
+
+    with pytest.raises((AssertionError, IndexError)):
+        traffic(ADA_KV_POLICY, "ada_kv")
 
 
 def test_new_rows_as_victims_are_noticed() -> None:

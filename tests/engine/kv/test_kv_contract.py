@@ -28,6 +28,10 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
             "similarity_threshold": 0.2,
         },
     ],
+    "ada_kv": [
+        {"kv_budget": 16, "window_tokens": 4, "num_sink_tokens": 2, "kernel_size": 3},
+        {"kv_budget": 0.3, "window_tokens": 5, "num_sink_tokens": 0, "kernel_size": 1, "floor_fraction": 0.0},
+    ],
     "snapkv": [{"kv_budget": 16, "window_tokens": 4, "num_sink_tokens": 2, "kernel_size": 3}],
     "pyramidkv": [
         {"kv_budget": 16, "window_tokens": 4, "num_sink_tokens": 2, "kernel_size": 3, "beta": 4},

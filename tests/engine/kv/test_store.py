@@ -9,6 +9,7 @@ import torch
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.rope import Rope
 from codesign.engine.batch import Batch
+from codesign.engine.kv.policies.ada_kv import AdaKV
 from codesign.engine.kv.policies.full import Full
 from codesign.engine.kv.policies.h2o import H2O
 from codesign.engine.kv.policies.pyramidkv import PyramidKV
@@ -25,6 +26,7 @@ BOUNDED: list[tuple[str, dict[str, Any]]] = [
     ("pyramidkv", {"beta": 1}),
     ("h2o", {"score_norm": "decayed", "decay": 0.9}),
 ]
+ADA_KV = AdaKV(kv_budget=9, window_tokens=3, num_sink_tokens=1)
 
 
 def make(
@@ -126,6 +128,7 @@ def test_the_kernel_name_says_what_runs() -> None:
     assert make(Full()).kernel == "aten::scaled_dot_product_attention"
     assert make(H2O(kv_budget=12)).kernel == "aten::scaled_dot_product_attention + column pass"
     assert make(H2O(kv_budget=1.0)).kernel == "aten::scaled_dot_product_attention"
+    assert make(ADA_KV).kernel == "aten::scaled_dot_product_attention, a call per slot and KV head"
 
 
 @pytest.mark.parametrize("chunks", [[50], [49, 1], [1] * 50, [20, 3, 27], [7] * 7 + [1]])
@@ -136,6 +139,7 @@ def test_the_kernel_name_says_what_runs() -> None:
         H2O(kv_budget=12, num_sink_tokens=1),
         PyramidKV(kv_budget=20, window_tokens=8, num_sink_tokens=1, beta=3),
         RKV(kv_budget=20, window_tokens=8, num_sink_tokens=1, buffer_tokens=4),
+        AdaKV(kv_budget=20, window_tokens=8, num_sink_tokens=1),
     ],
     ids=lambda policy: type(policy).__name__,
 )
@@ -151,7 +155,13 @@ def test_any_chunking_of_the_prompt_keeps_the_same_rows(policy: KVPolicy, chunks
 
 @pytest.mark.parametrize(
     "policy",
-    [StreamingLLM(kv_budget=0.1), H2O(kv_budget=0.1), PyramidKV(kv_budget=0.1), RKV(kv_budget=0.1)],
+    [
+        StreamingLLM(kv_budget=0.1),
+        H2O(kv_budget=0.1),
+        PyramidKV(kv_budget=0.1),
+        RKV(kv_budget=0.1),
+        AdaKV(kv_budget=0.1),
+    ],
     ids=lambda policy: type(policy).__name__,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,7 +201,7 @@ def test_an_unbounded_layer_stages_nothing() -> None:
 
 
 def test_a_reused_slot_shows_nothing_of_the_sequence_before() -> None:
-    for policy in (Full(), StreamingLLM(kv_budget=9), H2O(kv_budget=9, num_sink_tokens=0), RKV(kv_budget=16)):
+    for policy in (Full(), StreamingLLM(kv_budget=9), H2O(kv_budget=9, num_sink_tokens=0), RKV(kv_budget=16), ADA_KV):
         used, fresh = make(policy), make(policy)
         generate(used, [40], 12)
         run(used, chunk(1, 0, 3, is_end=True, frees=[0]))

@@ -56,11 +56,15 @@ class SnapKV(KVPolicy):
     def evictable(self, budget: int) -> int:
         return self.window_tokens
 
-    def select(self, prompt: Prompt, num_rows: int) -> Tensor:
+    def score(self, prompt: Prompt) -> Tensor:
+        """[H_kv, T], higher is kept; sinks and window score +inf."""
         assert prompt.window_query is not None
         score = snapkv_scores(prompt.window_query, prompt.key, scale=prompt.scale, kernel_size=self.kernel_size)
         score[:, : self.num_sink_tokens] = float("inf")
-        return score.topk(num_rows).indices.sort().values
+        return score
+
+    def select(self, prompt: Prompt, num_rows: int) -> Tensor:
+        return self.score(prompt).topk(num_rows).indices.sort().values
 
     def victims(self, rows: Rows, num_victims: int) -> Tensor:
         first = rows.position.shape[-1] - self.window_tokens
