@@ -89,6 +89,10 @@ class KVPolicy(ABC):
         """How many first tokens are never evicted; with `key_space = "pre_rope"` their keys are turned at each step."""
         return 0
 
+    def slot_policies(self, num_slots: int) -> "tuple[tuple[int, KVPolicy], ...]":
+        """(how many slots, their policy), slot after slot, from the first; this one for all of them by default."""
+        return ((num_slots, self),)
+
     @abstractmethod
     def budgets(self, *, num_layers: int, max_model_len: int) -> tuple[int, ...]:
         """[num_layers] most rows kept per KV head in each layer, each in 1..max_model_len.

@@ -21,8 +21,9 @@ from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES
 
 CPU = torch.device("cpu")
 NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, HEAD_DIM = 4, 2, 3, 16
+ALONE = [name for name in KV_POLICIES.names() if len(KV_POLICIES.create(name).slot_policies(8)) == 1]
 BOUNDED: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in KV_POLICIES.names() if "kv_budget" in KV_POLICIES.knobs(name) and name != "pyramidkv"),
+    *((name, {}) for name in ALONE if "kv_budget" in KV_POLICIES.knobs(name) and name != "pyramidkv"),
     ("pyramidkv", {"beta": 1}),
     ("h2o", {"score_norm": "decayed", "decay": 0.9}),
 ]
