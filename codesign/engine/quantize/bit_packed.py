@@ -17,7 +17,7 @@ from torch import Tensor
 from codesign.engine.quantize.format import GridFormat, check_group_size
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
-from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
+from codesign.engine.quantize.packed_linear import PackedLinear
 
 _IN_MULTIPLE = 8
 
@@ -65,13 +65,12 @@ def _pack_single(values: Tensor) -> Tensor:
     return packed
 
 
-class BitPackedLinear(Linear):
+class BitPackedLinear(PackedLinear):
     """packed [out, in * bits / 8] uint8; scale and, unless symmetric, offset [out, groups]."""
 
     packed: Tensor
     scale: Tensor
     offset: Tensor | None
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -84,31 +83,29 @@ class BitPackedLinear(Linear):
         dtype: torch.dtype,
         workspace: Workspace,
     ) -> None:
-        super().__init__()
-        self._grid, self._workspace = grid, workspace
-        self.out_features, self.in_features = packed.shape[0], packed.shape[1] * 8 // grid.bits
+        super().__init__(
+            out_features=packed.shape[0],
+            in_features=packed.shape[1] * 8 // grid.bits,
+            bias=bias,
+            dtype=dtype,
+            device=packed.device,
+            workspace=workspace,
+            has_compiled_unpack=True,
+        )
+        self._grid = grid
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
         self.register_buffer("offset", offset)
-        self.register_buffer("bias", None if bias is None else bias.to(dtype))
-        self._compute_dtype = compute_dtype(dtype, packed.device)
-        self.kernel = f"unpack + aten::mm {str(self._compute_dtype).removeprefix('torch.')}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] == 0:
-            return x.new_empty(0, self.out_features)
-        y = multiply_unpacked(
-            x.to(self._compute_dtype),
-            self._unpack,
-            out_features=self.out_features,
-            step=1,
-            is_transposed=False,
-            workspace=self._workspace,
-        )
-        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
-
-    def _unpack(self, start: int, stop: int, out: Tensor) -> None:
+    def unpack(self, start: int, stop: int, out: Tensor) -> None:
         rows = slice(start, stop)
+        if self.compiled_unpack is not None:
+            scale = self.scale[rows].float()
+            middle = -self._grid.middle * scale
+            if self.offset is not None:
+                middle += self.offset[rows]
+            self.compiled_unpack.bits(self.packed[rows], self._grid.bits, scale, middle, out)
+            return
         codes = unpack_bits(self.packed[rows], self._grid.bits)
         groups = out.view(stop - start, self.scale.shape[1], -1)
         groups.copy_(codes.view(groups.shape)).sub_(self._grid.middle).mul_(self.scale[rows, :, None])

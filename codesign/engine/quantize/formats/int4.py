@@ -15,7 +15,7 @@ from codesign.engine.quantize.few_rows import choose
 from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
-from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
+from codesign.engine.quantize.packed_linear import PackedLinear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,10 +77,9 @@ class Int4(GridFormat):
         )
 
 
-class _Int4Linear(Linear):
+class _Int4Linear(PackedLinear):
     packed: Tensor  # [out, in / 2] uint8, in the order of int4_layout
     scale_and_zero: Tensor  # [in / group_size, out, 2]
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -92,40 +91,37 @@ class _Int4Linear(Linear):
         dtype: torch.dtype,
         workspace: Workspace,
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = packed.shape[0], 2 * packed.shape[1]
+        super().__init__(
+            out_features=packed.shape[0],
+            in_features=2 * packed.shape[1],
+            bias=bias,
+            dtype=dtype,
+            device=packed.device,
+            workspace=workspace,
+            few_rows=choose("int4", dtype=dtype, device=packed.device, out_features=packed.shape[0]),
+            has_compiled_unpack=packed.shape[0] % int4_layout.block_rows() == 0,
+            unpack_step=int4_layout.block_rows(),
+            is_transposed=True,
+        )
         self.register_buffer("packed", packed)
         self.register_buffer("scale_and_zero", scale_and_zero)
-        self.register_buffer("bias", None if bias is None else bias.to(dtype))
-        self._group_size, self._workspace = group_size, workspace
-        self._compute_dtype = compute_dtype(dtype, packed.device)
-        few_rows = choose("int4", dtype=dtype, device=packed.device, out_features=self.out_features)
-        self.kernel_max_rows, self._compiled = few_rows.max_rows, few_rows.compiled
-        self.kernel = few_rows.describe(f"unpack + aten::mm {str(self._compute_dtype).removeprefix('torch.')}")
+        self._group_size = group_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        if 0 < x.shape[0] <= self.kernel_max_rows:
-            if self._compiled is None:
-                return self._aten(x)
-            y = self._compiled.int4(x, self.packed, self.scale_and_zero, self._group_size)
-            return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
-        y = multiply_unpacked(
-            x.to(self._compute_dtype),
-            self._unpack,
-            out_features=self.out_features,
-            step=int4_layout.block_rows(),
-            is_transposed=True,
-            workspace=self._workspace,
-        )
-        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
-
-    def _aten(self, x: Tensor) -> Tensor:
+    def multiply_packed(self, x: Tensor) -> Tensor:
+        if self.few_rows.compiled is not None:
+            return self.few_rows.compiled.int4(x, self.packed, self.scale_and_zero, self._group_size)
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(
             x.contiguous(), self.packed, self._group_size, self.scale_and_zero
         )
-        return y if self.bias is None else y.add_(self.bias)
+        return y
 
-    def _unpack(self, start: int, stop: int, out: Tensor) -> None:
+    def unpack(self, start: int, stop: int, out: Tensor) -> None:
+        if self.compiled_unpack is not None:
+            self.compiled_unpack.int4(self.packed, self.scale_and_zero, start, stop, out)
+        else:
+            self._unpack_plainly(start, stop, out)
+
+    def _unpack_plainly(self, start: int, stop: int, out: Tensor) -> None:
         int4_layout.unpack(self.packed, start, stop, out)
         scale, zero = self.scale_and_zero[:, None, start:stop].to(out.dtype).unbind(-1)
         groups = out.view(-1, self._group_size, stop - start)
@@ -144,5 +140,5 @@ class _Int4Linear(Linear):
 
     def dequantize(self) -> Tensor:
         wide = torch.empty(self.in_features, self.out_features, device=self.packed.device)
-        self._unpack(0, self.out_features, wide)
+        self._unpack_plainly(0, self.out_features, wide)
         return wide.t()

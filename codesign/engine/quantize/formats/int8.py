@@ -14,7 +14,7 @@ from codesign.engine.quantize.few_rows import choose
 from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized, row_grid, signed
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
-from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
+from codesign.engine.quantize.packed_linear import PackedLinear
 
 _IN_MULTIPLE = 16  # ATen reads 16 inputs at a time without a tail loop, past the end of the row where there is one
 
@@ -42,54 +42,40 @@ class Int8(GridFormat):
         return _Int8Linear(tensors["codes"], tensors["scale"], tensors.get("bias"), dtype=dtype, workspace=workspace)
 
 
-class _Int8Linear(Linear):
+class _Int8Linear(PackedLinear):
     codes: Tensor
     scale: Tensor
-    bias: Tensor | None
 
     def __init__(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = codes.shape
+        super().__init__(
+            out_features=codes.shape[0],
+            in_features=codes.shape[1],
+            bias=bias,
+            dtype=dtype,
+            device=codes.device,
+            workspace=workspace,
+            few_rows=choose("int8", dtype=dtype, device=codes.device),
+            has_compiled_unpack=True,
+        )
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.to(dtype))
-        self._workspace = workspace
-        self._compute_dtype = compute_dtype(dtype, codes.device)
-        few_rows = choose("int8", dtype=dtype, device=codes.device)
-        self.kernel_max_rows, self._compiled = few_rows.max_rows, few_rows.compiled
-        self.kernel = few_rows.describe(f"widen + aten::mm {str(self._compute_dtype).removeprefix('torch.')}")
 
-    def forward(self, x: Tensor) -> Tensor:
-        if 0 < x.shape[0] <= self.kernel_max_rows:
-            if self._compiled is None:
-                return self._aten(x)
-            y = self._compiled.int8(x, self.codes).mul_(self.scale)
-            return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
-        y = multiply_unpacked(
-            x.to(self._compute_dtype),
-            self._unpack,
-            out_features=self.out_features,
-            step=1,
-            is_transposed=False,
-            workspace=self._workspace,
-        )
-        if self._compute_dtype == torch.float32:
-            y.mul_(self.scale)
-        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
-
-    def _aten(self, x: Tensor) -> Tensor:
+    def multiply_packed(self, x: Tensor) -> Tensor:
+        if self.few_rows.compiled is not None:
+            return self.few_rows.compiled.int8(x, self.codes).mul_(self.scale)
         x = x.contiguous()
         if x.data_ptr() % 32:  # ATen's kernel uses aligned loads and faults on a view that starts elsewhere
             x = x.clone()
         y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, self.codes, self.scale)
-        return y if self.bias is None else y.add_(self.bias)
+        return y
 
-    def _unpack(self, start: int, stop: int, out: Tensor) -> None:
-        out.copy_(self.codes[start:stop])
-        if self._compute_dtype != torch.float32:  # sums of unscaled codes overflow fp16; fp32 scales its few outputs
-            out.mul_(self.scale[start:stop, None])
+    def unpack(self, start: int, stop: int, out: Tensor) -> None:
+        if self.compiled_unpack is not None:
+            self.compiled_unpack.int8(self.codes[start:stop], self.scale[start:stop], out)
+        else:
+            torch.mul(self.codes[start:stop], self.scale[start:stop, None], out=out)
 
     def stored(self) -> Stored:
         return Stored(Quantized(signed(self.codes), Fit(self.scale[:, None])), row_grid(self.scale.dtype))

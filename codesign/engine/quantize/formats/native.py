@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codesign.engine.quantize import half_packed, prepacked
+from codesign.engine.quantize.few_rows import FewRows
 from codesign.engine.quantize.format import WeightFormat
 from codesign.engine.quantize.inputs import InputStats
 from codesign.engine.quantize.linear import Linear, Workspace
-from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
+from codesign.engine.quantize.packed_linear import PackedLinear
+from codesign.engine.quantize.widened import compute_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,30 +62,31 @@ class _DenseLinear(Linear):
         return self.weight.float()
 
 
-class _WidenedLinear(_DenseLinear):
+class _WidenedLinear(PackedLinear):
     """On a CPU without products in the weight's dtype: matrix-vector products for few rows, fp32 slices for more."""
 
-    _MAX_VECTOR_ROWS = (
-        2  # Zen 3, [9728, 896], ms on one core: 2.2 / 4.2 / 8.2 at M = 1 / 2 / 4, widened 3.7 / 4.8 / 5.6
-    )
+    weight: Tensor
+
+    # Zen 3, [9728, 896], ms on one core: 2.2 / 4.2 / 8.2 at M = 1 / 2 / 4, widened 3.7 / 4.8 / 5.6
+    _FEW_ROWS = FewRows("aten::linear", 2)
 
     def __init__(self, weight: Tensor, bias: Tensor | None, workspace: Workspace) -> None:
-        super().__init__(weight, bias)
-        self.kernel = f"aten::linear (M<={self._MAX_VECTOR_ROWS}), widen + aten::mm fp32"
-        self._workspace = workspace
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] <= self._MAX_VECTOR_ROWS:
-            return F.linear(x, self.weight, self.bias)
-        y = multiply_unpacked(
-            x.float(),
-            self._unpack,
-            out_features=self.out_features,
-            step=1,
-            is_transposed=False,
-            workspace=self._workspace,
+        super().__init__(
+            out_features=weight.shape[0],
+            in_features=weight.shape[1],
+            bias=bias,
+            dtype=weight.dtype,
+            device=weight.device,
+            workspace=workspace,
+            few_rows=self._FEW_ROWS,
         )
-        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+        self.register_buffer("weight", weight)
 
-    def _unpack(self, start: int, stop: int, out: Tensor) -> None:
+    def multiply_packed(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def unpack(self, start: int, stop: int, out: Tensor) -> None:
         out.copy_(self.weight[start:stop])
+
+    def dequantize(self) -> Tensor:
+        return self.weight.float()

@@ -13,8 +13,8 @@ from torch import Tensor
 from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import Quantized
 from codesign.engine.quantize.linear import Linear, Workspace
-from codesign.engine.quantize.nf4_grid import BLOCK, Nf4Fit, Nf4Grid, ScaleCodes, byte_levels
-from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
+from codesign.engine.quantize.nf4_grid import BLOCK, Nf4Fit, Nf4Grid, ScaleCodes, byte_levels, levels
+from codesign.engine.quantize.packed_linear import PackedLinear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,48 +43,41 @@ class Nf4(GridFormat):
         return _Nf4Linear(tensors["packed"], scales, tensors.get("bias"), dtype=dtype, workspace=workspace)
 
 
-class _Nf4Linear(Linear):
+class _Nf4Linear(PackedLinear):
     packed: Tensor  # [out, in / 2] uint8, the even input's code in the low bits
     scale_codes: Tensor
     scale_step: Tensor
     scale_mean: Tensor
-    bias: Tensor | None
 
     def __init__(
         self, packed: Tensor, scales: ScaleCodes, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = packed.shape[0], 2 * packed.shape[1]
+        super().__init__(
+            out_features=packed.shape[0],
+            in_features=2 * packed.shape[1],
+            bias=bias,
+            dtype=dtype,
+            device=packed.device,
+            workspace=workspace,
+            has_compiled_unpack=True,
+        )
         self.register_buffer("packed", packed)
         self.register_buffer("scale_codes", scales.codes)
         self.register_buffer("scale_step", scales.step)
         self.register_buffer("scale_mean", scales.mean)
-        self.register_buffer("bias", None if bias is None else bias.to(dtype))
-        self._workspace = workspace
-        self._compute_dtype = compute_dtype(dtype, packed.device)
-        self.kernel = f"unpack + aten::mm {str(self._compute_dtype).removeprefix('torch.')}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] == 0:
-            return x.new_empty(0, self.out_features)
-        y = multiply_unpacked(
-            x.to(self._compute_dtype),
-            self._unpack,
-            out_features=self.out_features,
-            step=1,
-            is_transposed=False,
-            workspace=self._workspace,
-        )
-        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
-
-    def _unpack(self, start: int, stop: int, out: Tensor) -> None:
+    def unpack(self, start: int, stop: int, out: Tensor) -> None:
+        scale = self._scales().scale(start, stop)
+        if self.compiled_unpack is not None:
+            self.compiled_unpack.levels(self.packed[start:stop], levels(), scale, out)
+            return
         pairs = byte_levels(out.device).index_select(0, self.packed[start:stop].flatten().int())
         groups = pairs.view(stop - start, -1, BLOCK)
-        torch.mul(groups, self._scale()[start:stop, :, None], out=out.view(groups.shape))
+        torch.mul(groups, scale[..., None], out=out.view(groups.shape))
 
-    def _scale(self) -> Tensor:
-        return ScaleCodes(self.scale_codes, self.scale_step, self.scale_mean).scale()
+    def _scales(self) -> ScaleCodes:
+        return ScaleCodes(self.scale_codes, self.scale_step, self.scale_mean)
 
     def dequantize(self) -> Tensor:
         pairs = byte_levels(self.packed.device)[self.packed.int()]
-        return (pairs.view(self.out_features, -1, BLOCK) * self._scale()[..., None]).flatten(1)
+        return (pairs.view(self.out_features, -1, BLOCK) * self._scales().scale()[..., None]).flatten(1)
