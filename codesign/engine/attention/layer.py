@@ -22,6 +22,7 @@ from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.kv.ragged import RaggedGroup
+from codesign.engine.kv.recent import RecentQueries
 from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.kv.store import DenseStore
@@ -86,17 +87,28 @@ class Attention:
         self.store = DenseStore(
             num_layers=num_layers,
             num_slots=num_slots,
-            num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             max_model_len=max_model_len,
             max_query_len=max_query_len,
             policy=policy,
-            scale=scale,
             dtype=dtype,
             device=device,
         )
         is_bounded = any(group.is_bounded for group in self.store.groups)
+        if is_bounded and policy.needs_keys:
+            for group in self.store.groups:
+                group.recent = RecentQueries(
+                    len(group.layers),
+                    num_slots,
+                    num_heads,
+                    head_dim,
+                    window_tokens=policy.window_tokens,
+                    max_query_len=max_query_len,
+                    scale=scale,
+                    dtype=dtype,
+                    device=device,
+                )
         if is_bounded and not codec.rows_mutable:
             raise Unsupported("a KV policy that evicts needs a codec whose rows can be overwritten: use codec native")
         self.kernel = backend.kernel

@@ -17,7 +17,8 @@ class LayerGroup:
     column: [L, S, H_kv, C] fp32, or None.
     pending_column: [L, S, H_kv, Q, C] fp32: what each pending query looked at, kept apart until it is accepted.
     row_start: [L, S, H_kv] first row in the store's tensors.
-    recent, queue: newest queries and victims named ahead, or None unless the policy `needs_keys`, looks ahead.
+    recent: newest queries, or None; attention brings them for a policy that `needs_keys`.
+    queue: victims named ahead, or None unless the policy looks ahead.
     """
 
     def __init__(
@@ -33,8 +34,6 @@ class LayerGroup:
         shape: tuple[int, int, int, int],
         max_query_len: int,
         policy: KVPolicy,
-        num_heads: int,
-        scale: float,
     ) -> None:
         self.layers, self.budget, self.is_bounded = layers, budget, position is not None
         num_layers, num_slots, num_kv_heads, capacity = shape
@@ -53,19 +52,7 @@ class LayerGroup:
         self.sinks: SinkKeys | None = None
         if self.is_bounded and policy.key_space == "pre_rope":
             self.sinks = SinkKeys(self.key, policy.num_sink_tokens)
-        self.scale = scale
         self.recent: RecentQueries | None = None
-        if self.is_bounded and policy.needs_keys:
-            self.recent = RecentQueries(
-                num_layers,
-                num_slots,
-                num_heads,
-                head_dim,
-                window_tokens=policy.window_tokens,
-                max_query_len=max_query_len,
-                dtype=key.dtype,
-                device=device,
-            )
         self.queue: VictimQueue | None = None
         if self.is_bounded and policy.lookahead(budget) > 1:
             length = max(policy.lookahead(budget), max_query_len)
@@ -87,8 +74,8 @@ class LayerGroup:
 
     def heads(self, index: int, slot: int, num_tokens: int) -> list[tuple[int, int]]:
         """(first row, number of rows) of each KV head once `num_tokens` are committed, within the rows of the slot."""
-        num_kv_heads, capacity = self.key.shape[2:4]
-        return [(head * capacity, self.rows_after(num_tokens)) for head in range(num_kv_heads)]
+        num_kv_heads, width = self.position.shape[2:]
+        return [(head * width, self.rows_after(num_tokens)) for head in range(num_kv_heads)]
 
     def admit(self, index: int, slot: int, prompt: Prompt, kept: Tensor | None) -> None:
         """Moves a finished prompt into the slot: the rows `kept` [H_kv, K], or all of them."""
@@ -144,6 +131,10 @@ class LayerGroup:
             self.queue.fill([slot for slot, _ in stale], self._ask(policy, stale, self.queue.length))
         return self.queue.take([slot for slot, _ in slots], num_new)
 
+    def _committed_keys(self, index: slice | Tensor) -> Tensor:
+        """[L * B, H_kv, budget, D] of full slots."""
+        return self.key[:, index, :, : self.budget].flatten(0, 1)
+
     def _ask(self, policy: KVPolicy, slots: list[tuple[int, int]], num_victims: int) -> Tensor:
         device, num_layers = self.key.device, len(self.layers)
         index = _index([slot for slot, _ in slots], device)
@@ -156,9 +147,9 @@ class LayerGroup:
             position=self.position[:, index, :, : self.budget].flatten(0, 1),
             column=None if self.column is None else self.column[:, index, :, : self.budget].flatten(0, 1),
             next_position=next_position.repeat(num_layers),
-            key=self.key[:, index, :, : self.budget].flatten(0, 1) if policy.needs_keys else None,
+            key=None if window_query is None else self._committed_keys(index),
             window_query=window_query,
-            scale=self.scale if policy.needs_keys else None,
+            scale=None if self.recent is None else self.recent.scale,
         )
         return policy.victims(rows, num_victims).view(num_layers, len(slots), -1, num_victims)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 class RecentQueries:
     """query [L, S, ring, H, D]: rotated queries of each slot, that of position p at p % ring.
 
-    The ring holds the window and all pending queries: a rejected one is overwritten before it could be seen.
+    The ring holds the window and all pending queries: a rejected one is overwritten before it could be seen. `scale` is
+    that of the softmax.
     """
 
     def __init__(
@@ -26,10 +27,11 @@ class RecentQueries:
         *,
         window_tokens: int,
         max_query_len: int,
+        scale: float,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.ring, self.window_tokens = window_tokens + max_query_len, window_tokens
+        self.ring, self.window_tokens, self.scale = window_tokens + max_query_len, window_tokens, scale
         self.query = torch.zeros(num_layers, num_slots, self.ring, num_heads, head_dim, dtype=dtype, device=device)
 
     def write(self, index: int, slot: Tensor | int, position: Tensor, query: Tensor) -> None:

@@ -37,13 +37,11 @@ class DenseStore:
         *,
         num_layers: int,
         num_slots: int,
-        num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         max_model_len: int,
         max_query_len: int,
         policy: KVPolicy,
-        scale: float,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -82,8 +80,6 @@ class DenseStore:
                 shape=(len(layers), num_slots, num_kv_heads, capacity[budget]),
                 max_query_len=max_query_len,
                 policy=policy,
-                num_heads=num_heads,
-                scale=scale,
             )
             groups.append(group)
             start += group.num_rows

@@ -7,7 +7,7 @@ CPU = torch.device("cpu")
 
 def test_rejected_queries_are_never_in_the_window() -> None:
     """Window 3, up to 2 pending: 5 and 6 are written, 6 is rejected and comes again."""
-    recent = RecentQueries(1, 2, 1, 1, window_tokens=3, max_query_len=2, dtype=torch.float32, device=CPU)
+    recent = RecentQueries(1, 2, 1, 1, window_tokens=3, max_query_len=2, scale=1.0, dtype=torch.float32, device=CPU)
     slot = torch.tensor([1])
 
     def write(*positions: int, value: float = 0.0) -> None:
