@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from codesign.engine.kernels import compiled
-from codesign.engine.kernels.compiled import Missing, pointer
+from codesign.engine.kernels.compiled import Missing, longs, pointer
 
 _MAX_IN = 32768  # as in unpack.c
 
@@ -22,7 +22,7 @@ class Unpack:
     def int8(self, codes: Tensor, scale: Tensor, out: Tensor) -> None:
         """codes [n, in] int8 times scale [n] into out [n, in]."""
         scale = scale.float()
-        self._call("unpack_int8", codes, scale, out, _is_bf16(out), *_longs(codes.shape))
+        self._call("unpack_int8", codes, scale, out, _is_bf16(out), *longs(codes.shape))
 
     def int4(self, packed: Tensor, scale_and_zero: Tensor, start: int, stop: int, out: Tensor) -> None:
         """Outputs start..stop, whole blocks, into out [in, stop - start].
@@ -41,7 +41,7 @@ class Unpack:
             out,
             _is_bf16(out),
             64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32,
-            *_longs((stop - start, num_in, num_out, num_in // num_groups)),
+            *longs((stop - start, num_in, num_out, num_in // num_groups)),
         )
 
     def bits(self, packed: Tensor, bits: int, scale: Tensor, middle: Tensor, out: Tensor) -> None:
@@ -52,12 +52,12 @@ class Unpack:
             scale, middle: [n, groups] fp32.
         """
         num_rows, num_in = out.shape
-        sizes = _longs((num_rows, num_in, num_in // scale.shape[1]))
+        sizes = longs((num_rows, num_in, num_in // scale.shape[1]))
         self._call("unpack_bits", packed, bits, scale, middle, out, _is_bf16(out), *sizes)
 
     def levels(self, packed: Tensor, levels: Tensor, scale: Tensor, out: Tensor) -> None:
         """levels[code] scale into out [n, in]; packed [n, in / 2], levels [16] fp32, scale [n, in / 64] fp32."""
-        self._call("unpack_levels", packed, levels, scale, out, _is_bf16(out), *_longs(out.shape))
+        self._call("unpack_levels", packed, levels, scale, out, _is_bf16(out), *longs(out.shape))
 
     def _call(self, name: str, *arguments: Tensor | int | ctypes.c_long) -> None:
         getattr(self.library, name)(*(pointer(a) if isinstance(a, Tensor) else a for a in arguments))
@@ -77,7 +77,3 @@ def load() -> Unpack | Missing:
 
 def _is_bf16(out: Tensor) -> int:
     return int(out.dtype == torch.bfloat16)
-
-
-def _longs(sizes: tuple[int, ...] | torch.Size) -> tuple[ctypes.c_long, ...]:
-    return tuple(map(ctypes.c_long, sizes))
