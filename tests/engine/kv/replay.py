@@ -8,6 +8,7 @@ from oracle import Oracle
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.rope import Rope
+from codesign.engine.attention.switched import SwitchedAttention
 from codesign.engine.batch import Batch
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.step import StepPlan
@@ -25,7 +26,12 @@ def rope(head_dim: int = HEAD_DIM) -> Rope:
 
 
 def make_attention(
-    policy: KVPolicy, *, codec: str = "native", backend: str = "sdpa", cls: type[Attention] = Attention
+    policy: KVPolicy,
+    *,
+    codec: str = "native",
+    backend: str = "sdpa",
+    cls: type[Attention] = Attention,
+    num_slots: int = NUM_SLOTS,
 ) -> Attention:
     return cls(
         num_layers=NUM_LAYERS,
@@ -37,7 +43,7 @@ def make_attention(
         policy=policy,
         codec=KV_CODECS.create(codec),
         backend=ATTENTION.create(backend),
-        num_slots=NUM_SLOTS,
+        num_slots=num_slots,
         max_model_len=MAX_MODEL_LEN,
         max_query_len=MAX_QUERY_LEN,
         dtype=torch.float32,
@@ -56,6 +62,7 @@ def make_oracle(policy: KVPolicy, name: str) -> Oracle:
         scale=SCALE,
         inv_freq=rope().inv_freq.double().numpy(),
         max_model_len=MAX_MODEL_LEN,
+        max_query_len=MAX_QUERY_LEN,
     )
 
 
@@ -88,6 +95,59 @@ def replay(attention: Attention, oracle: Oracle, plans: Iterable[StepPlan], *, s
     return num_evicted
 
 
+def replay_classes(
+    attention: SwitchedAttention, oracles: list[Oracle], plans: Iterable[StepPlan], *, seed: int = 0
+) -> list[int]:
+    """As `replay`, each class of slots beside an oracle of its own; rows evicted at commits, class by class."""
+    generator, num_evicted = torch.Generator().manual_seed(seed), [0] * len(oracles)
+    classes, first = [], 0
+    for part in attention.parts:
+        classes.append(range(first, first + len(part.store.num_tokens)))
+        first = classes[-1].stop
+    for plan in plans:
+        batch = Batch.of(plan, CPU)
+        alone = [restricted(plan, slots) for slots in classes]
+        for index, (oracle, (own, _)) in enumerate(zip(oracles, alone, strict=True)):
+            before = num_rows(oracle) + sum(count for _, count in own.commits) * NUM_LAYERS * NUM_KV_HEADS
+            oracle.begin(StepPlan(commits=own.commits))
+            num_evicted[index] += before - num_rows(oracle)
+            oracle.begin(StepPlan(frees=own.frees))
+        attention.begin(batch)
+        for part, oracle in zip(attention.parts, oracles, strict=True):
+            compare_rows(part, oracle)
+        for layer in range(NUM_LAYERS):
+            q, k, v = draw(generator, len(plan.token_ids))
+            if not plan.token_ids:
+                continue
+            out = attention(layer, q, k, v, batch)
+            for oracle, (own, tokens) in zip(oracles, alone, strict=True):
+                expected = oracle.step(own, layer, *(part[tokens].double().numpy() for part in (q, k, v)))
+                assert np.abs(out[tokens].numpy() - expected).max(initial=0) < TOLERANCE
+        attention.end(batch)
+    return num_evicted
+
+
+def restricted(plan: StepPlan, slots: range) -> tuple[StepPlan, list[int]]:
+    """What these slots, counted from the first of them, see of a plan, and which of its tokens that is."""
+    starts, parts = plan.query_starts, []
+    for index, slot in enumerate(plan.slots):
+        if slot in slots:
+            tokens = range(starts[index], starts[index + 1])
+            parts.append((slot - slots.start, tokens, plan.is_prompt[index], plan.is_prompt_end[index]))
+    tokens = [token for _, own, _, _ in parts for token in own]
+    own_plan = StepPlan(
+        commits=tuple((slot - slots.start, count) for slot, count in plan.commits if slot in slots),
+        frees=tuple(slot - slots.start for slot in plan.frees if slot in slots),
+        slots=tuple(slot for slot, _, _, _ in parts),
+        query_lens=tuple(len(own) for _, own, _, _ in parts),
+        token_ids=(0,) * len(tokens),
+        positions=tuple(plan.positions[token] for token in tokens),
+        is_prompt=tuple(is_prompt for _, _, is_prompt, _ in parts),
+        is_prompt_end=tuple(is_end for _, _, _, is_end in parts),
+    )
+    return own_plan, tokens
+
+
 def num_rows(oracle: Oracle) -> int:
     return sum(len(head.rows) for slots in oracle.heads for heads in slots for head in heads)
 
@@ -97,14 +157,16 @@ def compare_rows(attention: Attention, oracle: Oracle) -> None:
     store = attention.store
     for group in store.groups:
         for index, layer in enumerate(group.layers):
-            for slot in range(NUM_SLOTS):
+            for slot in range(len(store.num_tokens)):
                 if (layer, slot) in attention.staged_prompts:
                     continue
-                count = group.rows_after(store.num_tokens[slot])
+                places = group.heads(index, slot, store.num_tokens[slot])
+                assert sum(count for _, count in places) == NUM_KV_HEADS * group.rows_after(store.num_tokens[slot])
                 for kv_head, head in enumerate(oracle.heads[layer][slot]):
-                    position = group.position[index, slot, kv_head, :count].tolist()
+                    first, count = places[kv_head]
+                    position = group.position[index, slot].flatten()[first : first + count].tolist()
                     assert sorted(position) == sorted(head.rows), (layer, slot, kv_head)
                     if group.column is not None:
-                        column = group.column[index, slot, kv_head, :count].numpy()
+                        column = group.column[index, slot].flatten()[first : first + count].numpy()
                         expected = [head.rows[p].column for p in position]
                         assert np.abs(column - expected).max(initial=0) < TOLERANCE
