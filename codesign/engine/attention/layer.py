@@ -14,8 +14,9 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
+from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.rope import Rope, rotate
-from codesign.engine.attention.weights import column_sums, weights
+from codesign.engine.attention.weights import column_sums
 from codesign.engine.batch import Batch
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
@@ -87,13 +88,15 @@ class Attention:
             max_model_len=max_model_len,
             max_query_len=max_query_len,
             policy=policy,
+            codec=codec,
             dtype=dtype,
             device=device,
         )
         is_bounded = any(group.is_bounded for group in self.store.groups)
         if is_bounded and not codec.rows_mutable:
             raise Unsupported("a KV policy that evicts needs a codec whose rows can be overwritten: use codec native")
-        self.kernel = backend.kernel
+        self._attend_slots = OutputAttention(codec, backend, scale=scale)
+        self.kernel = self._attend_slots.kernel
         if is_bounded and policy.evidence == "column_sums":
             self.kernel += " + column pass"
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
@@ -223,36 +226,33 @@ class Attention:
         query = q.view(shape)
         # [B, H_kv, G * Q, D]; with one query each nothing has to move
         query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        key = group.key[index, call.slots, :, : call.num_rows]
-        value = group.value[index, call.slots, :, : call.num_rows]
-        out = self.backend.attend(query, key, value, mask=call.mask, is_causal=False, scale=self._scale)
-        if group.pending_column is not None:
-            whole = slice(0, query.shape[2])
-            weight = weights(query, key, whole, mask=call.mask, is_causal=False, scale=self._scale)
-            mass = weight.view(*key.shape[:2], self._num_groups, call.num_queries, -1).mean(dim=2)  # [B, H_kv, Q, R]
-            group.pending_column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
+        column = group.pending_column
+        out, weight = self._attend_slots(query, group, index, call, want_weights=column is not None)
+        if column is not None and weight is not None:
+            mass = weight.view(*weight.shape[:2], self._num_groups, call.num_queries, -1).mean(dim=2)  # [B, H_kv, Q, R]
+            column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
         if call.num_queries > 1:
-            out = out.reshape(*key.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
+            out = out.reshape(*out.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
         return out.reshape(q.shape)
 
     def _attend_prompt(
         self, call: Call, layer: int, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """A prompt chunk; when it is the last one of a bounded layer, its rows are selected and admitted here."""
+        """A prompt chunk; when it is the last one of a staged layer, its rows are selected and admitted here."""
         (span,) = call.spans
         query, new_key, new_value = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [H, n, D]
-        if not group.is_bounded:
-            group.key[index, span.slot, :, span.num_past : call.num_rows] = new_key
-            group.value[index, span.slot, :, span.num_past : call.num_rows] = new_value
-            key = group.key[index, span.slot, :, : call.num_rows]
-            value = group.value[index, span.slot, :, : call.num_rows]
+        if not group.is_staged:
+            group.key[0][index, span.slot, :, span.num_past : call.num_rows] = new_key
+            group.value[0][index, span.slot, :, span.num_past : call.num_rows] = new_value
+            key = group.key[0][index, span.slot, :, : call.num_rows]
+            value = group.value[0][index, span.slot, :, : call.num_rows]
             return self._backend_prompt(call, query, key, value)
         where = (layer, span.slot)
         staged = self.staged_prompts.get(where)
         if staged is None:
             staged = self.staged_prompts[where] = StagedPrompt(self.policy, max_model_len=self._max_model_len)
         key, value = staged.append(new_key, new_value, query, is_last=span.is_prompt_end)
-        if self.policy.evidence == "column_sums":
+        if group.column is not None:
             sums = column_sums(query[None], key[None], mask=call.mask, is_causal=call.is_causal, scale=self._scale)
             staged.add_column_sums(sums[0])
         out = self._backend_prompt(call, query, key, value)

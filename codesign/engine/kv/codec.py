@@ -1,13 +1,32 @@
-"""KVCodec: how rows are encoded in a slot. One file below `codecs/` per codec.
+"""KVCodec: what a slot stores for a row. One file below `codecs/` per codec.
 
-`native` stores rows as they are. Groups are encoded exactly once, at commit or at admit; `rows_mutable` says whether a
-single row may be overwritten in place (decode-time eviction needs that).
+Each row is encoded exactly once: when it is written, or, for a prompt, which is staged in native precision whatever its
+chunks, when it is admitted at its end. Afterwards it is only moved as it is.
 """
 
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
+Parts = tuple[Tensor, ...]  # what is stored of rows [..., D], each part [..., X]
+
 
 class KVCodec:
-    """The protocol starts with what the dense store needs today; a codec that encodes adds encode and decode."""
+    """The protocol; what it does by itself is store native rows. Members are frozen dataclasses of knobs.
+
+    Attributes:
+        rows_mutable: whether a row may be overwritten by another (decode-time eviction needs that).
+        is_native: whether what is stored is what attention reads; then a prompt needs no staging area.
+    """
 
     rows_mutable: ClassVar[bool] = True
+    is_native: ClassVar[bool] = False
+
+    def encode(self, rows: Tensor) -> Parts:
+        """What is stored of rows [..., D], key or value."""
+        return (rows,)
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
+        """[..., D] in `dtype` from the stored parts."""
+        return parts[0]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from codesign.engine.kv.codec import KVCodec, Parts
 from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
 from codesign.engine.kv.sinks import SinkKeys
 
@@ -10,8 +11,9 @@ from codesign.engine.kv.sinks import SinkKeys
 class LayerGroup:
     """Attributes:
     layers: which layers, in the order of the first dimension.
-    budget: rows kept per KV head; `is_bounded` when prompts are staged and rows are overwritten in place.
-    key, value: [L, S, H_kv, C, D].
+    budget: rows kept per KV head; `is_bounded` when rows are overwritten in place.
+    is_staged: whether a prompt waits in native precision until its end.
+    key, value: what the codec stores, parts [L, S, H_kv, C, X].
     position: [L, S, H_kv, C] int32.
     column: [L, S, H_kv, C] fp32, or None.
     pending_column: [L, S, H_kv, Q, C] fp32: what each pending query looked at, kept apart until it is accepted.
@@ -20,8 +22,8 @@ class LayerGroup:
 
     def __init__(
         self,
-        key: Tensor,
-        value: Tensor,
+        key: Parts,
+        value: Parts,
         position: Tensor | None,
         column: Tensor | None,
         *,
@@ -29,15 +31,20 @@ class LayerGroup:
         budget: int,
         start: int,
         shape: tuple[int, int, int, int],
+        head_dim: int,
         max_query_len: int,
         policy: KVPolicy,
+        codec: KVCodec,
+        dtype: torch.dtype,
     ) -> None:
         self.layers, self.budget, self.is_bounded = layers, budget, position is not None
+        self.is_staged = self.is_bounded or not codec.is_native
+        self._codec, self._dtype, self._device = codec, dtype, key[0].device
         num_layers, num_slots, num_kv_heads, capacity = shape
         self.num_rows = num_layers * num_slots * num_kv_heads * capacity
         own = slice(start, start + self.num_rows)
-        device, head_dim = key.device, key.shape[1]
-        self.key, self.value = key[own].view(*shape, head_dim), value[own].view(*shape, head_dim)
+        device = self._device
+        self.key, self.value = (tuple(part[own].view(*shape, -1) for part in parts) for parts in (key, value))
         self.row_start = start + capacity * torch.arange(self.num_rows // capacity, device=device).view(shape[:3])
         row_is_position = torch.arange(capacity, dtype=torch.int32, device=device).expand(shape)
         self.position = row_is_position if position is None else position[own].view(shape)
@@ -47,7 +54,7 @@ class LayerGroup:
             self.pending_column = torch.zeros(*shape[:3], max_query_len, capacity, device=device)
         self.sinks: SinkKeys | None = None
         if self.is_bounded and policy.key_space == "pre_rope":
-            self.sinks = SinkKeys(self.key, policy.num_sink_tokens)
+            self.sinks = SinkKeys(self.key, policy.num_sink_tokens, codec, head_dim=head_dim, dtype=dtype)
 
     @property
     def sink_key(self) -> Tensor | None:
@@ -57,15 +64,26 @@ class LayerGroup:
         """Rows that exist per KV head once `num_tokens` tokens are committed."""
         return min(num_tokens, self.budget)
 
+    def read(self, index: int, slots: slice, heads: slice, num_rows: int) -> tuple[Tensor, Tensor]:
+        """key, value [B, H', num_rows, D] as attention reads them; views where they are stored so."""
+        where = (index, slots, heads, slice(num_rows))
+        key, value = (
+            self._codec.decode(tuple(part[where] for part in parts), self._dtype) for parts in (self.key, self.value)
+        )
+        return key, value
+
     def admit(self, index: int, slot: int, prompt: Prompt, kept: Tensor | None) -> None:
         """Moves a finished prompt into the slot: the rows `kept` [H_kv, K], or all of them."""
         num_heads, num_tokens, head_dim = prompt.key.shape
         if kept is None:
-            kept = torch.arange(num_tokens, device=self.key.device).expand(num_heads, -1)
+            kept = torch.arange(num_tokens, device=self._device).expand(num_heads, -1)
         num_rows = kept.shape[1]
         wide = kept[:, :, None].expand(-1, -1, head_dim)
-        self.key[index, slot, :, :num_rows] = prompt.key.gather(1, wide)
-        self.value[index, slot, :, :num_rows] = prompt.value.gather(1, wide)
+        for parts, rows in ((self.key, prompt.key), (self.value, prompt.value)):
+            for part, encoded in zip(parts, self._codec.encode(rows.gather(1, wide)), strict=True):
+                part[index, slot, :, :num_rows] = encoded
+        if not self.is_bounded:
+            return  # there row == position
         self.position[index, slot, :, :num_rows] = kept
         if self.column is not None:
             assert prompt.column_sums is not None
@@ -75,7 +93,7 @@ class LayerGroup:
         """Adds the attention mass of the first `count` pending queries of each slot to the rows they looked at."""
         if self.column is None or self.pending_column is None:
             return
-        index = _index(slots, self.key.device)
+        index = _index(slots, self._device)
         self.column[:, index] += self.pending_column[:, index, :, :count].sum(dim=3)
 
     def replace(self, policy: KVPolicy, slots: list[tuple[int, int]], num_new: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +102,7 @@ class LayerGroup:
         Returns:
             rows to overwrite and the pending rows that go there, as rows of the store.
         """
-        device, num_layers = self.key.device, len(self.layers)
+        device, num_layers = self._device, len(self.layers)
         index = _index([slot for slot, _ in slots], device)
         next_position = torch.tensor([position for _, position in slots], device=device)
         column = None if self.column is None else self.column[:, index, :, : self.budget].flatten(0, 1)

@@ -3,8 +3,9 @@
 A slot's rows are `[committed | pending | unused]`. All layers lie in one tensor of rows, layers with equal budgets
 side by side, so that a step's bookkeeping and its evictions are a few operations for all layers together:
 
-    key, value [rows, D]        layer by layer [S, H_kv, C]; C = budget + max_query_len, or max_model_len where nothing
-                                is ever evicted: there row == position, and a pending row is written where it stays
+    key, value [rows, X]        parts that the codec stores, layer by layer [S, H_kv, C]; C = budget + max_query_len, or
+                                max_model_len where nothing is ever evicted: there row == position, and a pending row is
+                                written where it stays
     position   [rows] int32     of bounded layers
     column     [rows] fp32      attention mass, only for a policy that asks (evidence "column_sums")
 
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policy import KVPolicy
 
@@ -41,10 +43,11 @@ class DenseStore:
         max_model_len: int,
         max_query_len: int,
         policy: KVPolicy,
+        codec: KVCodec,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.policy, self.device = policy, device
+        self.policy, self.codec, self.device = policy, codec, device
         self.budgets = policy.budgets(num_layers=num_layers, max_model_len=max_model_len)
         bounded = sorted({budget for budget in self.budgets if budget < max_model_len})
         for budget in bounded:
@@ -58,8 +61,10 @@ class DenseStore:
         num_rows = num_planes * sum(capacity[budget] for budget in self.budgets)
         num_bounded = num_planes * sum(capacity[budget] for budget in self.budgets if budget in bounded)
         # Zeros, not empty: masked rows are multiplied by 0, and 0 * NaN would reach a result.
-        self.key = torch.zeros(num_rows, head_dim, dtype=dtype, device=device)
-        self.value = torch.zeros(num_rows, head_dim, dtype=dtype, device=device)
+        like = codec.encode(torch.zeros(1, head_dim, dtype=dtype, device=device))
+        self.key, self.value = (
+            tuple(part.new_zeros(num_rows, part.shape[1]) for part in like) for _ in ("key", "value")
+        )
         self.position = torch.zeros(num_bounded, dtype=torch.int32, device=device)
         self.column: Tensor | None = None
         if bounded and policy.evidence == "column_sums":
@@ -76,8 +81,11 @@ class DenseStore:
                 budget=budget,
                 start=start,
                 shape=(len(layers), num_slots, num_kv_heads, capacity[budget]),
+                head_dim=head_dim,
                 max_query_len=max_query_len,
                 policy=policy,
+                codec=codec,
+                dtype=dtype,
             )
             groups.append(group)
             start += group.num_rows
@@ -121,8 +129,9 @@ class DenseStore:
 
     def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
         """key, value [N, H_kv, D] into the rows that `reserve` named."""
-        self.key.index_copy_(0, rows, key.reshape(-1, key.shape[-1]))
-        self.value.index_copy_(0, rows, value.reshape(-1, value.shape[-1]))
+        for parts, new in ((self.key, key), (self.value, value)):
+            for part, encoded in zip(parts, self.codec.encode(new.reshape(-1, new.shape[-1])), strict=True):
+                part.index_copy_(0, rows, encoded)
 
     def commit(self, commits: Sequence[tuple[int, int]]) -> None:
         """Accepts the first n pending rows of each (slot, n) and drops its others.
@@ -140,7 +149,7 @@ class DenseStore:
         if moves:
             target = torch.cat([move[0] for move in moves])
             source = torch.cat([move[1] for move in moves])
-            for tensor in (self.key, self.value, self.position, self.column):
+            for tensor in (*self.key, *self.value, self.position, self.column):
                 if tensor is not None:
                     tensor.index_copy_(0, target, tensor[source])
         for slot, count in commits:
@@ -166,7 +175,7 @@ class DenseStore:
     @property
     def num_bytes(self) -> int:
         """Sum of unique storages of what holds rows and their scores."""
-        tensors = [self.key, self.value, self.position, self.column]
+        tensors = [*self.key, *self.value, self.position, self.column]
         tensors += [tensor for group in self.groups for tensor in (group.pending_column, group.sink_key)]
         storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

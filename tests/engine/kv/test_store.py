@@ -77,7 +77,7 @@ def run(attention: Attention, plan: StepPlan, seed: int = 0) -> torch.Tensor:
 def tokens(layer: int, position: int, seed: int, attention: Attention) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer * 10_007 + position)
     group = attention.store.groups[0]
-    head_dim, dtype = group.key.shape[-1], group.key.dtype
+    head_dim, dtype = group.key[0].shape[-1], group.key[0].dtype
     both = torch.randn(NUM_HEADS + 2 * NUM_KV_HEADS, head_dim, generator=generator).to(dtype)
     return both[:NUM_HEADS], both[NUM_HEADS:-NUM_KV_HEADS], both[-NUM_KV_HEADS:]
 

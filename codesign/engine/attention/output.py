@@ -1,0 +1,74 @@
+"""OutputAttention: output tokens over what the slots hold. B slots in one call, query groups folded into rows.
+
+Rows that are stored as they are read are views. Others are decoded a slice of (slot, KV head) planes at a time, so that
+there is never a decoded copy of the cache.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from codesign.engine.attention.backend import AttentionBackend
+from codesign.engine.attention.calls import Call
+from codesign.engine.attention.weights import weights
+from codesign.engine.kv.codec import KVCodec
+from codesign.engine.kv.group import LayerGroup
+
+# Keys, and as many values, that are decoded at a time: 4 MiB each in fp32. At least one plane, whatever its length.
+_MAX_DECODED = 1 << 20
+
+
+class OutputAttention:
+    """`kernel` says what runs, for the record."""
+
+    def __init__(self, codec: KVCodec, backend: AttentionBackend, *, scale: float) -> None:
+        self._codec, self._backend, self._scale = codec, backend, scale
+        self.kernel = backend.kernel if codec.is_native else f"{backend.kernel} over decoded slices"
+
+    def __call__(
+        self, query: Tensor, group: LayerGroup, index: int, call: Call, *, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, H_kv, M, D] for the queries of a call, as large, and their weights [B, H_kv, M, R] fp32 if wanted."""
+        num_slots, num_heads, num_queries, head_dim = query.shape
+        if self._codec.is_native:
+            return self._attend(query, group, index, call, call.slots, slice(num_heads), call.mask, want_weights)
+        out = torch.empty_like(query)
+        shape = (num_slots, num_heads, num_queries, call.num_rows)
+        weight = torch.empty(shape, dtype=torch.float32, device=query.device) if want_weights else None
+        for own, heads in _slices(num_slots, num_heads, call.num_rows * head_dim):
+            slots = slice(call.slots.start + own.start, call.slots.start + own.stop)
+            mask = None if call.mask is None else call.mask[own]
+            out[own, heads], part = self._attend(
+                query[own, heads], group, index, call, slots, heads, mask, want_weights
+            )
+            if weight is not None and part is not None:
+                weight[own, heads] = part
+        return out, weight
+
+    def _attend(
+        self,
+        query: Tensor,
+        group: LayerGroup,
+        index: int,
+        call: Call,
+        slots: slice,
+        heads: slice,
+        mask: Tensor | None,
+        want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        key, value = group.read(index, slots, heads, call.num_rows)
+        out = self._backend.attend(query, key, value, mask=mask, is_causal=False, scale=self._scale)
+        if not want_weights:
+            return out, None
+        whole = slice(0, query.shape[2])
+        return out, weights(query, key, whole, mask=mask, is_causal=False, scale=self._scale)[:, :, 0]
+
+
+def _slices(num_slots: int, num_heads: int, plane: int) -> Iterator[tuple[slice, slice]]:
+    """(slots, heads) that together are all planes of `plane` elements, as many at a time as may be decoded."""
+    num_planes = max(1, _MAX_DECODED // plane)
+    slots_at_once, heads_at_once = max(1, num_planes // num_heads), min(num_heads, num_planes)
+    for slot in range(0, num_slots, slots_at_once):
+        for head in range(0, num_heads, heads_at_once):
+            yield slice(slot, min(slot + slots_at_once, num_slots)), slice(head, min(head + heads_at_once, num_heads))
