@@ -95,7 +95,7 @@ class Attention:
         is_bounded = any(group.is_bounded for group in self.store.groups)
         if is_bounded and not codec.rows_mutable:
             raise Unsupported("a KV policy that evicts needs a codec whose rows can be overwritten: use codec native")
-        self._attend_slots = OutputAttention(codec, backend, scale=scale)
+        self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
         self.kernel = self._attend_slots.kernel
         if is_bounded and policy.evidence == "column_sums":
             self.kernel += " + column pass"

@@ -1,7 +1,7 @@
 """OutputAttention: output tokens over what the slots hold. B slots in one call, query groups folded into rows.
 
-Rows that are stored as they are read are views. Others are decoded a slice of (slot, KV head) planes at a time, so that
-there is never a decoded copy of the cache.
+Rows that are stored as they are read are views. Others are read by the codec's own kernel where there is one, or are
+decoded a slice of (slot, KV head) planes at a time: there is never a decoded copy of the cache.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from torch import Tensor
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call
 from codesign.engine.attention.weights import weights
+from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kernels.kv_attention import KVAttention, Queries
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
 
@@ -22,9 +24,20 @@ _MAX_DECODED = 1 << 20
 class OutputAttention:
     """`kernel` says what runs, for the record."""
 
-    def __init__(self, codec: KVCodec, backend: AttentionBackend, *, scale: float) -> None:
+    def __init__(
+        self, codec: KVCodec, backend: AttentionBackend, *, scale: float, head_dim: int, device: torch.device
+    ) -> None:
         self._codec, self._backend, self._scale = codec, backend, scale
-        self.kernel = backend.kernel if codec.is_native else f"{backend.kernel} over decoded slices"
+        self._fused: KVAttention | None = None
+        self.kernel = backend.kernel
+        if codec.is_native:
+            return
+        found = Missing("plain") if backend.is_plain else codec.kernel(head_dim=head_dim, device=device)
+        if isinstance(found, Missing):
+            self.kernel += f" over decoded slices ({found.reason})"
+            return
+        self._fused = found
+        self.kernel = f"codesign::attend_{type(codec).__name__.lower()}, prompts {backend.kernel}"
 
     def __call__(
         self, query: Tensor, group: LayerGroup, index: int, call: Call, *, want_weights: bool
@@ -33,6 +46,17 @@ class OutputAttention:
         num_slots, num_heads, num_queries, head_dim = query.shape
         if self._codec.is_native:
             return self._attend(query, group, index, call, call.slots, slice(num_heads), call.mask, want_weights)
+        if self._fused is not None:
+            queries = Queries(
+                query,
+                [span.num_past for span in call.spans],
+                num_tokens=call.num_queries,
+                num_rows=call.num_rows,
+                scale=self._scale,
+                want_weights=want_weights,
+            )
+            self._codec.attend(self._fused, queries, group, index, call.slots)
+            return queries.out, queries.weights
         out = torch.empty_like(query)
         shape = (num_slots, num_heads, num_queries, call.num_rows)
         weight = torch.empty(shape, dtype=torch.float32, device=query.device) if want_weights else None

@@ -64,6 +64,11 @@ class LayerGroup:
         """Rows that exist per KV head once `num_tokens` tokens are committed."""
         return min(num_tokens, self.budget)
 
+    def stored(self, index: int, slots: slice) -> tuple[Parts, Parts]:
+        """Parts of key and value of neighbouring slots, [B, H_kv, C, X] views."""
+        key, value = (tuple(part[index, slots] for part in parts) for parts in (self.key, self.value))
+        return key, value
+
     def read(self, index: int, slots: slice, heads: slice, num_rows: int) -> tuple[Tensor, Tensor]:
         """key, value [B, H', num_rows, D] as attention reads them; views where they are stored so."""
         where = (index, slots, heads, slice(num_rows))

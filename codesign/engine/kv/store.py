@@ -48,6 +48,7 @@ class DenseStore:
         device: torch.device,
     ) -> None:
         self.policy, self.codec, self.device = policy, codec, device
+        self.head_dim, self.dtype = head_dim, dtype
         self.budgets = policy.budgets(num_layers=num_layers, max_model_len=max_model_len)
         bounded = sorted({budget for budget in self.budgets if budget < max_model_len})
         for budget in bounded:

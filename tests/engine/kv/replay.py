@@ -1,10 +1,11 @@
 """Replays plans through the real Attention and the oracle side by side and compares outputs, rows and scores."""
 
+import functools
 from collections.abc import Iterable
 
 import numpy as np
 import torch
-from oracle import Oracle
+from oracle import Array, Held, Oracle, Read
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.rope import Rope
@@ -17,6 +18,8 @@ CPU = torch.device("cpu")
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_SLOTS = 3, 4, 2, 8, 4
 MAX_MODEL_LEN, MAX_QUERY_LEN = 48, 3
 TOLERANCE = 2e-5  # fp32 against float64
+# Error that a codec may make of a row, as a share of the row's norm: int8 half a step of max / 127 in each of 8 values.
+BOUNDS = {"int8": 0.505 * HEAD_DIM**0.5 / 127}
 SCALE = HEAD_DIM**-0.5 * 2  # sharper than usual: decisions far from ties
 
 
@@ -82,10 +85,37 @@ def replay(attention: Attention, oracle: Oracle, plans: Iterable[StepPlan], *, s
         for layer in range(NUM_LAYERS):
             q, k, v = draw(generator, len(plan.token_ids))
             out = attention(layer, q, k, v, batch)
-            expected = oracle.step(plan, layer, q.double().numpy(), k.double().numpy(), v.double().numpy())
+            read = None if attention.codec.is_native else reader(attention, oracle, plan, layer)
+            expected = oracle.step(plan, layer, q.double().numpy(), k.double().numpy(), v.double().numpy(), read)
             assert np.abs(out.numpy() - expected).max(initial=0) < TOLERANCE
         attention.end(batch)
     return num_evicted
+
+
+def reader(attention: Attention, oracle: Oracle, plan: StepPlan, layer: int) -> Read:
+    """What the slots of output tokens hold in this layer, once its rows have been written."""
+    store, policy = attention.store, attention.policy
+    group = next(group for group in store.groups if layer in group.layers)
+    layer_index, starts = group.layers.index(layer), plan.query_starts
+    bound = BOUNDS[type(attention.codec).__module__.rpartition(".")[2]]
+
+    @functools.cache
+    def rows(index: int) -> tuple[Array, ...]:
+        """The fields of Held, with H_kv in front."""
+        slot, num_tokens = plan.slots[index], plan.positions[starts[index]]
+        num_past = group.rows_after(num_tokens)
+        count = num_past + plan.query_lens[index]
+        key, value = group.read(layer_index, slice(slot, slot + 1), slice(NUM_KV_HEADS), count)
+        bits = torch.stack((key, value), dim=-2)[0].double().numpy()
+        position = group.position[layer_index, slot, :, :count].numpy()
+        is_turned = (position < policy.num_sink_tokens) & (policy.key_space == "pre_rope")
+        stands = position + is_turned * (num_tokens - num_past)
+        return position, bits, oracle.rotate(bits[:, :, 0], -stands), np.full(position.shape, bound), ~is_turned
+
+    def read(index: int, kv_head: int) -> Held:
+        return Held(*(part[kv_head] for part in rows(index)))
+
+    return read
 
 
 def num_rows(oracle: Oracle) -> int:

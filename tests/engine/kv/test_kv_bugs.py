@@ -1,6 +1,7 @@
 """The classic mistakes of KV eviction, planted one at a time: the replay beside the oracle must notice each."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 from random_plans import random_plans
@@ -17,6 +18,7 @@ from codesign.engine.kv.policies.pyramidkv import PyramidKV
 from codesign.engine.kv.policies.streaming_llm import StreamingLLM
 from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
 from codesign.engine.kv.sinks import SinkKeys
+from codesign.engine.kv.store import DenseStore
 
 H2O_POLICY = H2O(kv_budget=12, num_sink_tokens=2)
 PYRAMID_POLICY = PyramidKV(kv_budget=16, window_tokens=4, num_sink_tokens=2, kernel_size=3, beta=4)
@@ -24,10 +26,15 @@ STREAMING_POLICY = StreamingLLM(kv_budget=9)
 
 
 def traffic(
-    policy: KVPolicy, name: str, *, oracle_policy: KVPolicy | None = None, cls: type[Attention] = Attention
+    policy: KVPolicy,
+    name: str,
+    *,
+    oracle_policy: KVPolicy | None = None,
+    codec: str = "native",
+    cls: type[Attention] = Attention,
 ) -> None:
     plans = random_plans(0, num_steps=40, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN)
-    replay(make_attention(policy, cls=cls), make_oracle(oracle_policy or policy, name), plans)
+    replay(make_attention(policy, codec=codec, cls=cls), make_oracle(oracle_policy or policy, name), plans)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +110,33 @@ def test_new_rows_as_victims_are_noticed() -> None:
 
     with pytest.raises(AssertionError):
         traffic(Newest(kv_budget=9), "streaming_llm")
+
+
+def test_rows_encoded_again_when_they_are_committed_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = DenseStore.commit
+
+    def commit_and_encode(self: DenseStore, commits: Sequence[tuple[int, int]]) -> None:
+        commit(self, commits)
+        rows = self.codec.decode(self.key, self.dtype) * 1.01
+        for part, encoded in zip(self.key, self.codec.encode(rows), strict=True):
+            part.copy_(encoded)
+
+    monkeypatch.setattr(DenseStore, "commit", commit_and_encode)
+
+    with pytest.raises(AssertionError):
+        traffic(H2O_POLICY, "h2o", codec="int8")
+
+
+def test_codes_moved_without_their_scales_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = DenseStore.commit
+
+    def commit_codes(self: DenseStore, commits: Sequence[tuple[int, int]]) -> None:
+        scales = [parts[1].clone() for parts in (self.key, self.value)]
+        commit(self, commits)
+        for parts, scale in zip((self.key, self.value), scales, strict=True):
+            parts[1].copy_(scale)
+
+    monkeypatch.setattr(DenseStore, "commit", commit_codes)
+
+    with pytest.raises(AssertionError, match="encoded twice"):
+        traffic(H2O_POLICY, "h2o", codec="int8")
