@@ -17,10 +17,17 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from codesign.engine.caches import cache_folder
 
 _FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-shared", "-fPIC")
+# What ATen's own kernels were chosen for -> flags beside those above: never more than this processor has.
+_CAPABILITY_FLAGS: dict[str, tuple[str, ...]] = {
+    "AVX2": (),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
+}
+_BF16_FLAGS = ("-mavx512bf16",)
 _TIMEOUT_S = 60
 
 
@@ -36,23 +43,27 @@ def load(stem: str) -> ctypes.CDLL | Missing:
     """The shared library of `<stem>.c` beside this file. Tried once per process; a miss says why."""
     if os.environ.get("CODESIGN_COMPILED_KERNELS") == "0":
         return Missing("switched off by CODESIGN_COMPILED_KERNELS=0")
-    if torch.backends.cpu.get_cpu_capability() != "AVX2":
-        return Missing(f"written for AVX2, ATen runs {torch.backends.cpu.get_cpu_capability()}")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in _CAPABILITY_FLAGS:
+        return Missing(f"written for {' and '.join(_CAPABILITY_FLAGS)}, ATen runs {capability}")
+    flags = (*_FLAGS, *_CAPABILITY_FLAGS[capability])
+    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        flags += _BF16_FLAGS
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         return Missing("no C compiler (gcc) on this machine")
     try:
-        return ctypes.CDLL(str(_build(Path(__file__).with_name(f"{stem}.c"), compiler)))
+        return ctypes.CDLL(str(_build(Path(__file__).with_name(f"{stem}.c"), compiler, flags)))
     except subprocess.CalledProcessError as error:
         return Missing(f"{compiler} failed: {error.stderr.decode(errors='replace').strip()[:200]}")
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: no home directory
         return Missing(f"{type(error).__name__}: {error}")
 
 
-def _build(source: Path, compiler: str) -> Path:
+def _build(source: Path, compiler: str, flags: tuple[str, ...]) -> Path:
     """Path of the library, compiled now unless it is kept from before."""
     real = Path(compiler).resolve()
-    made_by = f"{real} {real.stat().st_size} {real.stat().st_mtime_ns} {' '.join(_FLAGS)}"
+    made_by = f"{real} {real.stat().st_size} {real.stat().st_mtime_ns} {' '.join(flags)}"
     digest = hashlib.sha256(source.read_bytes() + made_by.encode()).hexdigest()[:16]
     folder = cache_folder("kernels")
     target = folder / f"{source.stem}-{digest}.so"
@@ -62,7 +73,12 @@ def _build(source: Path, compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / target.name
         subprocess.run(
-            [compiler, *_FLAGS, "-o", str(built), str(source)], capture_output=True, check=True, timeout=_TIMEOUT_S
+            [compiler, *flags, "-o", str(built), str(source)], capture_output=True, check=True, timeout=_TIMEOUT_S
         )
         built.replace(target)  # whole or not at all, whoever else builds it at the same time
     return target
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """To the tensor's first value; the caller keeps the tensor."""
+    return ctypes.c_void_p(tensor.data_ptr())

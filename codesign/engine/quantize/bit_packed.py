@@ -90,6 +90,7 @@ class BitPackedLinear(PackedLinear):
             dtype=dtype,
             device=packed.device,
             workspace=workspace,
+            unpack_group=grid.group_size,
         )
         self._grid = grid
         self.register_buffer("packed", packed)
@@ -98,6 +99,13 @@ class BitPackedLinear(PackedLinear):
 
     def unpack(self, start: int, stop: int, out: Tensor) -> None:
         rows = slice(start, stop)
+        if self.compiled_unpack is not None:
+            scale = self.scale[rows].float()
+            middle = -self._grid.middle * scale
+            if self.offset is not None:
+                middle += self.offset[rows]
+            self.compiled_unpack.bits(self.packed[rows], self._grid.bits, scale, middle, out)
+            return
         codes = unpack_bits(self.packed[rows], self._grid.bits)
         groups = out.view(stop - start, self.scale.shape[1], -1)
         groups.copy_(codes.view(groups.shape)).sub_(self._grid.middle).mul_(self.scale[rows, :, None])

@@ -13,22 +13,24 @@ import torch
 from codesign.engine.kernels import packed_matmul
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.packed_matmul import PackedMatmul
-from codesign.engine.quantize import cpu
+from codesign.engine.quantize import cpu, int4_layout
 
 _ATEN_NAMES = {"int8": "aten::_weight_int8pack_mm", "int4": "aten::_weight_int4pack_mm_for_cpu"}
 
-# (format, who) -> largest M that the kernel should get.
-# compiled and AVX2: AMD Zen 3, torch 2.13.0, [9728, 896] and [896, 4864], one core's own time, 2026-11-23,
+# (format, whose kernel, on what) -> largest M that the kernel should get; "bf16" is AVX512 with products in bf16.
+# AVX2: AMD Zen 3, torch 2.13.0, [9728, 896] and [896, 4864], one core's own time, 2026-11-23,
 #         `python tests/benchmarks/weight_kernels.py`; beyond, unpacking is as fast or faster at one of the two shapes.
-# AVX512: AMD Zen 4, same command, 2026-11-23, ms for kernel / unpacking at [9728, 896]: int8 M = 8: 3.1 / 4.1, M = 32:
-#         9.7 / 6.5; int4 M = 32: 6.8 / 22, M = 128: 26 / 31.
-_MAX_ROWS = {
-    ("int8", "compiled"): 128,
-    ("int4", "compiled"): 1024,
-    ("int8", "AVX2"): 12,
-    ("int4", "AVX2"): 64,
-    ("int8", "AVX512"): 16,
-    ("int4", "AVX512"): 128,
+_MAX_ROWS: dict[tuple[str, str, str], int] = {
+    ("int8", "codesign", "AVX2"): 128,
+    ("int4", "codesign", "AVX2"): 1024,
+    ("int8", "codesign", "AVX512"): 8,
+    ("int4", "codesign", "AVX512"): 8,
+    ("int8", "codesign", "bf16"): 16,
+    ("int4", "codesign", "bf16"): 32,
+    ("int8", "aten", "AVX2"): 12,
+    ("int4", "aten", "AVX2"): 64,
+    ("int8", "aten", "AVX512"): 16,
+    ("int4", "aten", "AVX512"): 128,
 }
 
 
@@ -65,9 +67,12 @@ def choose(name: str, *, dtype: torch.dtype, device: torch.device, out_features:
     kernel = packed_matmul.load()
     if isinstance(kernel, Missing):
         note = f"; ours: {kernel.reason}"
-    elif name == "int4" and out_features % packed_matmul.BLOCK_ROWS:
-        note = f"; ours: outputs not a multiple of {packed_matmul.BLOCK_ROWS}"
+    elif name == "int4" and out_features % int4_layout.block_rows():
+        note = f"; ours: outputs not a multiple of {int4_layout.block_rows()}"
     else:
-        return FewRows(f"codesign::{name}_matmul", _MAX_ROWS[name, "compiled"], kernel)
-    most = _MAX_ROWS.get((name, cpu.capability()), 0) if dtype == torch.bfloat16 else 0
+        is_bf16 = kernel.bf16_library is not None and dtype == torch.bfloat16
+        where = "bf16" if is_bf16 else cpu.capability()
+        suffix = "_bf16" if is_bf16 else ""
+        return FewRows(f"codesign::{name}_matmul{suffix}", _MAX_ROWS[name, "codesign", where], kernel)
+    most = _MAX_ROWS.get((name, "aten", cpu.capability()), 0) if dtype == torch.bfloat16 else 0
     return FewRows(_ATEN_NAMES[name], most, note=note)

@@ -51,10 +51,12 @@ class ScaleCodes:
         codes = torch.round(blocks / divisor(step)[:, None]).flatten()[: scale.numel()].view(scale.shape)
         return cls(codes.to(torch.int8), step, mean)
 
-    def scale(self) -> Tensor:
-        steps = self.step.repeat_interleave(_SCALE_BLOCK)[: self.codes.numel()].view(self.codes.shape)
+    def scale(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """[rows, groups] fp32 of rows start..stop."""
+        codes, groups = self.codes[start:stop], self.codes.shape[1]
+        block = torch.arange(start * groups, start * groups + codes.numel(), device=codes.device) // _SCALE_BLOCK
         # A scale near 0 may come out below it; its block's weights are then as good as 0.
-        return (self.mean + self.codes.float() * steps).clamp_(min=0)
+        return (self.mean + codes.float() * self.step[block].view(codes.shape)).clamp_(min=0)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from codesign.engine.kernels import unpack as unpacking
+from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kernels.unpack import Unpack
 from codesign.engine.quantize.few_rows import NO_KERNEL, FewRows
 from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
@@ -19,6 +22,7 @@ class PackedLinear(Linear):
     bias: [out_features], or None.
     dtype: of the activations.
     few_rows: the kernel for few rows.
+    unpack_group: inputs that share a scale, where the compiled unpacking (kernels/unpack.c) knows the layout.
     unpack_step: slices start at multiples of this.
     is_transposed: whether `unpack` writes [in, rows].
 
@@ -37,6 +41,7 @@ class PackedLinear(Linear):
         device: torch.device,
         workspace: Workspace,
         few_rows: FewRows = NO_KERNEL,
+        unpack_group: int | None = None,
         unpack_step: int = 1,
         is_transposed: bool = False,
     ) -> None:
@@ -45,7 +50,15 @@ class PackedLinear(Linear):
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
         self.compute_dtype = compute_dtype(dtype, device)
         self.few_rows, self.kernel_max_rows = few_rows, few_rows.max_rows
-        self.kernel = few_rows.describe(f"unpack + aten::mm {str(self.compute_dtype).removeprefix('torch.')}")
+        self.compiled_unpack: Unpack | None = None
+        dense = f"unpack + aten::mm {str(self.compute_dtype).removeprefix('torch.')}"
+        if device.type == "cpu" and unpack_group is not None and unpacking.takes(unpack_group, self.compute_dtype):
+            found = unpacking.load()
+            if isinstance(found, Missing):
+                dense += f"; ours: {found.reason}"
+            else:
+                self.compiled_unpack, dense = found, f"codesign::{dense}"
+        self.kernel = few_rows.describe(dense)
         self._workspace, self._unpack_step, self._is_transposed = workspace, unpack_step, is_transposed
 
     def forward(self, x: Tensor) -> Tensor:

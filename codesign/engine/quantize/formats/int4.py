@@ -99,6 +99,7 @@ class _Int4Linear(PackedLinear):
             device=packed.device,
             workspace=workspace,
             few_rows=choose("int4", dtype=dtype, device=packed.device, out_features=packed.shape[0]),
+            unpack_group=None if packed.shape[0] % int4_layout.block_rows() else group_size,
             unpack_step=int4_layout.block_rows(),
             is_transposed=True,
         )
@@ -115,6 +116,12 @@ class _Int4Linear(PackedLinear):
         return y
 
     def unpack(self, start: int, stop: int, out: Tensor) -> None:
+        if self.compiled_unpack is not None:
+            self.compiled_unpack.int4(self.packed, self.scale_and_zero, start, stop, out)
+        else:
+            self._unpack_plainly(start, stop, out)
+
+    def _unpack_plainly(self, start: int, stop: int, out: Tensor) -> None:
         int4_layout.unpack(self.packed, start, stop, out)
         scale, zero = self.scale_and_zero[:, None, start:stop].to(out.dtype).unbind(-1)
         groups = out.view(-1, self._group_size, stop - start)
@@ -133,5 +140,5 @@ class _Int4Linear(PackedLinear):
 
     def dequantize(self) -> Tensor:
         wide = torch.empty(self.in_features, self.out_features, device=self.packed.device)
-        self.unpack(0, self.out_features, wide)
+        self._unpack_plainly(0, self.out_features, wide)
         return wide.t()

@@ -57,6 +57,7 @@ class _Int8Linear(PackedLinear):
             device=codes.device,
             workspace=workspace,
             few_rows=choose("int8", dtype=dtype, device=codes.device),
+            unpack_group=1,  # the scale is a row's
         )
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", scale)
@@ -71,7 +72,10 @@ class _Int8Linear(PackedLinear):
         return y
 
     def unpack(self, start: int, stop: int, out: Tensor) -> None:
-        torch.mul(self.codes[start:stop], self.scale[start:stop, None], out=out)
+        if self.compiled_unpack is not None:
+            self.compiled_unpack.int8(self.codes[start:stop], self.scale[start:stop], out)
+        else:
+            torch.mul(self.codes[start:stop], self.scale[start:stop, None], out=out)
 
     def stored(self) -> Stored:
         return Stored(Quantized(signed(self.codes), Fit(self.scale[:, None])), row_grid(self.scale.dtype))

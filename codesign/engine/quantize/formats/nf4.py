@@ -13,7 +13,7 @@ from torch import Tensor
 from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import Quantized
 from codesign.engine.quantize.linear import Linear, Workspace
-from codesign.engine.quantize.nf4_grid import BLOCK, Nf4Fit, Nf4Grid, ScaleCodes, byte_levels
+from codesign.engine.quantize.nf4_grid import BLOCK, Nf4Fit, Nf4Grid, ScaleCodes, byte_levels, levels
 from codesign.engine.quantize.packed_linear import PackedLinear
 
 
@@ -59,6 +59,7 @@ class _Nf4Linear(PackedLinear):
             dtype=dtype,
             device=packed.device,
             workspace=workspace,
+            unpack_group=BLOCK,
         )
         self.register_buffer("packed", packed)
         self.register_buffer("scale_codes", scales.codes)
@@ -66,13 +67,17 @@ class _Nf4Linear(PackedLinear):
         self.register_buffer("scale_mean", scales.mean)
 
     def unpack(self, start: int, stop: int, out: Tensor) -> None:
+        scale = self._scales().scale(start, stop)
+        if self.compiled_unpack is not None:
+            self.compiled_unpack.levels(self.packed[start:stop], levels(), scale, out)
+            return
         pairs = byte_levels(out.device).index_select(0, self.packed[start:stop].flatten().int())
         groups = pairs.view(stop - start, -1, BLOCK)
-        torch.mul(groups, self._scale()[start:stop, :, None], out=out.view(groups.shape))
+        torch.mul(groups, scale[..., None], out=out.view(groups.shape))
 
-    def _scale(self) -> Tensor:
-        return ScaleCodes(self.scale_codes, self.scale_step, self.scale_mean).scale()
+    def _scales(self) -> ScaleCodes:
+        return ScaleCodes(self.scale_codes, self.scale_step, self.scale_mean)
 
     def dequantize(self) -> Tensor:
         pairs = byte_levels(self.packed.device)[self.packed.int()]
-        return (pairs.view(self.out_features, -1, BLOCK) * self._scale()[..., None]).flatten(1)
+        return (pairs.view(self.out_features, -1, BLOCK) * self._scales().scale()[..., None]).flatten(1)
