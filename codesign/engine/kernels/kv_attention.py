@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codesign.engine.kernels import compiled
-from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kernels.compiled import Missing, pointer
 
 _BLOCK = 32  # rows decoded at a time
 
@@ -83,7 +83,7 @@ class KVAttention:
 
     def rows(self, name: str, queries: Queries, key: Sequence[Tensor], value: Sequence[Tensor]) -> None:
         """Rows encoded one by one: "int8" or "fp8" codes [B, H_kv, C, D] with bf16 scales [B, H_kv, C, 1]."""
-        pointers = [ctypes.c_void_p(part.data_ptr()) for part in (*key, *value)]
+        pointers = [pointer(part) for part in (*key, *value)]
         function = getattr(self.library, f"attend_{name}")
         function(ctypes.byref(queries.struct), *pointers, ctypes.c_int64(key[0].shape[2]))
 

@@ -59,15 +59,15 @@ def adopt(rows: list[Row], held: Held) -> None:
     """From now on queries see what is held: near the true row, and unchanged once it is final."""
     index = {int(position): number for number, position in enumerate(held.position)}
     order = [index[row.position] for row in rows]
-    for part, seen in (("key", held.key[order]), ("value", held.bits[order, 1])):
-        true = np.stack([getattr(row, part) for row in rows])
-        error, norm = np.linalg.norm(seen - true, axis=1), np.linalg.norm(true, axis=1)
-        assert (error <= held.bound[order] * norm + 1e-6).all(), f"{part}: error {error} of {norm}"
     for row, number in zip(rows, order, strict=True):
         bits = held.bits[number].tobytes()
         assert row.final_bits in (None, bits), f"row {row.position} was encoded twice"
         row.seen = held.key[number], held.bits[number, 1]
         row.final_bits = bits if held.is_final[number] else None
+    for part, seen in (("key", held.key[order]), ("value", held.bits[order, 1])):
+        true = np.stack([getattr(row, part) for row in rows])
+        error, norm = np.linalg.norm(seen - true, axis=1), np.linalg.norm(true, axis=1)
+        assert (error <= held.bound[order] * norm + 1e-6).all(), f"{part}: error {error} of {norm}"
 
 
 @dataclasses.dataclass

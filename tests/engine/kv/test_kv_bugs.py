@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import pytest
+import torch
 from random_plans import random_plans
 from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_SLOTS, make_attention, make_oracle, replay
 from torch import Tensor
@@ -112,18 +113,17 @@ def test_new_rows_as_victims_are_noticed() -> None:
         traffic(Newest(kv_budget=9), "streaming_llm")
 
 
-def test_rows_encoded_again_when_they_are_committed_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = DenseStore.commit
+def test_rows_encoded_again_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the codec's bound: the last bit of every scale flips, codes stay."""
+    write = DenseStore.write
 
-    def commit_and_encode(self: DenseStore, commits: Sequence[tuple[int, int]]) -> None:
-        commit(self, commits)
-        rows = self.codec.decode(self.key, self.dtype) * 1.01
-        for part, encoded in zip(self.key, self.codec.encode(rows), strict=True):
-            part.copy_(encoded)
+    def write_and_touch(self: DenseStore, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        write(self, rows, key, value)
+        self.key[1].copy_((self.key[1].view(torch.int16) ^ 1).view(torch.bfloat16))
 
-    monkeypatch.setattr(DenseStore, "commit", commit_and_encode)
+    monkeypatch.setattr(DenseStore, "write", write_and_touch)
 
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="encoded twice"):
         traffic(H2O_POLICY, "h2o", codec="int8")
 
 
@@ -138,5 +138,5 @@ def test_codes_moved_without_their_scales_are_noticed(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(DenseStore, "commit", commit_codes)
 
-    with pytest.raises(AssertionError, match="encoded twice"):
+    with pytest.raises(AssertionError):
         traffic(H2O_POLICY, "h2o", codec="int8")
