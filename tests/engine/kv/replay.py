@@ -18,8 +18,9 @@ CPU = torch.device("cpu")
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_SLOTS = 3, 4, 2, 8, 4
 MAX_MODEL_LEN, MAX_QUERY_LEN = 48, 3
 TOLERANCE = 2e-5  # fp32 against float64
-# Error that a codec may make of a row, as a share of the row's norm: int8 half a step of max / 127 in each of 8 values.
-BOUNDS = {"int8": 0.505 * HEAD_DIM**0.5 / 127}
+# Error that a codec may make of a row, as a share of the row's norm: int8 half a step of max / 127 in each of 8 values,
+# fp8 half of the last of three mantissa bits.
+BOUNDS = {"int8": 0.505 * HEAD_DIM**0.5 / 127, "fp8": 2**-4 + 2**-8}
 SCALE = HEAD_DIM**-0.5 * 2  # sharper than usual: decisions far from ties
 
 
