@@ -25,7 +25,6 @@ from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.kv.store import DenseStore
 from codesign.engine.step import StepPlan
-from codesign.errors import Unsupported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +79,7 @@ class Attention:
         device: torch.device,
     ) -> None:
         self.policy, self.codec, self.backend = policy, codec, backend
+        self._cos, self._signed_sin = rope.tables(max_model_len, device)
         self.store = DenseStore(
             num_layers=num_layers,
             num_slots=num_slots,
@@ -89,12 +89,11 @@ class Attention:
             max_query_len=max_query_len,
             policy=policy,
             codec=codec,
+            rope_tables=(self._cos, self._signed_sin),
             dtype=dtype,
             device=device,
         )
         is_bounded = any(group.is_bounded for group in self.store.groups)
-        if is_bounded and not codec.rows_mutable:
-            raise Unsupported("a KV policy that evicts needs a codec whose rows can be overwritten: use codec native")
         self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
         self.kernel = self._attend_slots.kernel
         if is_bounded and policy.evidence == "column_sums":
@@ -103,7 +102,6 @@ class Attention:
         self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
         self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
         self._dtype, self._device = dtype, device
-        self._cos, self._signed_sin = rope.tables(max_model_len, device)
         self._where = {
             layer: (number, index)
             for number, group in enumerate(self.store.groups)

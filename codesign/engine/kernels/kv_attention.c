@@ -70,6 +70,58 @@ INLINE void decode_rows(int format, const uint8_t *codes, const uint16_t *scale,
     }
 }
 
+/* Eight fp16 numbers. */
+INLINE __m256 from_fp16(const uint16_t *bits) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)bits)); }
+
+INLINE __m256 from_nibbles(__m128i bytes, int is_high) {
+    if (is_high) bytes = _mm_srli_epi16(bytes, 4);
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(bytes, _mm_set1_epi8(15))));
+}
+
+/* `count` tokens of one group of int4 keys: codes [count, dim / 2], low halves first; step, low [dim] in fp16. */
+INLINE void decode_int4_keys(const uint8_t *codes, const uint16_t *step, const uint16_t *low, int count, int dim,
+                             float *rows) {
+    int half = dim / 2;
+    for (int d = 0; d < half; d += 8) {
+        __m256 steps[2] = {from_fp16(step + d), from_fp16(step + half + d)};
+        __m256 lows[2] = {from_fp16(low + d), from_fp16(low + half + d)};
+        for (int row = 0; row < count; row++) {
+            __m128i eight = _mm_loadl_epi64((const __m128i *)(codes + (long)row * half + d));
+            for (int high = 0; high < 2; high++)
+                _mm256_storeu_ps(rows + row * dim + high * half + d,
+                                 _mm256_fmadd_ps(from_nibbles(eight, high), steps[high], lows[high]));
+        }
+    }
+}
+
+/* The same for values: step, low [count, dim / channels]; channels a multiple of 8. */
+INLINE void decode_int4_values(const uint8_t *codes, const uint16_t *step, const uint16_t *low, int channels, int count,
+                               int dim, float *rows) {
+    int half = dim / 2, num_ranges = dim / channels;
+    for (int row = 0; row < count; row++)
+        for (int d = 0; d < half; d += 8) {
+            __m128i eight = _mm_loadl_epi64((const __m128i *)(codes + (long)row * half + d));
+            for (int high = 0; high < 2; high++) {
+                int range = row * num_ranges + (high * half + d) / channels;
+                __m256 value = _mm256_fmadd_ps(from_nibbles(eight, high), _mm256_set1_ps(_cvtsh_ss(step[range])),
+                                               _mm256_set1_ps(_cvtsh_ss(low[range])));
+                _mm256_storeu_ps(rows + row * dim + high * half + d, value);
+            }
+        }
+}
+
+/* Native rows; the numbers are those of kv_attention.py. */
+enum { FP32 = 0, BF16 = 1, FP16 = 2 };
+
+INLINE void read_rows(int dtype, const char *rows, long first, int count, int dim, float *out) {
+    const uint16_t *half = (const uint16_t *)rows + first * dim;
+    if (dtype == FP32) memcpy(out, (const float *)rows + first * dim, sizeof(float) * count * dim);
+    else if (dtype == FP16)
+        for (int i = 0; i < count * dim; i += 8) _mm256_storeu_ps(out + i, from_fp16(half + i));
+    else
+        for (int i = 0; i < count * dim; i++) out[i] = from_bf16(half[i]);
+}
+
 /* One plane: what its queries ask, where a block goes, and what they have found so far. */
 typedef struct {
     int num_queries, num_tokens, past, dim; /* query m is token m % num_tokens and sees rows up to past + that */
@@ -217,4 +269,44 @@ void attend_int8(const Call *call, const uint8_t *key, const uint16_t *key_scale
 void attend_fp8(const Call *call, const uint8_t *key, const uint16_t *key_scale, const uint8_t *value,
                 const uint16_t *value_scale, int64_t capacity) {
     rows_of(FP8, call, key, key_scale, value, value_scale, capacity);
+}
+
+/* Tokens in int4 groups and the native rows after them. T encoded tokens have room, C rows.
+ *
+ *     encoded [B]                                 tokens of each sequence that lie in groups
+ *     key_code, value_code [B, H_kv, T, dim / 2]
+ *     key_step, key_low    [B, H_kv, T / group_size, dim]
+ *     value_step, value_low [B, H_kv, T, dim / channels]
+ *     key, value           [B, H_kv, C, dim] of `dtype`
+ */
+void attend_int4(const Call *call, const int32_t *encoded, const uint8_t *key_code, const uint16_t *key_step,
+                 const uint16_t *key_low, const uint8_t *value_code, const uint16_t *value_step,
+                 const uint16_t *value_low, const char *key, const char *value, int64_t num_tokens, int64_t num_rows,
+                 int32_t group_size, int32_t channels, int32_t dtype) {
+#pragma omp parallel for schedule(dynamic) num_threads(call->num_threads)
+    for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
+        Plane plane = plane_of(call, index);
+        int dim = plane.dim, num_encoded = encoded[index / call->num_heads];
+        int last = plane.past + plane.num_tokens, step = group_size < BLOCK ? group_size : BLOCK;
+        start(&plane);
+        for (int row = 0; row < num_encoded; row += step) {
+            long token = index * num_tokens + row, group = index * (num_tokens / group_size) + row / group_size;
+            long range = token * (dim / channels);
+            decode_int4_keys(key_code + token * dim / 2, key_step + group * dim, key_low + group * dim, step, dim,
+                             plane.key);
+            score_block(&plane, row, step);
+            decode_int4_values(value_code + token * dim / 2, value_step + range, value_low + range, channels, step, dim,
+                               plane.value);
+            add_block(&plane, step);
+        }
+        for (int row = num_encoded; row < last; row += BLOCK) {
+            int count = last - row < BLOCK ? last - row : BLOCK;
+            long first = index * num_rows + row - num_encoded;
+            read_rows(dtype, key, first, count, dim, plane.key);
+            score_block(&plane, row, count);
+            read_rows(dtype, value, first, count, dim, plane.value);
+            add_block(&plane, count);
+        }
+        finish(&plane);
+    }
 }

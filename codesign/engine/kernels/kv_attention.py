@@ -12,6 +12,7 @@ from codesign.engine.kernels import compiled
 from codesign.engine.kernels.compiled import Missing, pointer
 
 _BLOCK = 32  # rows decoded at a time
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Call(ctypes.Structure):
@@ -86,6 +87,35 @@ class KVAttention:
         pointers = [pointer(part) for part in (*key, *value)]
         function = getattr(self.library, f"attend_{name}")
         function(ctypes.byref(queries.struct), *pointers, ctypes.c_int64(key[0].shape[2]))
+
+    def int4(
+        self,
+        queries: Queries,
+        num_encoded: Sequence[int],
+        encoded: Sequence[Tensor],
+        key: Tensor,
+        value: Tensor,
+        *,
+        group_size: int,
+    ) -> None:
+        """Tokens in int4 groups, then native rows.
+
+        Args:
+            num_encoded: [B] tokens of each sequence that lie in groups.
+            encoded: codes [B, H_kv, T, D / 2], steps and lows [B, H_kv, T / group_size, D] of the keys; codes, steps
+                and lows [B, H_kv, T, D / channels] of the values. channels is a multiple of 8, D of 16.
+            key, value: [B, H_kv, C, D] rows after them.
+        """
+        counts = torch.tensor(num_encoded, dtype=torch.int32)
+        self.library.attend_int4(
+            ctypes.byref(queries.struct),
+            *map(pointer, (counts, *encoded, key, value)),
+            ctypes.c_int64(encoded[0].shape[2]),
+            ctypes.c_int64(key.shape[2]),
+            group_size,
+            key.shape[3] // encoded[-1].shape[3],
+            _DTYPES[key.dtype],
+        )
 
 
 @functools.cache

@@ -1,7 +1,14 @@
 """KVCodec: what a slot stores for a row. One file below `codecs/` per codec.
 
-Each row is encoded exactly once: when it is written, or, for a prompt, which is staged in native precision whatever its
-chunks, when it is admitted at its end. Afterwards it is only moved as it is.
+Two kinds, by `group_size`. A row codec (0) encodes each row by itself, when it is written; rows can be moved and
+overwritten in place, so it composes with every policy. A group codec encodes whole groups of consecutive tokens when
+they are committed or admitted; the newest tokens, and those that do not fill a group yet, stay native rows:
+
+    row codec     [ r r r r r r r | pending ]                        every row encoded
+    group codec   [ group | group | group ]  [ r r r | pending ]     native rows
+
+Either way what is encoded is encoded exactly once, and how much room a slot takes follows from lengths only. Prompts
+are staged in native precision, whatever their chunks, and encoded when they end.
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -11,6 +18,7 @@ from torch import Tensor
 
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.kv_attention import KVAttention, Queries
+from codesign.engine.kv.encoded import EncodedShape, EncodedTokens
 
 if TYPE_CHECKING:
     from codesign.engine.kv.group import LayerGroup
@@ -29,8 +37,38 @@ class KVCodec:
     rows_mutable: ClassVar[bool] = True
     is_native: ClassVar[bool] = False
 
+    @property
+    def group_size(self) -> int:
+        """Tokens that are encoded together; 0 where each row is encoded by itself."""
+        return 0
+
+    @property
+    def residual_tokens(self) -> int:
+        """Newest tokens that a group codec always leaves native."""
+        return 0
+
+    def encoded_tokens(self, num_tokens: int) -> int:
+        """How many of a slot's first tokens lie in groups."""
+        if not self.group_size:
+            return 0
+        return max(0, num_tokens - self.residual_tokens) // self.group_size * self.group_size
+
+    def num_rows(self, max_model_len: int, max_query_len: int) -> int:
+        """Rows that a slot needs beside its groups, where nothing is ever evicted."""
+        if not self.group_size:
+            return max_model_len
+        return min(max_model_len, self.residual_tokens + self.group_size - 1 + max_query_len)
+
+    def groups(self, shape: EncodedShape) -> EncodedTokens:
+        """Room for the groups.
+
+        Raises:
+            Unsupported: heads of this size cannot be encoded so.
+        """
+        raise NotImplementedError  # a row codec is never asked
+
     def encode(self, rows: Tensor) -> Parts:
-        """What is stored of rows [..., D], key or value."""
+        """What is stored of rows [..., D], key or value, outside groups."""
         return (rows,)
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,8 @@ side by side, so that a step's bookkeeping and its evictions are a few operation
 
     key, value [rows, X]        parts that the codec stores, layer by layer [S, H_kv, C]; C = budget + max_query_len, or
                                 max_model_len where nothing is ever evicted: there row == position, and a pending row is
-                                written where it stays
+                                written where it stays. A codec of groups has these rows for the newest tokens only, in
+                                order, and the tokens before them in storage of its own
     position   [rows] int32     of bounded layers
     column     [rows] fp32      attention mass, only for a policy that asks (evidence "column_sums")
 
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from codesign.engine.kv.codec import KVCodec
+from codesign.engine.kv.encoded import EncodedShape, EncodedTokens
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policy import KVPolicy
+from codesign.errors import Unsupported
 
 
 class DenseStore:
@@ -31,6 +34,7 @@ class DenseStore:
 
     Raises:
         ValueError: a budget that leaves too few rows to evict for what one step can commit.
+        Unsupported: a codec whose rows cannot be overwritten with a policy that evicts, or heads that it cannot encode.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class DenseStore:
         max_query_len: int,
         policy: KVPolicy,
         codec: KVCodec,
+        rope_tables: tuple[Tensor, Tensor],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -57,7 +62,14 @@ class DenseStore:
                     f"kv_budget gives a layer {budget} rows, of which {policy.evictable(budget)} can be evicted; "
                     f"a step can commit {max_query_len} at once and needs as many"
                 )
-        capacity = {budget: budget + max_query_len for budget in bounded} | {max_model_len: max_model_len}
+        if bounded and not codec.rows_mutable:
+            raise Unsupported(
+                f"kv.codec {_name(codec)!r} encodes groups of {codec.group_size} tokens, of which kv.policy "
+                f"{_name(policy)!r} cannot evict single ones; use kv.policy 'full', or kv.codec 'int8' or 'fp8'"
+            )
+        capacity = {budget: budget + max_query_len for budget in bounded} | {
+            max_model_len: codec.num_rows(max_model_len, max_query_len)
+        }
         num_planes = num_slots * num_kv_heads
         num_rows = num_planes * sum(capacity[budget] for budget in self.budgets)
         num_bounded = num_planes * sum(capacity[budget] for budget in self.budgets if budget in bounded)
@@ -70,6 +82,21 @@ class DenseStore:
         self.column: Tensor | None = None
         if bounded and policy.evidence == "column_sums":
             self.column = torch.zeros(num_bounded, dtype=torch.float32, device=device)
+        encoded: EncodedTokens | None = None
+        if codec.group_size:
+            encoded = codec.groups(
+                EncodedShape(
+                    num_layers=num_layers,
+                    num_slots=num_slots,
+                    num_kv_heads=num_kv_heads,
+                    num_tokens=codec.encoded_tokens(max_model_len),
+                    head_dim=head_dim,
+                    dtype=dtype,
+                    device=device,
+                    rope_tables=rope_tables,
+                )
+            )
+        self.num_tokens = [0] * num_slots
         groups, start = [], 0
         for budget in (*bounded, *({max_model_len} & set(self.budgets))):
             layers = tuple(layer for layer, own in enumerate(self.budgets) if own == budget)
@@ -86,6 +113,8 @@ class DenseStore:
                 max_query_len=max_query_len,
                 policy=policy,
                 codec=codec,
+                encoded=encoded,
+                num_tokens=self.num_tokens,
                 dtype=dtype,
             )
             groups.append(group)
@@ -96,7 +125,6 @@ class DenseStore:
         self._num_bounded_layers = sum(len(group.layers) for group in self.groups if group.is_bounded)
         self._row_start = torch.cat([group.row_start for group in self.groups])
         self._budget = torch.tensor([self.budgets[layer] for layer in self._layer_order], device=device)[:, None]
-        self.num_tokens = [0] * num_slots
         self.num_pending = [0] * num_slots
         self.next_position = [0] * num_slots
 
@@ -115,9 +143,9 @@ class DenseStore:
         Returns:
             layer -> [N * H_kv] rows for `write`. Labels them with their positions; they have no attention mass yet.
         """
-        facts = [(slot, self.num_tokens[slot], row) for slot, count in pending for row in range(count)]
-        slot, num_tokens, row = torch.tensor(facts, device=self.device).unbind(1)
-        past = torch.minimum(num_tokens, self._budget) + row  # [L, N]
+        facts = [(slot, self._rows_outside_groups(slot), row) for slot, count in pending for row in range(count)]
+        slot, num_rows, row = torch.tensor(facts, device=self.device).unbind(1)
+        past = torch.minimum(num_rows, self._budget) + row  # [L, N]
         rows = self._row_start[:, slot] + past[..., None]  # [L, N, H_kv]
         if self._num_bounded_layers:
             bounded = rows[: self._num_bounded_layers]
@@ -127,6 +155,9 @@ class DenseStore:
         for (own, count), first in zip(pending, first_positions, strict=True):
             self.num_pending[own], self.next_position[own] = count, first
         return dict(zip(self._layer_order, rows.flatten(1).unbind(0), strict=True))
+
+    def _rows_outside_groups(self, slot: int) -> int:
+        return self.num_tokens[slot] - self.codec.encoded_tokens(self.num_tokens[slot])
 
     def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
         """key, value [N, H_kv, D] into the rows that `reserve` named."""
@@ -153,6 +184,9 @@ class DenseStore:
             for tensor in (*self.key, *self.value, self.position, self.column):
                 if tensor is not None:
                     tensor.index_copy_(0, target, tensor[source])
+        if self.codec.group_size:
+            for slot, count in accepted:
+                self.groups[0].flush(slot, self.num_tokens[slot], count)
         for slot, count in commits:
             self.num_tokens[slot] += count
             self.num_pending[slot] = 0
@@ -177,6 +211,11 @@ class DenseStore:
     def num_bytes(self) -> int:
         """Sum of unique storages of what holds rows and their scores."""
         tensors = [*self.key, *self.value, self.position, self.column]
+        tensors += self.groups[0].encoded.tensors if self.groups[0].encoded is not None else ()
         tensors += [tensor for group in self.groups for tensor in (group.pending_column, group.sink_key)]
         storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _name(member: KVCodec | KVPolicy) -> str:
+    return type(member).__module__.rpartition(".")[2]

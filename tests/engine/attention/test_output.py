@@ -7,6 +7,7 @@ from torch import Tensor
 from codesign.engine.attention import output
 from codesign.engine.attention.calls import Span, cut
 from codesign.engine.attention.output import OutputAttention
+from codesign.engine.attention.rope import Rope
 from codesign.engine.kernels import kv_attention
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kv.policies.full import Full
@@ -21,6 +22,7 @@ needs_kernel = pytest.mark.skipif(isinstance(kv_attention.load(), Missing), reas
 
 def filled(codec: str, lengths: list[int], *, num_queries: int, head_dim: int, dtype: torch.dtype) -> DenseStore:
     """One layer; slot i holds lengths[i] committed rows and num_queries pending ones."""
+    rope = Rope(1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim))
     store = DenseStore(
         num_layers=1,
         num_slots=len(lengths),
@@ -30,6 +32,7 @@ def filled(codec: str, lengths: list[int], *, num_queries: int, head_dim: int, d
         max_query_len=num_queries,
         policy=Full(),
         codec=KV_CODECS.create(codec),
+        rope_tables=rope.tables(max(lengths) + num_queries, CPU),
         dtype=dtype,
         device=CPU,
     )

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_SLOTS = 3, 4, 2, 8, 4
 MAX_MODEL_LEN, MAX_QUERY_LEN = 48, 3
 TOLERANCE = 2e-5  # fp32 against float64
 # Error that a codec may make of a row, as a share of the row's norm: int8 half a step of max / 127 in each of 8 values,
-# fp8 half of the last of three mantissa bits.
-BOUNDS = {"int8": 0.505 * HEAD_DIM**0.5 / 127, "fp8": 2**-4 + 2**-8}
+# fp8 half of the last of three mantissa bits, int4 half a step of a range that other rows stretch.
+BOUNDS = {"int8": 0.505 * HEAD_DIM**0.5 / 127, "fp8": 2**-4 + 2**-8, "int4": 0.5}
 SCALE = HEAD_DIM**-0.5 * 2  # sharper than usual: decisions far from ties
 
 
@@ -29,7 +30,12 @@ def rope(head_dim: int = HEAD_DIM) -> Rope:
 
 
 def make_attention(
-    policy: KVPolicy, *, codec: str = "native", backend: str = "sdpa", cls: type[Attention] = Attention
+    policy: KVPolicy,
+    *,
+    codec: str = "native",
+    codec_knobs: dict[str, Any] | None = None,
+    backend: str = "sdpa",
+    cls: type[Attention] = Attention,
 ) -> Attention:
     return cls(
         num_layers=NUM_LAYERS,
@@ -39,7 +45,7 @@ def make_attention(
         scale=SCALE,
         rope=rope(),
         policy=policy,
-        codec=KV_CODECS.create(codec),
+        codec=KV_CODECS.create(codec, **(codec_knobs or {})),
         backend=ATTENTION.create(backend),
         num_slots=NUM_SLOTS,
         max_model_len=MAX_MODEL_LEN,
@@ -95,10 +101,10 @@ def replay(attention: Attention, oracle: Oracle, plans: Iterable[StepPlan], *, s
 
 def reader(attention: Attention, oracle: Oracle, plan: StepPlan, layer: int) -> Read:
     """What the slots of output tokens hold in this layer, once its rows have been written."""
-    store, policy = attention.store, attention.policy
+    store, policy, codec = attention.store, attention.policy, attention.codec
     group = next(group for group in store.groups if layer in group.layers)
     layer_index, starts = group.layers.index(layer), plan.query_starts
-    bound = BOUNDS[type(attention.codec).__module__.rpartition(".")[2]]
+    bound = BOUNDS[type(codec).__module__.rpartition(".")[2]]
 
     @functools.cache
     def rows(index: int) -> tuple[Array, ...]:
@@ -111,7 +117,9 @@ def reader(attention: Attention, oracle: Oracle, plan: StepPlan, layer: int) -> 
         position = group.position[layer_index, slot, :, :count].numpy()
         is_turned = (position < policy.num_sink_tokens) & (policy.key_space == "pre_rope")
         stands = position + is_turned * (num_tokens - num_past)
-        return position, bits, oracle.rotate(bits[:, :, 0], -stands), np.full(position.shape, bound), ~is_turned
+        is_encoded = position < codec.encoded_tokens(num_tokens) if codec.group_size else np.full(position.shape, True)
+        bounds = np.where(is_encoded, bound, 0.0)
+        return position, bits, oracle.rotate(bits[:, :, 0], -stands), bounds, is_encoded & ~is_turned
 
     def read(index: int, kv_head: int) -> Held:
         return Held(*(part[kv_head] for part in rows(index)))

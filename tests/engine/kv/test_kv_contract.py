@@ -6,6 +6,7 @@ import pytest
 from random_plans import random_plans
 from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_SLOTS, make_attention, make_oracle, replay
 
+from codesign.errors import Unsupported
 from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES
 
 # Knobs that make small traffic evict; a policy that is not listed runs with a budget of 16 where it has one.
@@ -21,13 +22,16 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
         {"kv_budget": 0.5, "window_tokens": 7, "num_sink_tokens": 0, "kernel_size": 5, "beta": 1},
     ],
 }
+# Knobs that make small traffic fill groups.
+CODEC_KNOBS: dict[str, dict[str, Any]] = {"int4": {"group_size": 8, "residual_tokens": 3}}
+MUTABLE = [name for name in KV_CODECS.names() if KV_CODECS.create(name).rows_mutable]
 CASES = [
     pytest.param(policy, knobs, codec, backend, id=f"{policy}{index}-{codec}-{backend}")
     for policy in KV_POLICIES.names()
     for index, knobs in enumerate(
         KNOBS.get(policy, [{"kv_budget": 16} if "kv_budget" in KV_POLICIES.knobs(policy) else {}])
     )
-    for codec in KV_CODECS.names()
+    for codec in (KV_CODECS.names() if policy == "full" else MUTABLE)
     for backend in ATTENTION.names()
 ]
 
@@ -42,11 +46,20 @@ def test_random_traffic_agrees_with_a_dictionary_of_rows(
         plans = random_plans(
             seed, num_steps=50, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN
         )
-        attention = make_attention(policy, codec=codec, backend=backend)
+        attention = make_attention(policy, codec=codec, codec_knobs=CODEC_KNOBS.get(codec), backend=backend)
         num_evicted += replay(attention, make_oracle(policy, name), plans, seed=seed)
 
     is_bounded = min(attention.kv_budget_tokens) < MAX_MODEL_LEN
     assert (num_evicted > 50) == is_bounded, "the traffic must reach the budget, or it shows nothing"
+
+
+@pytest.mark.parametrize("codec", [name for name in KV_CODECS.names() if name not in MUTABLE])
+@pytest.mark.parametrize("name", [name for name in KV_POLICIES.names() if "kv_budget" in KV_POLICIES.knobs(name)])
+def test_eviction_from_groups_is_refused_by_name(name: str, codec: str) -> None:
+    policy = KV_POLICIES.create(name, **KNOBS.get(name, [{"kv_budget": 16}])[0])
+
+    with pytest.raises(Unsupported, match=rf"kv.codec '{codec}' .* kv.policy '{name}' .* use kv.policy 'full'"):
+        make_attention(policy, codec=codec)
 
 
 @pytest.mark.parametrize("name", [name for name in KNOBS if name != "full"])
