@@ -77,7 +77,7 @@ class KVCodec:
 
     def kernel(self, *, head_dim: int, device: torch.device) -> KVAttention | Missing:
         """What reads rows as they are stored, for `attend`, or why rows have to be decoded here."""
-        return Missing("none for this codec")
+        return Missing("no kernel for this codec")
 
     def attend(self, kernel: KVAttention, queries: Queries, group: "LayerGroup", index: int, slots: slice) -> None:
         """Lets queries attend to what `slots` hold in layer `group.layers[index]`."""

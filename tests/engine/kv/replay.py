@@ -19,9 +19,14 @@ CPU = torch.device("cpu")
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_SLOTS = 3, 4, 2, 8, 4
 MAX_MODEL_LEN, MAX_QUERY_LEN = 48, 3
 TOLERANCE = 2e-5  # fp32 against float64
+# Knobs that make small traffic fill groups; at full rank nothing but rounding is lost, wherever rows stand.
+CODEC_KNOBS: dict[str, dict[str, Any]] = {
+    "int4": {"group_size": 8, "residual_tokens": 3},
+    "low_rank": {"group_size": 8, "residual_tokens": 3, "rank": HEAD_DIM, "value_rank": HEAD_DIM},
+}
 # Error that a codec may make of a row, as a share of the row's norm: int8 half a step of max / 127 in each of 8 values,
 # fp8 half of the last of three mantissa bits, int4 half a step of a range that other rows stretch.
-BOUNDS = {"int8": 0.505 * HEAD_DIM**0.5 / 127, "fp8": 2**-4 + 2**-8, "int4": 0.5}
+BOUNDS = {"int8": 0.505 * HEAD_DIM**0.5 / 127, "fp8": 2**-4 + 2**-8, "int4": 0.5, "low_rank": 1e-5}
 SCALE = HEAD_DIM**-0.5 * 2  # sharper than usual: decisions far from ties
 
 
@@ -33,7 +38,6 @@ def make_attention(
     policy: KVPolicy,
     *,
     codec: str = "native",
-    codec_knobs: dict[str, Any] | None = None,
     backend: str = "sdpa",
     cls: type[Attention] = Attention,
 ) -> Attention:
@@ -45,7 +49,7 @@ def make_attention(
         scale=SCALE,
         rope=rope(),
         policy=policy,
-        codec=KV_CODECS.create(codec, **(codec_knobs or {})),
+        codec=KV_CODECS.create(codec, **CODEC_KNOBS.get(codec, {})),
         backend=ATTENTION.create(backend),
         num_slots=NUM_SLOTS,
         max_model_len=MAX_MODEL_LEN,

@@ -22,8 +22,6 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
         {"kv_budget": 0.5, "window_tokens": 7, "num_sink_tokens": 0, "kernel_size": 5, "beta": 1},
     ],
 }
-# Knobs that make small traffic fill groups.
-CODEC_KNOBS: dict[str, dict[str, Any]] = {"int4": {"group_size": 8, "residual_tokens": 3}}
 MUTABLE = [name for name in KV_CODECS.names() if KV_CODECS.create(name).rows_mutable]
 CASES = [
     pytest.param(policy, knobs, codec, backend, id=f"{policy}{index}-{codec}-{backend}")
@@ -41,16 +39,16 @@ def test_random_traffic_agrees_with_a_dictionary_of_rows(
     name: str, knobs: dict[str, Any], codec: str, backend: str
 ) -> None:
     policy = KV_POLICIES.create(name, **knobs)
-    num_evicted = 0
-    for seed in range(2):
+    num_evicted, num_seeds = 0, 2 if codec == "native" else 1  # encoded rows are read and checked one by one: slow
+    for seed in range(num_seeds):
         plans = random_plans(
             seed, num_steps=50, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN
         )
-        attention = make_attention(policy, codec=codec, codec_knobs=CODEC_KNOBS.get(codec), backend=backend)
+        attention = make_attention(policy, codec=codec, backend=backend)
         num_evicted += replay(attention, make_oracle(policy, name), plans, seed=seed)
 
     is_bounded = min(attention.kv_budget_tokens) < MAX_MODEL_LEN
-    assert (num_evicted > 50) == is_bounded, "the traffic must reach the budget, or it shows nothing"
+    assert (num_evicted > 25 * num_seeds) == is_bounded, "the traffic must reach the budget, or it shows nothing"
 
 
 @pytest.mark.parametrize("codec", [name for name in KV_CODECS.names() if name not in MUTABLE])

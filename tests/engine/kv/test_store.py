@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from replay import CODEC_KNOBS
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.rope import Rope
@@ -42,7 +43,7 @@ def make(
         scale=head_dim**-0.5,
         rope=Rope(1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)),
         policy=policy,
-        codec=KV_CODECS.create(codec),
+        codec=KV_CODECS.create(codec, **CODEC_KNOBS.get(codec, {})),
         backend=ATTENTION.create(backend),
         num_slots=num_slots,
         max_model_len=max_model_len,
