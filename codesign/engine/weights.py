@@ -85,6 +85,7 @@ def build_decoder(
     decoder = assembler.build(source)
     if clock.cache == "made":
         # From here on it is as if the weights had been found: what packing them took is not the configuration's.
+        workspace.release()
         return_freed_memory()
         reset_peak_memory()
     return decoder

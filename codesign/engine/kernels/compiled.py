@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -21,13 +22,17 @@ from torch import Tensor
 
 from codesign.engine.caches import cache_folder
 
-_FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-fno-math-errno", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-shared", "-fPIC")
 # What ATen's own kernels were chosen for -> flags beside those above: never more than this processor has.
 _CAPABILITY_FLAGS: dict[str, tuple[str, ...]] = {
     "AVX2": (),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
 }
-_BF16_FLAGS = ("-mavx512bf16",)
+# Instructions that some of those processors have besides.
+_EXTRA_FLAGS: dict[str, Callable[[], bool]] = {
+    "-mavx512bf16": torch.cpu._is_avx512_bf16_supported,
+    "-mavx512vnni": torch.cpu._is_vnni_supported,
+}
 _TIMEOUT_S = 60
 
 
@@ -47,8 +52,8 @@ def load(stem: str) -> ctypes.CDLL | Missing:
     if capability not in _CAPABILITY_FLAGS:
         return Missing(f"written for {' and '.join(_CAPABILITY_FLAGS)}, ATen runs {capability}")
     flags = (*_FLAGS, *_CAPABILITY_FLAGS[capability])
-    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
-        flags += _BF16_FLAGS
+    if capability == "AVX512":
+        flags += tuple(flag for flag, is_supported in _EXTRA_FLAGS.items() if is_supported())
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         return Missing("no C compiler (gcc) on this machine")
@@ -82,3 +87,8 @@ def _build(source: Path, compiler: str, flags: tuple[str, ...]) -> Path:
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
     """To the tensor's first value; the caller keeps the tensor."""
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+def longs(sizes: Iterable[int]) -> tuple[ctypes.c_long, ...]:
+    """Sizes as C takes them."""
+    return tuple(map(ctypes.c_long, sizes))

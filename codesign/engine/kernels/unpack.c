@@ -45,29 +45,32 @@ void unpack_int8(const int8_t *codes, const float *scale, void *out, int is_bf16
     }
 }
 
+#define CHUNK 1024 /* outputs at once, so that rows of `out` are written in order */
+
 /* int4 in ATen's order: packed [outputs / block][num_in][block / 2], low nibbles the first half of a block's outputs.
  * pairs [groups, num_out, 2] from the first output on; w = (code - 8) scale + zero -> out [num_in, outputs]. */
 INLINE void int4_blocks(int block, const uint8_t *packed, const uint16_t *pairs, int is_half, void *out, int is_bf16,
                         long outputs, long num_in, long num_out, long group_size) {
     int half = block / 2;
-    long num_blocks = outputs / block, num_groups = num_in / group_size;
+    long num_groups = num_in / group_size;
 #pragma omp parallel for collapse(2) schedule(static)
-    for (long b = 0; b < num_blocks; b++)
-        for (long g = 0; g < num_groups; g++) {
-            float scale[64], middle[64], values[64];
-            for (int n = 0; n < block; n++) {
-                const uint16_t *pair = pairs + (g * num_out + b * block + n) * 2;
+    for (long g = 0; g < num_groups; g++)
+        for (long first = 0; first < outputs; first += CHUNK) {
+            long count = outputs - first < CHUNK ? outputs - first : CHUNK;
+            float scale[CHUNK], middle[CHUNK], values[64];
+            for (long n = 0; n < count; n++) {
+                const uint16_t *pair = pairs + (g * num_out + first + n) * 2;
                 scale[n] = from_bits(pair[0], is_half);
                 middle[n] = from_bits(pair[1], is_half) - 8 * scale[n];
             }
-            for (long k = g * group_size; k < (g + 1) * group_size; k++) {
-                const uint8_t *codes = packed + (b * num_in + k) * half;
-                for (int n = 0; n < half; n++) {
-                    values[n] = (float)(codes[n] & 15) * scale[n] + middle[n];
-                    values[half + n] = (float)(codes[n] >> 4) * scale[half + n] + middle[half + n];
+            for (long k = g * group_size; k < (g + 1) * group_size; k++)
+                for (long b = 0; b < count; b += block) {
+                    const uint8_t *codes = packed + ((first + b) / block * num_in + k) * half;
+                    const float *s = scale + b, *m = middle + b;
+                    for (int n = 0; n < half; n++) values[n] = (float)(codes[n] & 15) * s[n] + m[n];
+                    for (int n = 0; n < half; n++) values[half + n] = (float)(codes[n] >> 4) * s[half + n] + m[half + n];
+                    store(out, k * outputs + first + b, values, block, is_bf16);
                 }
-                store(out, k * outputs + b * block, values, block, is_bf16);
-            }
         }
 }
 
@@ -79,10 +82,17 @@ void unpack_int4(const uint8_t *packed, const uint16_t *pairs, int is_half, void
         int4_blocks(32, packed, pairs, is_half, out, is_bf16, outputs, num_in, num_out, group_size);
 }
 
-#define MAX_GROUP 8192
+#define MAX_IN 32768
+
+/* values [num_in] = codes scale + middle, group by group; group_size is a constant where it is a usual one. */
+INLINE void scale_groups(long group_size, const uint8_t *codes, const float *scale, const float *middle, float *values,
+                         long num_in) {
+    for (long g = 0; g < num_in / group_size; g++)
+        for (long k = g * group_size; k < (g + 1) * group_size; k++) values[k] = (float)codes[k] * scale[g] + middle[g];
+}
 
 /* packed [rows, num_in bits / 8] as bit_packed.py lays codes of 2, 3, 4 or 8 bits out; w = code scale + middle,
- * scale and middle [rows, num_in / group_size] -> out [rows, num_in]. group_size a multiple of 8, at most MAX_GROUP. */
+ * scale and middle [rows, num_in / group_size] -> out [rows, num_in], num_in a multiple of 8 and at most MAX_IN. */
 void unpack_bits(const uint8_t *packed, int bits, const float *scale, const float *middle, void *out, int is_bf16,
                  long rows, long num_in, long group_size) {
     uint32_t four_of[256]; /* four codes of two bits, one a byte */
@@ -93,42 +103,44 @@ void unpack_bits(const uint8_t *packed, int bits, const float *scale, const floa
         for (int place = 0; place < 8; place++) eight_of[byte] |= (uint64_t)(byte >> place & 1) << (8 * place + 2);
     }
     long num_groups = num_in / group_size;
-#pragma omp parallel for collapse(2) schedule(static)
-    for (long row = 0; row < rows; row++)
-        for (long g = 0; g < num_groups; g++) {
-            uint8_t codes[MAX_GROUP];
-            float values[MAX_GROUP];
-            const uint8_t *own = packed + row * num_in * bits / 8, *low = own + g * group_size * (bits & ~1) / 8;
-            const uint8_t *high = own + num_in / 4 + g * group_size / 8;
-            if (bits == 8) memcpy(codes, low, group_size);
-            if (bits == 4)
-                for (long k = 0; k < group_size; k += 2) codes[k] = low[k / 2] & 15, codes[k + 1] = low[k / 2] >> 4;
-            if (bits < 4)
-                for (long k = 0; k < group_size; k += 8) {
-                    uint64_t eight = four_of[low[k / 4]] | (uint64_t)four_of[low[k / 4 + 1]] << 32;
-                    if (bits == 3) eight |= eight_of[high[k / 8]];
-                    memcpy(codes + k, &eight, 8);
-                }
-            float factor = scale[row * num_groups + g], offset = middle[row * num_groups + g];
-            for (long k = 0; k < group_size; k++) values[k] = (float)codes[k] * factor + offset;
-            store(out, row * num_in + g * group_size, values, group_size, is_bf16);
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < rows; row++) {
+        uint8_t codes[MAX_IN];
+        float values[MAX_IN];
+        const uint8_t *low = packed + row * num_in * bits / 8, *high = low + num_in / 4;
+        if (bits == 8) memcpy(codes, low, num_in);
+        if (bits == 4)
+            for (long k = 0; k < num_in; k += 2) codes[k] = low[k / 2] & 15, codes[k + 1] = low[k / 2] >> 4;
+        if (bits < 4)
+            for (long k = 0; k < num_in; k += 8) {
+                uint64_t eight = four_of[low[k / 4]] | (uint64_t)four_of[low[k / 4 + 1]] << 32;
+                if (bits == 3) eight |= eight_of[high[k / 8]];
+                memcpy(codes + k, &eight, 8);
+            }
+        const float *own = scale + row * num_groups, *offset = middle + row * num_groups;
+        switch (group_size) {
+            case 16: scale_groups(16, codes, own, offset, values, num_in); break;
+            case 32: scale_groups(32, codes, own, offset, values, num_in); break;
+            case 64: scale_groups(64, codes, own, offset, values, num_in); break;
+            default: scale_groups(group_size, codes, own, offset, values, num_in);
         }
+        store(out, row * num_in, values, num_in, is_bf16);
+    }
 }
 
-/* packed [rows, num_in / 2], the even input's code in the low bits; w = levels[code] scale, scale
- * [rows, num_in / group_size] -> out [rows, num_in]. group_size even, at most MAX_GROUP. */
+/* packed [rows, num_in / 2], the even input's code in the low bits; w = levels[code] scale, scale [rows, num_in / 64]
+ * -> out [rows, num_in], num_in a multiple of 64 and at most MAX_IN. */
 void unpack_levels(const uint8_t *packed, const float *levels, const float *scale, void *out, int is_bf16, long rows,
-                   long num_in, long group_size) {
+                   long num_in) {
     float two_of[256][2];
     for (int byte = 0; byte < 256; byte++) two_of[byte][0] = levels[byte & 15], two_of[byte][1] = levels[byte >> 4];
-    long num_groups = num_in / group_size;
-#pragma omp parallel for collapse(2) schedule(static)
-    for (long row = 0; row < rows; row++)
-        for (long g = 0; g < num_groups; g++) {
-            const uint8_t *own = packed + (row * num_in + g * group_size) / 2;
-            float values[MAX_GROUP], factor = scale[row * num_groups + g];
-            for (long k = 0; k < group_size; k += 2) memcpy(values + k, two_of[own[k / 2]], 8);
-            for (long k = 0; k < group_size; k++) values[k] *= factor;
-            store(out, row * num_in + g * group_size, values, group_size, is_bf16);
-        }
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const uint8_t *own = packed + row * num_in / 2;
+        float values[MAX_IN];
+        for (long k = 0; k < num_in; k += 2) memcpy(values + k, two_of[own[k / 2]], 8);
+        for (long k = 0; k < num_in; k += 64)
+            for (int i = 0; i < 64; i++) values[k + i] *= scale[(row * num_in + k) / 64];
+        store(out, row * num_in, values, num_in, is_bf16);
+    }
 }

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from codesign.engine.kernels import compiled
-from codesign.engine.kernels.compiled import Missing, pointer
+from codesign.engine.kernels.compiled import Missing, longs, pointer
 
-_MAX_GROUP = 8192  # as in unpack.c
+_MAX_IN = 32768  # as in unpack.c
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Unpack:
     def int8(self, codes: Tensor, scale: Tensor, out: Tensor) -> None:
         """codes [n, in] int8 times scale [n] into out [n, in]."""
         scale = scale.float()
-        self._call("unpack_int8", codes, scale, out, _is_bf16(out), *_longs(codes.shape))
+        self._call("unpack_int8", codes, scale, out, _is_bf16(out), *longs(codes.shape))
 
     def int4(self, packed: Tensor, scale_and_zero: Tensor, start: int, stop: int, out: Tensor) -> None:
         """Outputs start..stop, whole blocks, into out [in, stop - start].
@@ -41,7 +41,7 @@ class Unpack:
             out,
             _is_bf16(out),
             64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32,
-            *_longs((stop - start, num_in, num_out, num_in // num_groups)),
+            *longs((stop - start, num_in, num_out, num_in // num_groups)),
         )
 
     def bits(self, packed: Tensor, bits: int, scale: Tensor, middle: Tensor, out: Tensor) -> None:
@@ -51,25 +51,21 @@ class Unpack:
             packed: [n, in * bits / 8] as bit_packed.py lays them out.
             scale, middle: [n, groups] fp32.
         """
-        self._groups("unpack_bits", packed, bits, scale, middle, out=out)
+        num_rows, num_in = out.shape
+        sizes = longs((num_rows, num_in, num_in // scale.shape[1]))
+        self._call("unpack_bits", packed, bits, scale, middle, out, _is_bf16(out), *sizes)
 
     def levels(self, packed: Tensor, levels: Tensor, scale: Tensor, out: Tensor) -> None:
-        """levels[code] scale into out [n, in]; packed [n, in / 2], levels [16] fp32, scale [n, groups] fp32."""
-        self._groups("unpack_levels", packed, levels, scale, out=out)
-
-    def _groups(self, name: str, *inputs: Tensor | int, out: Tensor) -> None:
-        scale = inputs[2]
-        assert isinstance(scale, Tensor)
-        num_in = out.shape[1]
-        self._call(name, *inputs, out, _is_bf16(out), *_longs((*out.shape, num_in // scale.shape[1])))
+        """levels[code] scale into out [n, in]; packed [n, in / 2], levels [16] fp32, scale [n, in / 64] fp32."""
+        self._call("unpack_levels", packed, levels, scale, out, _is_bf16(out), *longs(out.shape))
 
     def _call(self, name: str, *arguments: Tensor | int | ctypes.c_long) -> None:
         getattr(self.library, name)(*(pointer(a) if isinstance(a, Tensor) else a for a in arguments))
 
 
-def takes(group_size: int, dtype: torch.dtype) -> bool:
-    """Whether groups of this many inputs can be unpacked into `dtype`."""
-    return group_size <= _MAX_GROUP and dtype in (torch.bfloat16, torch.float32)
+def takes(num_in: int, dtype: torch.dtype) -> bool:
+    """Whether rows of so many inputs can be unpacked into `dtype`."""
+    return num_in <= _MAX_IN and dtype in (torch.bfloat16, torch.float32)
 
 
 @functools.cache
@@ -81,7 +77,3 @@ def load() -> Unpack | Missing:
 
 def _is_bf16(out: Tensor) -> int:
     return int(out.dtype == torch.bfloat16)
-
-
-def _longs(sizes: tuple[int, ...] | torch.Size) -> tuple[ctypes.c_long, ...]:
-    return tuple(map(ctypes.c_long, sizes))

@@ -90,7 +90,7 @@ class BitPackedLinear(PackedLinear):
             dtype=dtype,
             device=packed.device,
             workspace=workspace,
-            unpack_group=grid.group_size,
+            has_compiled_unpack=True,
         )
         self._grid = grid
         self.register_buffer("packed", packed)

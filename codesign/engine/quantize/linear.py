@@ -29,6 +29,10 @@ class Workspace:
             self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return self._buffer[:num_bytes].view(dtype).view(shape)
 
+    def release(self) -> None:
+        """Lets go of the buffer; the next `take` makes one."""
+        self._buffer = None
+
     @property
     def num_bytes(self) -> int:
         return 0 if self._buffer is None else self._buffer.numel()

@@ -22,7 +22,7 @@ class PackedLinear(Linear):
     bias: [out_features], or None.
     dtype: of the activations.
     few_rows: the kernel for few rows.
-    unpack_group: inputs that share a scale, where the compiled unpacking (kernels/unpack.c) knows the layout.
+    has_compiled_unpack: whether the compiled unpacking (kernels/unpack.c) knows the layout.
     unpack_step: slices start at multiples of this.
     is_transposed: whether `unpack` writes [in, rows].
 
@@ -41,7 +41,7 @@ class PackedLinear(Linear):
         device: torch.device,
         workspace: Workspace,
         few_rows: FewRows = NO_KERNEL,
-        unpack_group: int | None = None,
+        has_compiled_unpack: bool = False,
         unpack_step: int = 1,
         is_transposed: bool = False,
     ) -> None:
@@ -52,7 +52,7 @@ class PackedLinear(Linear):
         self.few_rows, self.kernel_max_rows = few_rows, few_rows.max_rows
         self.compiled_unpack: Unpack | None = None
         dense = f"unpack + aten::mm {str(self.compute_dtype).removeprefix('torch.')}"
-        if device.type == "cpu" and unpack_group is not None and unpacking.takes(unpack_group, self.compute_dtype):
+        if has_compiled_unpack and device.type == "cpu" and unpacking.takes(in_features, self.compute_dtype):
             found = unpacking.load()
             if isinstance(found, Missing):
                 dense += f"; ours: {found.reason}"

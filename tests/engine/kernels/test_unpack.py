@@ -68,7 +68,7 @@ def test_codes_of_every_width_come_out_of_the_layout_they_were_packed_in(bits: i
     assert torch.equal(unpacked(linear, 3, 5, torch.float32), codes[3:].float() - grid.middle)
 
 
-def test_a_group_too_long_for_the_compiled_loops_takes_the_plain_path() -> None:
-    assert not unpack.takes(8193, torch.float32)
+def test_rows_too_long_for_the_compiled_loops_take_the_plain_path() -> None:
+    assert not unpack.takes(32776, torch.float32)
     assert not unpack.takes(64, torch.float16)
-    assert unpack.takes(8192, torch.bfloat16)
+    assert unpack.takes(32768, torch.bfloat16)

@@ -99,7 +99,7 @@ class _Int4Linear(PackedLinear):
             device=packed.device,
             workspace=workspace,
             few_rows=choose("int4", dtype=dtype, device=packed.device, out_features=packed.shape[0]),
-            unpack_group=None if packed.shape[0] % int4_layout.block_rows() else group_size,
+            has_compiled_unpack=packed.shape[0] % int4_layout.block_rows() == 0,
             unpack_step=int4_layout.block_rows(),
             is_transposed=True,
         )

@@ -57,7 +57,7 @@ class _Int8Linear(PackedLinear):
             device=codes.device,
             workspace=workspace,
             few_rows=choose("int8", dtype=dtype, device=codes.device),
-            unpack_group=1,  # the scale is a row's
+            has_compiled_unpack=True,
         )
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", scale)

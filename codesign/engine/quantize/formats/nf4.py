@@ -59,7 +59,7 @@ class _Nf4Linear(PackedLinear):
             dtype=dtype,
             device=packed.device,
             workspace=workspace,
-            unpack_group=BLOCK,
+            has_compiled_unpack=True,
         )
         self.register_buffer("packed", packed)
         self.register_buffer("scale_codes", scales.codes)

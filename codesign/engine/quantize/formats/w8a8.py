@@ -13,6 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from codesign.engine.kernels import w8a8
+from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kernels.w8a8 import W8A8Kernel
 from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized, row_grid, signed
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
@@ -68,7 +71,7 @@ def has_exact_products(device: torch.device) -> bool:
 class _W8A8Linear(Linear):
     codes: Tensor
     scale: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # fp32: it is added to exact sums
 
     def __init__(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace
@@ -78,23 +81,36 @@ class _W8A8Linear(Linear):
         self._workspace = workspace
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+        self.register_buffer("bias", None if bias is None else bias.float())
         self._is_exact = has_exact_products(codes.device)
+        self._compiled: W8A8Kernel | None = None
+        self._max_rows = 0
         product = "aten::_int_mm" if self._is_exact else "widen + aten::mm float32; aten::_int_mm saturates here"
+        if codes.device.type == "cpu" and w8a8.takes(dtype):
+            found = w8a8.load()
+            if isinstance(found, Missing):
+                product += f"; ours: {found.reason}"
+            else:
+                self._compiled, self._max_rows = found, found.max_rows(self.in_features)
+                product = f"codesign::w8a8 (M<={self._max_rows}), {product}" if self._max_rows else product
         self.kernel = f"{product} (activations rounded per token)"
 
     def forward(self, x: Tensor) -> Tensor:
-        num_rows = x.shape[0]
-        if num_rows == 0:
+        if x.shape[0] == 0:
             return x.new_empty(0, self.out_features)
+        if self._compiled is not None:
+            codes, token_scale = self._compiled.quantize(x)
+            return self._compiled.scaled(self._sums(codes), token_scale, self.scale, self.bias, x.dtype)
         codes, token_scale = quantize_tokens(x)
-        y = self._sums(codes).mul_(token_scale).mul_(self.scale)
+        y = self._sums(codes).float().mul_(token_scale).mul_(self.scale)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
     def _sums(self, codes: Tensor) -> Tensor:
-        """[M, out] fp32: products of the codes, not yet scaled."""
+        """[M, out] int32: products of the codes, not yet scaled."""
         num_rows = codes.shape[0]
-        if not self._is_exact:
+        if self._compiled is not None and num_rows <= self._max_rows:
+            return self._compiled.sums(codes, self.codes)
+        if not self._is_exact:  # in fp32, exact too: |sum| < 2^24 for up to 1040 inputs, nearly so beyond
             return multiply_unpacked(
                 codes.float(),
                 self._widen,
@@ -102,10 +118,10 @@ class _W8A8Linear(Linear):
                 step=1,
                 is_transposed=False,
                 workspace=self._workspace,
-            )
+            ).to(torch.int32)
         if codes.is_cuda and num_rows < _CUDA_MIN_ROWS:
             codes = torch.nn.functional.pad(codes, (0, 0, 0, _CUDA_MIN_ROWS - num_rows))
-        return torch._int_mm(codes, self.codes.t())[:num_rows].float()
+        return torch._int_mm(codes, self.codes.t())[:num_rows]
 
     def _widen(self, start: int, stop: int, out: Tensor) -> None:
         out.copy_(self.codes[start:stop])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from codesign.engine.kernels import packed_matmul, unpack
+from codesign.engine.kernels import packed_matmul, unpack, w8a8
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.quantize.format import GridFormat, WeightFormat
 from codesign.engine.quantize.linear import Linear, Workspace
@@ -25,7 +25,7 @@ ROWS = [1, 2, 3, 5, 8, 9, 16, 31, 64]
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything holds with our compiled kernels, and without them."""
     if request.param == "aten":
-        for kernel in (packed_matmul, unpack):
+        for kernel in (packed_matmul, unpack, w8a8):
             monkeypatch.setattr(kernel, "load", lambda: Missing("switched off by a test"))
     elif isinstance(reason := packed_matmul.load(), Missing):
         pytest.skip(reason.reason)
