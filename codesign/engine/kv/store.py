@@ -143,7 +143,10 @@ class DenseStore:
         Returns:
             layer -> [N * H_kv] rows for `write`. Labels them with their positions; they have no attention mass yet.
         """
-        facts = [(slot, self._rows_outside_groups(slot), row) for slot, count in pending for row in range(count)]
+        existing = self.num_tokens
+        if self.codec.group_size:
+            existing = [num_tokens - self.codec.encoded_tokens(num_tokens) for num_tokens in self.num_tokens]
+        facts = [(slot, existing[slot], row) for slot, count in pending for row in range(count)]
         slot, num_rows, row = torch.tensor(facts, device=self.device).unbind(1)
         past = torch.minimum(num_rows, self._budget) + row  # [L, N]
         rows = self._row_start[:, slot] + past[..., None]  # [L, N, H_kv]
@@ -155,9 +158,6 @@ class DenseStore:
         for (own, count), first in zip(pending, first_positions, strict=True):
             self.num_pending[own], self.next_position[own] = count, first
         return dict(zip(self._layer_order, rows.flatten(1).unbind(0), strict=True))
-
-    def _rows_outside_groups(self, slot: int) -> int:
-        return self.num_tokens[slot] - self.codec.encoded_tokens(self.num_tokens[slot])
 
     def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
         """key, value [N, H_kv, D] into the rows that `reserve` named."""

@@ -10,6 +10,7 @@ from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.rope import Rope
 from codesign.engine.kernels import kv_attention
 from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policies.full import Full
 from codesign.engine.kv.store import DenseStore
 from codesign.registry import ATTENTION, KV_CODECS
@@ -111,21 +112,49 @@ def test_decoding_in_small_slices_changes_nothing(num_planes: int, monkeypatch: 
     lengths = [50, 50, 50]
     store = filled("int8", lengths, num_queries=1, head_dim=16, dtype=torch.float32)
     _, whole, _, _ = attend(store, "eager", lengths, num_queries=1, num_groups=2)
-    monkeypatch.setattr(output, "_MAX_DECODED", num_planes * 51 * 16)
+    monkeypatch.setattr(output, "_MAX_DECODED", {"cpu": num_planes * 51 * 16})
     _, parts, _, _ = attend(store, "eager", lengths, num_queries=1, num_groups=2)
 
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
 
 
-def test_slices_are_every_plane_once_and_no_more_than_may_be_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    for num_planes in (1, 2, 3, 7, 100):
-        monkeypatch.setattr(output, "_MAX_DECODED", num_planes * 10)
-        seen = torch.zeros(5, 3)
-        for slots, heads in output._slices(5, 3, 10):
-            seen[slots, heads] += 1
-            assert seen[slots, heads].numel() <= num_planes
+@pytest.mark.parametrize("num_planes", [1, 2, 3, 7, 100])
+def test_slices_are_every_plane_once_and_no_more_than_may_be_decoded(num_planes: int) -> None:
+    seen = torch.zeros(5, 3)
+    for slots, heads in output._slices(5, 3, num_planes):
+        seen[slots, heads] += 1
+        assert seen[slots, heads].numel() <= num_planes
 
-        assert (seen == 1).all()
+    assert (seen == 1).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("codec", ["int8", "fp8", "int4"])
+def test_with_a_kernel_nothing_is_decoded(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [100, 101]
+    store = filled(codec, lengths, num_queries=1, head_dim=16, dtype=torch.float32)
+    attention = OutputAttention(store.codec, ATTENTION.create("sdpa"), scale=0.25, head_dim=16, device=CPU)
+    spans = [Span(slot, slot, 1, length, False, False) for slot, length in enumerate(lengths)]
+    (call,) = cut(spans, num_groups=1, dtype=torch.float32, device=CPU)
+    monkeypatch.delattr(LayerGroup, "read")
+    out, _ = attention(torch.ones(2, NUM_KV_HEADS, 1, 16), store.groups[0], 0, call, want_weights=False)
+
+    assert out.isfinite().all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("codec", ["int8", "fp8", "int4"])
+def test_threads_change_nothing(codec: str) -> None:
+    lengths, before = [100, 3, 70, 64, 90], torch.get_num_threads()
+    store = filled(codec, lengths, num_queries=2, head_dim=32, dtype=torch.float32)
+    _, alone, _, _ = attend(store, "sdpa", lengths, num_queries=2, num_groups=3)
+    try:
+        torch.set_num_threads(3)
+        _, together, _, _ = attend(store, "sdpa", lengths, num_queries=2, num_groups=3)
+    finally:
+        torch.set_num_threads(before)
+
+    assert torch.equal(alone, together)
 
 
 @needs_kernel
