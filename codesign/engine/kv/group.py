@@ -8,6 +8,7 @@ from torch import Tensor
 from codesign.engine.kv.codec import KVCodec, Parts
 from codesign.engine.kv.encoded import EncodedTokens
 from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
+from codesign.engine.kv.recent import RecentQueries, VictimQueue
 from codesign.engine.kv.sinks import SinkKeys
 
 
@@ -22,6 +23,8 @@ class LayerGroup:
     column: [L, S, H_kv, C] fp32, or None.
     pending_column: [L, S, H_kv, Q, C] fp32: what each pending query looked at, kept apart until it is accepted.
     row_start: [L, S, H_kv] first row in the store's tensors.
+    recent: newest queries, or None; attention brings them for a policy that `needs_keys`.
+    queue: victims named ahead, or None unless the policy looks ahead.
     """
 
     def __init__(
@@ -57,15 +60,27 @@ class LayerGroup:
         self.position = row_is_position if position is None else position[own].view(shape)
         self.column = None if column is None else column[own].view(shape)
         self.pending_column: Tensor | None = None
+        self.column_decay = policy.column_decay
         if self.column is not None:
             self.pending_column = torch.zeros(*shape[:3], max_query_len, capacity, device=device)
         self.sinks: SinkKeys | None = None
         if self.is_bounded and policy.key_space == "pre_rope":
             self.sinks = SinkKeys(self.key, policy.num_sink_tokens, codec, head_dim=head_dim, dtype=dtype)
+        self.recent: RecentQueries | None = None
+        self.queue: VictimQueue | None = None
+        if self.is_bounded and policy.lookahead(budget) > 1:
+            length = max(policy.lookahead(budget), max_query_len)
+            self.queue = VictimQueue(num_layers, num_slots, num_kv_heads, length, device)
 
     @property
-    def sink_key(self) -> Tensor | None:
-        return None if self.sinks is None else self.sinks.key
+    def beside(self) -> tuple[Tensor | None, ...]:
+        """What the policy keeps beside the rows."""
+        return (
+            self.pending_column,
+            None if self.sinks is None else self.sinks.key,
+            None if self.recent is None else self.recent.query,
+            None if self.queue is None else self.queue.named,
+        )
 
     def rows_after(self, num_tokens: int) -> int:
         """Rows that exist per KV head once `num_tokens` tokens are committed."""
@@ -108,6 +123,11 @@ class LayerGroup:
             for_each.append(out)
         return for_each[0], for_each[1]
 
+    def heads(self, index: int, slot: int, num_tokens: int) -> list[tuple[int, int]]:
+        """(first row, number of rows) of each KV head once `num_tokens` are committed, within the rows of the slot."""
+        num_kv_heads, width = self.position.shape[2:]
+        return [(head * width, self.rows_after(num_tokens)) for head in range(num_kv_heads)]
+
     def admit(self, index: int, slot: int, prompt: Prompt, kept: Tensor | None) -> None:
         """Moves a finished prompt into the slot: the rows `kept` [H_kv, K], or all of them."""
         num_heads, num_tokens, head_dim = prompt.key.shape
@@ -129,6 +149,16 @@ class LayerGroup:
         if self.column is not None:
             assert prompt.column_sums is not None
             self.column[index, slot, :, :num_rows] = prompt.column_sums.gather(1, kept)
+        if self.recent is not None:
+            assert prompt.window_query is not None
+            seen = prompt.window_query.transpose(0, 1)
+            position = torch.arange(num_tokens - len(seen), num_tokens, device=self._device)
+            self.recent.write(index, slot, position, seen)
+
+    def release(self, slot: int) -> None:
+        """Forgets what was decided for the sequence in this slot."""
+        if self.queue is not None:
+            self.queue.clear(slot)
 
     def flush(self, slot: int, num_tokens: int, count: int) -> None:
         """Encodes the groups that `count` more committed tokens complete; the rows after them move up."""
@@ -145,8 +175,11 @@ class LayerGroup:
         """Adds the attention mass of the first `count` pending queries of each slot to the rows they looked at."""
         if self.column is None or self.pending_column is None:
             return
-        index = _index(slots, self._device)
-        self.column[:, index] += self.pending_column[:, index, :, :count].sum(dim=3)
+        index, decay = _index(slots, self._device), self.column_decay
+        for query in range(count):
+            if decay != 1:
+                self.column[:, index] *= decay
+            self.column[:, index] += self.pending_column[:, index, :, query]
 
     def replace(self, policy: KVPolicy, slots: list[tuple[int, int]], num_new: int) -> tuple[Tensor, Tensor]:
         """Lets the policy name `num_new` rows per KV head of each full (slot, position of its first new row).
@@ -154,19 +187,42 @@ class LayerGroup:
         Returns:
             rows to overwrite and the pending rows that go there, as rows of the store.
         """
+        start = self.row_start[:, _index([slot for slot, _ in slots], self._device)]
+        target = start[..., None] + self._victims(policy, slots, num_new)
+        source = start[..., None] + torch.arange(self.budget, self.budget + num_new, device=self._device)
+        return target.flatten(), source.flatten()
+
+    def _victims(self, policy: KVPolicy, slots: list[tuple[int, int]], num_new: int) -> Tensor:
+        """[L, B, H_kv, num_new] of each (slot, position of its first new row)."""
+        if self.queue is None:
+            return self._ask(policy, slots, num_new)
+        stale = [item for item in slots if self.queue.needs(item[0], num_new)]
+        if stale:
+            self.queue.fill([slot for slot, _ in stale], self._ask(policy, stale, self.queue.length))
+        return self.queue.take([slot for slot, _ in slots], num_new)
+
+    def _committed_keys(self, index: slice | Tensor) -> Tensor:
+        """[L * B, H_kv, budget, D] of full slots."""
+        parts = tuple(part[:, index, :, : self.budget].flatten(0, 1) for part in self.key)
+        return self._codec.decode(parts, self._dtype)
+
+    def _ask(self, policy: KVPolicy, slots: list[tuple[int, int]], num_victims: int) -> Tensor:
         device, num_layers = self._device, len(self.layers)
         index = _index([slot for slot, _ in slots], device)
         next_position = torch.tensor([position for _, position in slots], device=device)
-        column = None if self.column is None else self.column[:, index, :, : self.budget].flatten(0, 1)
+        window_query = None
+        if self.recent is not None:
+            slot = torch.tensor([slot for slot, _ in slots], device=device)
+            window_query = self.recent.before(slot, next_position).flatten(0, 1)
         rows = Rows(
             position=self.position[:, index, :, : self.budget].flatten(0, 1),
-            column=column,
+            column=None if self.column is None else self.column[:, index, :, : self.budget].flatten(0, 1),
             next_position=next_position.repeat(num_layers),
+            key=None if window_query is None else self._committed_keys(index),
+            window_query=window_query,
+            scale=None if self.recent is None else self.recent.scale,
         )
-        start = self.row_start[:, index].flatten(0, 1)[..., None]
-        target = start + policy.victims(rows, num_new)
-        source = start + torch.arange(self.budget, self.budget + num_new, device=device)
-        return target.flatten(), source.flatten()
+        return policy.victims(rows, num_victims).view(num_layers, len(slots), -1, num_victims)
 
 
 def _index(slots: list[int], device: torch.device) -> slice | Tensor:

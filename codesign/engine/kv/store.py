@@ -23,6 +23,7 @@ from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.encoded import EncodedShape, EncodedTokens
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policy import KVPolicy
+from codesign.engine.kv.ragged import RaggedGroup
 from codesign.errors import Unsupported
 
 
@@ -100,7 +101,8 @@ class DenseStore:
         groups, start = [], 0
         for budget in (*bounded, *({max_model_len} & set(self.budgets))):
             layers = tuple(layer for layer, own in enumerate(self.budgets) if own == budget)
-            group = LayerGroup(
+            make = RaggedGroup if policy.head_budgets == "ragged" and budget in bounded else LayerGroup
+            group = make(
                 self.key,
                 self.value,
                 self.position if budget in bounded else None,
@@ -124,6 +126,9 @@ class DenseStore:
         self._layer_order = [layer for group in self.groups for layer in group.layers]
         self._num_bounded_layers = sum(len(group.layers) for group in self.groups if group.is_bounded)
         self._row_start = torch.cat([group.row_start for group in self.groups])
+        own_layers = [len(group.layers) for group in self.groups]
+        for group, row_start in zip(self.groups, torch.split(self._row_start, own_layers), strict=True):
+            group.row_start = row_start  # a view: ragged heads move theirs
         self._budget = torch.tensor([self.budgets[layer] for layer in self._layer_order], device=device)[:, None]
         self.num_pending = [0] * num_slots
         self.next_position = [0] * num_slots
@@ -206,13 +211,15 @@ class DenseStore:
 
     def release(self, slot: int) -> None:
         self.num_tokens[slot] = self.num_pending[slot] = 0
+        for group in self.groups:
+            group.release(slot)
 
     @property
     def num_bytes(self) -> int:
         """Sum of unique storages of what holds rows and their scores."""
         tensors = [*self.key, *self.value, self.position, self.column]
         tensors += self.groups[0].encoded.tensors if self.groups[0].encoded is not None else ()
-        tensors += [tensor for group in self.groups for tensor in (group.pending_column, group.sink_key)]
+        tensors += [tensor for group in self.groups for tensor in group.beside]
         storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -113,8 +113,10 @@ class Assembler:
             return
         self.clock.cache = "made"
         with self.cache.making(self.cache_key) as new:
-            for index, layer in enumerate(self._new_layers(source)):
-                yield self._restored(index, new.keep(dict(layer.named_buffers())))
+            layers = self._new_layers(source)
+            for index in range(self.shape.num_layers):
+                # No name holds the packed layer while the next one is packed: it is on disk now.
+                yield self._restored(index, new.keep(dict(next(layers).named_buffers())))
         if new.problem:
             self.clock.cache = f"off: {new.problem}"
 
@@ -122,7 +124,6 @@ class Assembler:
         calibration = self._calibration(source)
         for index in range(self.shape.num_layers):
             yield self._layer(index, source, calibration)
-            return_freed_memory()
 
     def _restored(self, index: int, tensors: Mapping[str, Tensor]) -> DecoderLayer:
         """A layer from the buffers of an earlier one, on pages of their file."""
@@ -273,6 +274,7 @@ class Assembler:
             chosen = type(weight_format).__name__.lower()
             raise Unsupported(f"weight format {chosen!r} cannot hold {name} {list(weight.shape)}: {error}") from error
         finally:
+            return_freed_memory()
             self.clock.quantize_s += time.perf_counter() - started
 
     def _norm(self, weight: Tensor) -> RMSNorm:

@@ -82,12 +82,13 @@ class NewEntry:
         digest = hashlib.sha256()
         with file.open("wb") as out:
             for name, tensor in tensors.items():
-                data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-                padded = data + bytes(-len(data) % _ALIGNMENT)
-                out.write(padded)
-                digest.update(padded)
+                data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+                padding = bytes(-len(data) % _ALIGNMENT)
+                for part in (data, padding):
+                    out.write(part)
+                    digest.update(part)
                 places[name] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset]
-                offset += len(padded)
+                offset += len(data) + len(padding)
         self.layers.append({"sha256": digest.hexdigest(), "tensors": places})
         return _mapped(file, places)
 

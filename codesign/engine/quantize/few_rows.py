@@ -19,9 +19,9 @@ _ATEN_NAMES = {"int8": "aten::_weight_int8pack_mm", "int4": "aten::_weight_int4p
 
 # (format, whose kernel, on what) -> largest M that the kernel should get; beyond, unpacking is as fast or faster at one
 # of two shapes, [9728, 896] and [896, 4864]. One core's own time, `python tests/benchmarks/weight_kernels.py`.
-# AVX2: AMD Zen 3, torch 2.13.0, 2026-11-23. AVX512 (x in fp32) and bf16 (AVX512 with products in bf16): AMD Zen 4, torch
-# 2.13.0, 2026-11-25; at [9728, 896] kernel / unpacking, ms: int8 M = 16: 1.93 / 3.33, M = 32: 5.53 / 4.88; int4 M = 256:
-# 22.3 / 23.9, M = 1024: 94.0 / 88.5.
+# AVX2: AMD Zen 3, torch 2.13.0, 2026-11-23. AVX512 (x in fp32) and bf16 (AVX512 with products in bf16): AMD Zen 4,
+# torch 2.13.0, 2026-11-25; at [9728, 896] kernel / unpacking, ms: int8 M = 16: 1.93 / 3.33, M = 32: 5.53 / 4.88; int4
+# M = 256: 22.3 / 23.9, M = 1024: 94.0 / 88.5.
 _MAX_ROWS: dict[tuple[str, str, str], int] = {
     ("int8", "codesign", "AVX2"): 128,
     ("int4", "codesign", "AVX2"): 1024,
