@@ -1,7 +1,7 @@
 """Output tokens over KV heads that keep different numbers of rows: one backend call per slot and KV head.
 
-Each call reads a view of the cache, or one head of it decoded; nothing is padded or masked away. What it costs is calls:
-slots x KV heads in each layer, where equal heads of neighbouring slots share one.
+Each call reads a view of the cache, or one head of it decoded; nothing is padded or masked away. What it costs is
+calls: slots x KV heads in each layer, where equal heads of neighbouring slots share one.
 """
 
 import torch
