@@ -15,6 +15,7 @@ from codesign.engine.quantize import cpu
 
 GROUP_SIZES = (32, 64, 128, 256)
 OUT_MULTIPLE = 16
+_SLICE_BLOCKS = 8
 
 
 def block_rows() -> int:
@@ -30,10 +31,14 @@ def pack(codes: Tensor) -> tuple[Tensor, bool]:
     Returns:
         packed [out, in / 2] uint8; whether `unpack` gives exactly `codes` back.
     """
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default(codes.int(), 1)
-    found = torch.empty(codes.shape[1], codes.shape[0], dtype=torch.int8)
-    unpack(packed, 0, codes.shape[0], found)
-    return packed, bool(torch.equal(found.t() + 8, codes))
+    parts, is_readable = [], True
+    for rows in torch.split(codes, _SLICE_BLOCKS * block_rows()):  # blocks do not know of each other; ATen wants int32
+        part = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default(rows.int(), 1)
+        found = torch.empty(rows.shape[1], rows.shape[0], dtype=torch.int8)
+        unpack(part, 0, rows.shape[0], found)
+        is_readable = is_readable and torch.equal(found.t() + 8, rows)
+        parts.append(part)
+    return torch.cat(parts), is_readable
 
 
 def unpack(packed: Tensor, start: int, stop: int, out: Tensor) -> None:
