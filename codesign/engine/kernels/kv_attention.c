@@ -162,7 +162,7 @@ INLINE void add_block(Plane *plane, int count) {
         float *weight = plane->weight + m * BLOCK, largest = plane->largest[m];
         for (int row = 0; row < count; row++) largest = weight[row] > largest ? weight[row] : largest;
         if (largest == -INFINITY) continue; /* nothing seen yet */
-        float shrink = expf(plane->largest[m] - largest);
+        float shrink = _mm256_cvtss_f32(exp_of(_mm256_set1_ps(plane->largest[m] - largest)));
         __m256 sum = _mm256_setzero_ps();
         for (int row = 0; row < BLOCK; row += 8) {
             __m256 part = exp_of(_mm256_sub_ps(_mm256_loadu_ps(weight + row), _mm256_set1_ps(largest)));
@@ -199,31 +199,28 @@ INLINE void start(Plane *plane) {
     for (int m = 0; m < plane->num_queries; m++) plane->largest[m] = -INFINITY, plane->sum[m] = 0;
 }
 
-/* Divides by the sums. Leaves log sum e^score in `largest`. */
 INLINE void finish(Plane *plane) {
-    for (int m = 0; m < plane->num_queries; m++) {
+    for (int m = 0; m < plane->num_queries; m++)
         for (int d = 0; d < plane->dim; d++) plane->out[(long)m * plane->dim + d] /= plane->sum[m];
-        plane->largest[m] += logf(plane->sum[m]);
-    }
 }
 
 /* The queries of a call and where its results go.
  *
  *     query, out [B, H_kv, M, dim]        scores [B, H_kv, M, num_rows] or NULL, of rows up to past + num_tokens - 1
- *     past [B]                            log_sum [B, H_kv, M]: log of the sum of e^score
- *     scratch [num_threads, 2 BLOCK dim + M (BLOCK + 1)]
+ *     past [B]                            largest, sum [B, H_kv, M]: a weight is e^(score - largest) / sum
+ *     scratch [num_threads, 2 BLOCK dim + M BLOCK]
  */
 typedef struct {
     const float *query;
     const int32_t *past;
-    float *out, *scores, *log_sum, *scratch;
+    float *out, *scores, *largest, *sum, *scratch;
     int32_t num_slots, num_heads, num_queries, num_tokens, dim, num_rows, num_threads;
     float scale;
 } Call;
 
 INLINE Plane plane_of(const Call *call, long index) {
-    float *key = call->scratch + omp_get_thread_num() * (2L * BLOCK * call->dim + (BLOCK + 1L) * call->num_queries);
-    float *value = key + BLOCK * call->dim, *weight = value + BLOCK * call->dim;
+    float *key = call->scratch + omp_get_thread_num() * BLOCK * (2L * call->dim + call->num_queries);
+    float *value = key + BLOCK * call->dim;
     return (Plane){
         .num_queries = call->num_queries,
         .num_tokens = call->num_tokens,
@@ -234,11 +231,11 @@ INLINE Plane plane_of(const Call *call, long index) {
         .query = call->query + index * call->num_queries * call->dim,
         .key = key,
         .value = value,
-        .weight = weight,
+        .weight = value + BLOCK * call->dim,
         .out = call->out + index * call->num_queries * call->dim,
         .scores = call->scores ? call->scores + index * call->num_queries * call->num_rows : NULL,
-        .largest = call->log_sum + index * call->num_queries,
-        .sum = weight + BLOCK * call->num_queries,
+        .largest = call->largest + index * call->num_queries,
+        .sum = call->sum + index * call->num_queries,
     };
 }
 

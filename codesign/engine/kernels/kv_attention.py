@@ -17,7 +17,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "past", "out", "scores", "log_sum", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("query", "past", "out", "scores", "largest", "sum", "scratch")),
         *((name, ctypes.c_int32) for name in ("num_slots", "num_heads", "num_queries", "num_tokens", "dim")),
         *((name, ctypes.c_int32) for name in ("num_rows", "num_threads")),
         ("scale", ctypes.c_float),
@@ -42,18 +42,20 @@ class Queries:
         self._dtype = query.dtype
         self._query = query.float().contiguous()
         self._past = torch.tensor(past, dtype=torch.int32)
-        self._out, self._log_sum = torch.empty_like(self._query), self._query.new_empty(query.shape[:3])
+        self._out = torch.empty_like(self._query)
+        self._largest, self._sum = self._query.new_empty(2, *query.shape[:3], 1)
         self._scores: Tensor | None = None
         if want_weights:
             self._scores = self._query.new_full((*query.shape[:3], num_rows), float("-inf"))
         num_threads = torch.get_num_threads()
-        self._scratch = self._query.new_empty(num_threads, 2 * _BLOCK * dim + num_queries * (_BLOCK + 1))
+        self._scratch = self._query.new_empty(num_threads, _BLOCK * (2 * dim + num_queries))
         self.struct = _Call(
             query=self._query.data_ptr(),
             past=self._past.data_ptr(),
             out=self._out.data_ptr(),
             scores=None if self._scores is None else self._scores.data_ptr(),
-            log_sum=self._log_sum.data_ptr(),
+            largest=self._largest.data_ptr(),
+            sum=self._sum.data_ptr(),
             scratch=self._scratch.data_ptr(),
             num_slots=num_slots,
             num_heads=num_heads,
@@ -73,7 +75,7 @@ class Queries:
     @property
     def weights(self) -> Tensor | None:
         """[B, H_kv, M, R] fp32 softmax weights where they were wanted; 0 for rows that are not seen."""
-        return None if self._scores is None else (self._scores - self._log_sum[..., None]).exp()
+        return None if self._scores is None else (self._scores - self._largest).exp() / self._sum
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,10 +59,12 @@ class TensorSource(Protocol):
 
 @dataclasses.dataclass(kw_only=True)
 class PackClock:
-    """Seconds spent packing weights, as opposed to reading them; whether the cache had them ("found", "made", "")."""
+    """Seconds spent packing weights, as opposed to reading them; whether the cache had them ("found", "made", "");
+    what went otherwise than asked, linear by linear."""
 
     quantize_s: float = 0.0
     cache: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,7 @@ class Assembler:
         entry = self.cache.find(self.cache_key)
         if entry is not None and entry.num_layers == self.shape.num_layers:
             self.clock.cache = "found"
+            self.clock.notes += entry.notes
             yield from (self._restored(index, entry.layer(index)) for index in range(entry.num_layers))
             return
         self.clock.cache = "made"
@@ -117,6 +120,7 @@ class Assembler:
             for index in range(self.shape.num_layers):
                 # No name holds the packed layer while the next one is packed: it is on disk now.
                 yield self._restored(index, new.keep(dict(next(layers).named_buffers())))
+            new.notes += self.clock.notes
         if new.problem:
             self.clock.cache = f"off: {new.problem}"
 
@@ -262,7 +266,7 @@ class Assembler:
     ) -> Linear:
         started = time.perf_counter()
         try:
-            return weight_format.pack(
+            packed = weight_format.pack(
                 weight,
                 bias,
                 dtype=self.dtype,
@@ -270,6 +274,9 @@ class Assembler:
                 inputs=inputs,
                 num_unclipped_rows=num_unclipped_rows,
             )
+            if packed.note:
+                self.clock.notes.append(f"{name}: {packed.note}")
+            return packed
         except ValueError as error:
             chosen = type(weight_format).__name__.lower()
             raise Unsupported(f"weight format {chosen!r} cannot hold {name} {list(weight.shape)}: {error}") from error

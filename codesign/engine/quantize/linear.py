@@ -52,12 +52,14 @@ class Linear(nn.Module, ABC):
     Attributes:
         kernel: which kernels run it, by M where that matters, e.g. "aten::_weight_int8pack_mm (M<=8), widen + ...".
         opaque_bytes: bytes of packed weights that are in no tensor, because a kernel library holds them.
+        note: what went otherwise than asked while it was packed, or "".
     """
 
     in_features: int
     out_features: int
     kernel: str
     opaque_bytes: int = 0
+    note: str = ""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
