@@ -77,6 +77,23 @@ def test_rows_kept_by_a_policy(policy: Choice, kept: int) -> None:
     assert kept_tokens(policy, 1000) == kept
 
 
+@pytest.mark.parametrize(
+    ("codec", "share"),
+    [
+        (Choice("int8"), 1 / 2),
+        (Choice("fp8"), 1 / 2),
+        (Choice.of("int4", group_size=32), 1 / 4),
+        (Choice.of("low_rank", rank=0.25, value_rank=96), 1 / 2),
+        (Choice.of("low_rank", rank=0.25), 1 / 8),
+    ],
+    ids=str,
+)
+def test_share_of_a_bf16_cache_that_a_codec_needs_at_least(codec: Choice, share: float) -> None:
+    native = estimate(SIZE, EngineConfig()).kv_bytes
+
+    assert estimate(SIZE, EngineConfig(kv=KVConfig(policy=Choice("full"), codec=codec))).kv_bytes == native * share
+
+
 def test_what_is_not_known_counts_as_nothing_so_that_nothing_is_ruled_out_wrongly() -> None:
     config = EngineConfig(weights=Choice("unheard_of"), kv=KVConfig(policy=Choice("full"), codec=Choice("unheard_of")))
 
