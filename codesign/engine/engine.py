@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from codesign.engine.attention.layer import Attention
+from codesign.engine.attention.switched import SwitchedAttention
 from codesign.engine.kernels.pieces import describe
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.quantize.linear import Linear, Workspace
@@ -46,7 +47,7 @@ class EngineParts:
 
     config: EngineConfig
     model: Decoder
-    attention: Attention
+    attention: Attention | SwitchedAttention
     scheduler: Scheduler
     runner: SingleRunner
     workspace: Workspace
