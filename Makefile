@@ -21,12 +21,20 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-# Other projects in an environment of their own: what they say about what we write. Never part of the tests.
-oracles: $(VENV)/.installed-dev
-	$(PYTHON) -m venv .oracles
-	.oracles/bin/pip install --quiet $(CONSTRAINTS) torch
-	.oracles/bin/pip install --quiet $(CONSTRAINTS) 'transformers>=5' accelerate compressed-tensors
-	PYTHONPATH=. $(BIN)/python tests/oracles/exported_weights.py --python .oracles/bin/python
+# Other projects, each in an environment of its own: what they say about what we compute and write. Never part of the
+# tests, which read the goldens that this writes to tests/golden.
+ORACLES := .oracles
+oracles: $(VENV)/.installed-dev $(foreach name,compressed_tensors llm_compressor bitsandbytes gptqmodel,$(ORACLES)/$(name)/.installed)
+	PYTHONPATH=. $(BIN)/python -m tests.oracles.gptq $(ORACLES)/llm_compressor/bin/python
+	PYTHONPATH=. $(BIN)/python -m tests.oracles.nf4 $(ORACLES)/bitsandbytes/bin/python
+	PYTHONPATH=. $(BIN)/python -m tests.oracles.layouts $(ORACLES)/compressed_tensors/bin/python $(ORACLES)/gptqmodel/bin/python
+	PYTHONPATH=. $(BIN)/python tests/oracles/exported_weights.py --python $(ORACLES)/compressed_tensors/bin/python
+
+$(ORACLES)/%/.installed: tests/oracles/requirements/%.txt constraints-cpu.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $(CONSTRAINTS) torch
+	$(@D)/bin/pip install --quiet $(CONSTRAINTS) --requirement $<
+	touch $@
 
 $(VENV)/.created:
 	$(PYTHON) -c 'import sys; sys.exit("codesign needs Python >= 3.11; set PYTHON=...") if sys.version_info < (3, 11) else None'
@@ -44,4 +52,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .oracles build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ORACLES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -83,6 +83,7 @@ def build_engine(
                 "vocab_size": shape.vocab_size,
                 "eos_token_ids": sorted(eos),
                 "weight_cache": clock.cache,
+                "weight_notes": clock.notes,
             },
             phases={
                 "load_s": loaded - started - clock.quantize_s,

@@ -161,5 +161,5 @@ def check_tokens(token_ids: tuple[int, ...] | list[int], vocab_size: int, what: 
         raise InputError(f"{what}: token {bad} is outside the vocabulary of {vocab_size}")
 
 
-def _linears(module: nn.Module) -> list[Linear]:
-    return [part for part in module.modules() if isinstance(part, Linear)]
+def _linears(layer: nn.Module) -> list[Linear]:
+    return [part for part in layer.children() if isinstance(part, Linear)]

@@ -27,6 +27,7 @@ from codesign.engine.quantize.format import WeightFormat
 from codesign.engine.quantize.formats.mixed import Mixed
 from codesign.engine.quantize.formats.native import Native
 from codesign.engine.quantize.linear import Workspace
+from codesign.engine.quantize.packed_linear import PackedFormat
 from codesign.engine.quantize.plan import Plan, planned
 from codesign.engine.quantize.sensitivity import NUM_SEQUENCES, NUM_TOKENS
 from codesign.errors import Unsupported
@@ -77,6 +78,8 @@ def build_decoder(
         weight_format = _plan(weight_format, assembler, source, text(NUM_SEQUENCES, NUM_TOKENS), model, files)
         assembler = dataclasses.replace(assembler, weight_format=weight_format)
     if weight_format.method_member is not None:
+        if isinstance(weight_format, PackedFormat):  # a shadow is made anew at each build: what is kept is packed
+            weight_format = dataclasses.replace(weight_format, shadow=False)
         assembler = dataclasses.replace(
             assembler,
             cache=WeightCache(cache_folder("weights")),

@@ -7,6 +7,7 @@ loses one part at most:
 
     tests      pytest -m gpu
     ceilings   read bandwidth and matrix products, as `codesign probe` measures them
+    weights    every way to multiply with packed weights (gpu_weights.py), and the fastest configs of the Triton kernels
     search     `codesign search` on a random-weights model of the shape of Llama-3.1-8B
 
 A new part is a function and a row of PARTS.
@@ -21,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from gpu_weights import weights  # beside this script
 
 from codesign.measure.monitor import gpus
 from codesign.measure.probe import probe
@@ -103,6 +106,7 @@ def search(seconds: float) -> dict[str, Any]:
 PARTS: dict[str, tuple[Callable[[float], dict[str, Any]], float]] = {
     "tests": (tests, 180.0),
     "ceilings": (ceilings, 60.0),
+    "weights": (weights, 150.0),
     "search": (search, 270.0),
 }
 

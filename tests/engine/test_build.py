@@ -8,7 +8,7 @@ from codesign.engine.build import build_engine
 from codesign.engine.models.shape import ARCHITECTURES
 from codesign.engine.models.tiny import tiny_spec
 from codesign.errors import InputError, Unsupported
-from codesign.spec.engine_config import EngineConfig
+from codesign.spec.engine_config import Choice, EngineConfig
 from codesign.spec.model import ModelSpec
 from tests.engine.driving import generate, request, tiny_engine
 from tests.engine.models.transformers_peer import peer, save
@@ -48,6 +48,33 @@ def test_facts_hold_the_bytes_that_theory_gives(dtype: str, size: int) -> None:
     assert facts["resolved"]["dtype"] == dtype
     assert all(seconds >= 0 for seconds in facts["phases"].values())
     assert all(facts["kernels"].values())
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "bits"),
+    [
+        ("native", {}, 16),
+        ("int8", {}, 8),
+        ("w8a8", {}, 8),
+        ("int4", {}, 4 + 32 / 64),
+        ("int4", {"group_size": 128, "symmetric": True}, 4 + 32 / 128),
+        ("nf4", {}, 4 + 8 / 64 + 32 / 256 / 64),
+        ("int3", {}, 3 + 32 / 64),
+        ("int3", {"group_size": 128, "symmetric": True}, 3 + 16 / 128),
+        ("int2", {}, 2 + 32 / 32),
+    ],
+)
+def test_a_built_model_holds_the_bits_that_its_format_promises(name: str, knobs: dict[str, Any], bits: float) -> None:
+    """Within 3 %: scales per row, norms and what kernel libraries pad are in it."""
+    spec = tiny_spec(hidden_size=512, intermediate_size=1536, num_attention_heads=8, head_dim=64)
+    config = EngineConfig(max_batch_size=1, max_model_len=64, weights=Choice.of(name, **knobs))
+    engine = build_engine(spec, config)
+    facts, shape = engine.facts(), engine.parts.model.shape
+    outside = 2 * shape.vocab_size * shape.hidden_size
+
+    theory = (facts["resolved"]["num_parameters"] - outside) * bits / 8 + outside * 2
+
+    assert facts["bytes"]["weights"] == pytest.approx(theory, rel=0.03)
 
 
 def test_tied_embeddings_are_counted_once() -> None:

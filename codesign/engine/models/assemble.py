@@ -25,6 +25,8 @@ from codesign.engine.quantize.format import GridFormat, WeightFormat
 from codesign.engine.quantize.formats.native import Native
 from codesign.engine.quantize.inputs import InputStats
 from codesign.engine.quantize.linear import Linear, Workspace
+from codesign.engine.quantize.packed_linear import PackedFormat, PackedLinear
+from codesign.engine.quantize.shadow import ShadowedLinear
 from codesign.errors import Unsupported
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -59,10 +61,12 @@ class TensorSource(Protocol):
 
 @dataclasses.dataclass(kw_only=True)
 class PackClock:
-    """Seconds spent packing weights, as opposed to reading them; whether the cache had them ("found", "made", "")."""
+    """Seconds spent packing weights, as opposed to reading them; whether the cache had them ("found", "made", "");
+    what went otherwise than asked, linear by linear."""
 
     quantize_s: float = 0.0
     cache: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,7 @@ class Assembler:
 
     def build(self, source: TensorSource) -> Decoder:
         """The whole model. Raises what `source` raises, and Unsupported for shapes that the format cannot hold."""
-        layers = list(self._layers(source))
+        layers = [self._shadowed(layer) for layer in self._layers(source)]
         tensors = source.read(outer_shapes(self.shape))
         embedding = self._own(tensors["model.embed_tokens.weight"])
         if self.shape.ties_embeddings:
@@ -109,6 +113,7 @@ class Assembler:
         entry = self.cache.find(self.cache_key)
         if entry is not None and entry.num_layers == self.shape.num_layers:
             self.clock.cache = "found"
+            self.clock.notes += entry.notes
             yield from (self._restored(index, entry.layer(index)) for index in range(entry.num_layers))
             return
         self.clock.cache = "made"
@@ -117,8 +122,21 @@ class Assembler:
             for index in range(self.shape.num_layers):
                 # No name holds the packed layer while the next one is packed: it is on disk now.
                 yield self._restored(index, new.keep(dict(next(layers).named_buffers())))
+            new.notes += self.clock.notes
         if new.problem:
             self.clock.cache = f"off: {new.problem}"
+
+    def _shadowed(self, layer: DecoderLayer) -> DecoderLayer:
+        """The layer with dense copies beside its packed weights, where the format asks for them."""
+        if not isinstance(self.weight_format, PackedFormat) or not self.weight_format.shadow:
+            return layer
+        for name in LINEARS:
+            packed: PackedLinear = getattr(layer, name)
+            try:
+                setattr(layer, name, ShadowedLinear(packed, dtype=self.dtype, workspace=self.workspace))
+            except ValueError as error:
+                raise Unsupported(f"weights.shadow: {error}") from error
+        return layer
 
     def _new_layers(self, source: TensorSource) -> Iterator[DecoderLayer]:
         calibration = self._calibration(source)
@@ -262,7 +280,7 @@ class Assembler:
     ) -> Linear:
         started = time.perf_counter()
         try:
-            return weight_format.pack(
+            packed = weight_format.pack(
                 weight,
                 bias,
                 dtype=self.dtype,
@@ -270,6 +288,9 @@ class Assembler:
                 inputs=inputs,
                 num_unclipped_rows=num_unclipped_rows,
             )
+            if packed.note:
+                self.clock.notes.append(f"{name}: {packed.note}")
+            return packed
         except ValueError as error:
             chosen = type(weight_format).__name__.lower()
             raise Unsupported(f"weight format {chosen!r} cannot hold {name} {list(weight.shape)}: {error}") from error

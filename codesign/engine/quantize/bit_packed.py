@@ -1,10 +1,10 @@
-"""What int2 and int3 share: codes without gaps, unpacked slice by slice into the workspace.
+"""What int2, int3 and, on CUDA, int4 share: codes without gaps, unpacked slice by slice into the workspace.
 
     2, 4 bits: four or two codes a byte, lowest bits first;  8 bits: as they are
     3 bits: eight codes in three bytes: one byte of their highest bits, two of their lower two bits, four a byte
 
-There is no kernel that multiplies these as they are, so every product unpacks the weight once: formats for memory and
-quality, whose speed is what is measured.
+On the CPU no kernel multiplies these as they are, so every product unpacks the weight once: formats for memory and
+quality there, whose speed is what is measured. On CUDA kernels/triton/affine.py does.
 """
 
 import dataclasses
@@ -14,10 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from codesign.engine.quantize.format import GridFormat, check_group_size
+from codesign.engine.quantize.few_rows import choose_triton
+from codesign.engine.quantize.format import check_group_size
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
-from codesign.engine.quantize.packed_linear import PackedLinear
+from codesign.engine.quantize.packed_linear import PackedFormat, PackedLinear
 
 _IN_MULTIPLE = 8
 
@@ -83,19 +84,32 @@ class BitPackedLinear(PackedLinear):
         dtype: torch.dtype,
         workspace: Workspace,
     ) -> None:
+        num_out, num_in = packed.shape[0], packed.shape[1] * 8 // grid.bits
         super().__init__(
-            out_features=packed.shape[0],
-            in_features=packed.shape[1] * 8 // grid.bits,
+            out_features=num_out,
+            in_features=num_in,
             bias=bias,
             dtype=dtype,
             device=packed.device,
             workspace=workspace,
+            few_rows=choose_triton(
+                f"int{grid.bits}" if grid.bits < 8 else "int8 in groups",
+                dtype=dtype,
+                device=packed.device,
+                out_features=num_out,
+                in_features=num_in,
+                group_size=num_in // scale.shape[1],
+            ),
             has_compiled_unpack=True,
         )
         self._grid = grid
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
         self.register_buffer("offset", offset)
+
+    def multiply_packed(self, x: Tensor) -> Tensor:
+        assert self.few_rows.triton is not None  # there is no other kernel
+        return self.few_rows.triton.affine(x, self.packed, self.scale, self.offset, self._grid.bits)
 
     def unpack(self, start: int, stop: int, out: Tensor) -> None:
         rows = slice(start, stop)
@@ -121,7 +135,7 @@ class BitPackedLinear(PackedLinear):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BitPackedFormat(GridFormat):
+class BitPackedFormat(PackedFormat):
     """What int2 and int3 share.
 
     Args:

@@ -1,6 +1,7 @@
 """WeightCache: packed weights on disk, named after everything that they depend on, mapped into memory when used.
 
-    <key>/index.json        {"layers": [{"sha256": ..., "tensors": {name: [dtype, shape, offset]}}, ...]}
+    <key>/index.json        {"layers": [{"sha256": ..., "tensors": {name: [dtype, shape, offset]}}, ...],
+                             "notes": [...]}
     <key>/layer-000.bin     the layer's tensors one after the other, each at a multiple of 64 bytes
 
 A second build with the same weights reads nothing but pages, and processes that use them at once share these pages. An
@@ -36,6 +37,9 @@ Tensors = dict[str, Tensor]
 class Entry:
     """Layers of one packed model that are on disk.
 
+    Attributes:
+        notes: what was said while they were packed.
+
     Raises:
         ValueError, OSError: it is damaged or cannot be read.
     """
@@ -44,6 +48,7 @@ class Entry:
         self._folder = folder
         index = json.loads((folder / _INDEX).read_text())
         self._layers: list[dict[str, Any]] = index["layers"]
+        self.notes = [str(note) for note in index["notes"]]
         for number, layer in enumerate(self._layers):
             if _digest(_layer_file(folder, number)) != layer["sha256"]:
                 raise ValueError(f"{_layer_file(folder, number)} is damaged")
@@ -62,11 +67,13 @@ class NewEntry:
 
     Attributes:
         problem: why there will be none, such as a full disk; "" while all is well.
+        notes: what later builds should hear about how the layers were packed.
     """
 
     def __init__(self, folder: Path, problem: str = "") -> None:
         self._folder, self.problem = folder, problem
         self.layers: list[dict[str, Any]] = []
+        self.notes: list[str] = []
 
     def keep(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Writes the next layer and gives it back mapped; after a problem, as it came."""
@@ -134,7 +141,7 @@ class WeightCache:
 
     def _publish(self, new: NewEntry, scratch: Path, key: str) -> None:
         try:
-            (scratch / _INDEX).write_text(json.dumps({"layers": new.layers}))
+            (scratch / _INDEX).write_text(json.dumps({"layers": new.layers, "notes": new.notes}))
         except OSError as error:
             new.problem = error.strerror or str(error)
             return

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from codesign.engine.caches import cache_folder
+from codesign.engine.kernels.triton import available
 from codesign.engine.prune.pruner import Pruner
 from codesign.engine.quantize import cpu
 from codesign.engine.quantize.cache import file_digest
@@ -44,7 +45,7 @@ def weights_key(
         "method": repr(method),
         "calibration": calibration_digest(model) if is_calibrated else "",
         "dtype": str(dtype),
-        "layout": cpu.capability() if device.type == "cpu" else device.type,
+        "layout": "cuda" if available.is_target(device) else cpu.capability(),
         "torch": torch.__version__,
         "code": _code_digest(),
     }

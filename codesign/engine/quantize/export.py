@@ -108,11 +108,16 @@ def _linear(
             found[f"{stem}weight"] = (stored.quantized.codes[own] ^ 128).view(torch.int8)
             found[f"{stem}weight_scale"] = stored.quantized.fit.scale[own]
         elif stored is not None:
-            found.update({f"{stem}{key}": tensor for key, tensor in _packed(stored, own, f"{prefix}{name}").items()})
+            found.update({f"{stem}{key}": tensor for key, tensor in packed(stored, own, f"{prefix}{name}").items()})
     return found
 
 
-def _packed(stored: Stored, rows: slice, name: str) -> Tensors:
+def packed(stored: Stored, rows: slice, name: str) -> Tensors:
+    """Some rows of a weight in the layout pack-quantized: suffix -> tensor.
+
+    Raises:
+        Unsupported: offsets that are no whole steps; says `name`.
+    """
     codes, fit, grid = stored.quantized.codes[rows], stored.quantized.fit.of_rows(rows), stored.grid
     found = {
         "weight_packed": pack_stream(codes, grid.bits),

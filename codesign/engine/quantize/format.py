@@ -87,10 +87,12 @@ class GridFormat(WeightFormat):
         num_unclipped_rows: int = 0,
     ) -> Linear:
         self.check_size(*weight.shape)
-        quantized = self.method_member.quantize(
-            finite(weight), self.grid(dtype), inputs, num_unclipped_rows=num_unclipped_rows
-        )
-        return self.build(quantized, bias, dtype=dtype, workspace=workspace)
+        method = self.method_member
+        quantized = method.quantize(finite(weight), self.grid(dtype), inputs, num_unclipped_rows=num_unclipped_rows)
+        linear = self.build(quantized, bias, dtype=dtype, workspace=workspace)
+        weakness = inputs.weakness if method.needs_inputs and inputs is not None else ""
+        linear.note = "; ".join(filter(None, [weakness, quantized.note]))
+        return linear
 
 
 def check_group_size(group_size: int, *, multiple_of: int) -> None:

@@ -37,10 +37,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Quantized:
-    """One weight on a grid: codes [out, in] uint8 and the parameters that they mean something by."""
+    """One weight on a grid: codes [out, in] uint8 and the parameters that they mean something by.
+
+    Attributes:
+        note: what the method has to say about how it came to them, or "".
+    """
 
     codes: Tensor
     fit: Fit
+    note: str = ""
 
 
 class Grid(ABC):

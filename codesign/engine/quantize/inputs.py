@@ -33,6 +33,16 @@ class InputStats:
         self._abs_max = torch.maximum(self._abs_max, size.amax(0))
 
     @property
+    def weakness(self) -> str:
+        """Why this is poor evidence, or ""."""
+        num_in = self._abs_max.numel()
+        if not bool(self._abs_max.any()):
+            return "no calibration input was ever other than 0"
+        if self.num_tokens < num_in:
+            return f"fewer calibration tokens ({self.num_tokens}) than inputs ({num_in})"
+        return ""
+
+    @property
     def hessian(self) -> Tensor:
         """[in, in]: (2 / tokens) sum of x xT, the second derivative of the squared output error."""
         if self._moment is None:

@@ -52,12 +52,14 @@ class Linear(nn.Module, ABC):
     Attributes:
         kernel: which kernels run it, by M where that matters, e.g. "aten::_weight_int8pack_mm (M<=8), widen + ...".
         opaque_bytes: bytes of packed weights that are in no tensor, because a kernel library holds them.
+        note: what went otherwise than asked while it was packed, or "".
     """
 
     in_features: int
     out_features: int
     kernel: str
     opaque_bytes: int = 0
+    note: str = ""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -77,10 +79,10 @@ class Linear(nn.Module, ABC):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held: unique storages of the tensors, and what is opaque."""
+        """Bytes held: unique storages of the tensors, and what is opaque, in parts too."""
         tensors = (*self.buffers(), *self.parameters())
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(storages.values()) + self.opaque_bytes
+        return sum(storages.values()) + sum(part.opaque_bytes for part in self.modules() if isinstance(part, Linear))
 
 
 def weight_bytes(linear: Linear) -> int:

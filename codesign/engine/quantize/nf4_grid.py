@@ -7,7 +7,6 @@ bitsandbytes spaces those second codes dynamically.
 
 import functools
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -17,15 +16,18 @@ from codesign.engine.quantize.grid import Fit, Grid, divisor
 BLOCK, _SCALE_BLOCK = 64, 256
 
 
+_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
 @functools.cache
 def levels() -> Tensor:
-    """[16] fp32 in -1 .. 1, ascending: QLoRA's appendix E, as bitsandbytes generates them."""
-    highest = 1 - (1 / 30 + 1 / 32) / 2
-    quantile = NormalDist().inv_cdf
-    above = [quantile(highest + (0.5 - highest) * i / 8) for i in range(8)]
-    below = [-quantile(highest + (0.5 - highest) * i / 7) for i in range(7)]
-    found = torch.tensor(sorted([*above, 0.0, *below]), dtype=torch.float64)
-    return (found / found.max()).float()
+    """[16] fp32 in -1 .. 1, ascending: QLoRA's appendix E, to the last bit what other stacks hold."""
+    return torch.tensor(_LEVELS)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ class Nf4Grid(Grid):
 
     def decode(self, codes: Tensor, fit: Fit) -> Tensor:
         return levels().to(codes.device)[codes.int()] * fit.scale[..., None]
+
+
+@functools.cache
+def levels_in(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[16], rounded to what a kernel multiplies."""
+    return levels().to(device, dtype)
 
 
 @functools.cache

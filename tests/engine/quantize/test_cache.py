@@ -55,6 +55,18 @@ def test_tensors_come_back_bit_for_bit_and_aligned(tmp_path: Path) -> None:
     assert torch.equal(entry.layer(1)["only"], torch.ones(2))
 
 
+def test_what_was_said_while_packing_is_kept(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path)
+    with cache.making("key") as new:
+        new.keep(TENSORS)
+        new.notes.append("layer 0 qkv: damped")
+
+    entry = cache.find("key")
+
+    assert entry is not None
+    assert entry.notes == ["layer 0 qkv: damped"]
+
+
 def test_writing_to_a_mapped_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path)
     with cache.making("key") as new:
@@ -75,6 +87,7 @@ def test_a_second_build_finds_the_weights_and_generates_the_same(method: str) ->
     assert second.facts()["resolved"]["weight_cache"] == "found"
     assert generate(first, request("one", 10, 20)) == generate(second, request("one", 10, 20))
     assert first.facts()["bytes"] == second.facts()["bytes"]
+    assert first.facts()["resolved"]["weight_notes"] == second.facts()["resolved"]["weight_notes"]
 
 
 def test_a_second_build_takes_a_fraction_of_the_time() -> None:

@@ -1,4 +1,5 @@
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -216,15 +217,14 @@ def test_uneven_groups_are_refused() -> None:
         grid(4).fit(torch.zeros(2, 48))
 
 
-def test_nf4_levels_are_those_of_the_paper() -> None:
-    """QLoRA, appendix E."""
-    paper = [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]  # fmt: skip
+def test_nf4_levels_are_the_quantiles_of_the_paper() -> None:
+    """QLoRA, section 3: seven below an exact 0, eight above, of a normal distribution cut at the same tail."""
+    highest, quantile = 1 - (1 / 30 + 1 / 32) / 2, NormalDist().inv_cdf
+    above = [quantile(highest + (0.5 - highest) * i / 8) for i in range(8)]
+    below = [-quantile(highest + (0.5 - highest) * i / 7) for i in range(7)]
 
-    torch.testing.assert_close(levels(), torch.tensor(paper), rtol=0, atol=1e-6)
+    expected = torch.tensor(sorted([*above, 0.0, *below])) / max(above)
+    torch.testing.assert_close(levels(), expected, rtol=0, atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,7 +1,10 @@
 """int4: 4-bit weights in groups along the input, 16-bit activations.
 
 A quarter of the bytes of 16-bit weights (4 + 32 / group_size bits a weight: a 16-bit scale and a 16-bit offset per
-group, which the kernels read for symmetric weights too); pays where reading weights is the cost.
+group, which the kernels of the CPU read for symmetric weights too); pays where reading weights is the cost.
+
+On the CPU codes stand in the order of ATen's kernel (`int4_layout.py`), on CUDA two neighbouring inputs a byte
+(`bit_packed.py`).
 """
 
 import dataclasses
@@ -10,16 +13,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from codesign.engine.kernels.triton import available
 from codesign.engine.quantize import int4_layout
-from codesign.engine.quantize.few_rows import choose
-from codesign.engine.quantize.format import GridFormat
+from codesign.engine.quantize.bit_packed import BitPackedLinear, pack_bits
+from codesign.engine.quantize.few_rows import choose_cpu
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
-from codesign.engine.quantize.packed_linear import PackedLinear
+from codesign.engine.quantize.packed_linear import PackedFormat, PackedLinear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int4(GridFormat):
+class Int4(PackedFormat):
     """Args:
     method: how codes are chosen.
     group_size: inputs that share a scale and an offset: 32, 64, 128 or 256.
@@ -52,6 +56,10 @@ class Int4(GridFormat):
             )
 
     def build(self, quantized: Quantized, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        if available.is_target(quantized.codes.device):
+            return self._bit_packed(
+                pack_bits(quantized.codes, 4), quantized.fit.scale, quantized.fit.offset, bias, dtype, workspace
+            )
         packed, is_readable = int4_layout.pack(quantized.codes.cpu())
         if not is_readable:
             raise ValueError("int4: this CPU packs weights in an order that is not known here; use int8 or native")
@@ -67,6 +75,9 @@ class Int4(GridFormat):
         )
 
     def restore(self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, workspace: Workspace) -> Linear:
+        if "scale_and_zero" not in tensors:
+            parts = (tensors["packed"], tensors["scale"], tensors.get("offset"), tensors.get("bias"))
+            return self._bit_packed(*parts, dtype, workspace)
         return _Int4Linear(
             tensors["packed"],
             tensors["scale_and_zero"],
@@ -75,6 +86,18 @@ class Int4(GridFormat):
             dtype=dtype,
             workspace=workspace,
         )
+
+    def _bit_packed(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        workspace: Workspace,
+    ) -> Linear:
+        grid = AffineGrid(bits=4, group_size=self.group_size, is_symmetric=offset is None, scale_dtype=scale.dtype)
+        return BitPackedLinear(packed, scale, offset, bias, grid=grid, dtype=dtype, workspace=workspace)
 
 
 class _Int4Linear(PackedLinear):
@@ -98,7 +121,7 @@ class _Int4Linear(PackedLinear):
             dtype=dtype,
             device=packed.device,
             workspace=workspace,
-            few_rows=choose("int4", dtype=dtype, device=packed.device, out_features=packed.shape[0]),
+            few_rows=choose_cpu("int4", dtype=dtype, out_features=packed.shape[0]),
             has_compiled_unpack=packed.shape[0] % int4_layout.block_rows() == 0,
             unpack_step=int4_layout.block_rows(),
             is_transposed=True,

@@ -10,17 +10,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from codesign.engine.quantize.few_rows import choose
-from codesign.engine.quantize.format import GridFormat
+from codesign.engine.kernels.triton import available
+from codesign.engine.quantize.few_rows import choose_cpu, choose_triton
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized, row_grid, signed
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
-from codesign.engine.quantize.packed_linear import PackedLinear
+from codesign.engine.quantize.packed_linear import PackedFormat, PackedLinear
 
 _IN_MULTIPLE = 16  # ATen reads 16 inputs at a time without a tail loop, past the end of the row where there is one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int8(GridFormat):
+class Int8(PackedFormat):
     """Args:
     method: how codes are chosen.
     """
@@ -49,20 +49,27 @@ class _Int8Linear(PackedLinear):
     def __init__(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace
     ) -> None:
+        (num_out, num_in), device = codes.shape, codes.device
+        if available.is_target(device):
+            few_rows = choose_triton("int8", dtype=dtype, device=device, out_features=num_out, in_features=num_in)
+        else:
+            few_rows = choose_cpu("int8", dtype=dtype, out_features=num_out)
         super().__init__(
-            out_features=codes.shape[0],
-            in_features=codes.shape[1],
+            out_features=num_out,
+            in_features=num_in,
             bias=bias,
             dtype=dtype,
-            device=codes.device,
+            device=device,
             workspace=workspace,
-            few_rows=choose("int8", dtype=dtype, device=codes.device),
+            few_rows=few_rows,
             has_compiled_unpack=True,
         )
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", scale)
 
     def multiply_packed(self, x: Tensor) -> Tensor:
+        if self.few_rows.triton is not None:
+            return self.few_rows.triton.int8(x, self.codes, self.scale)
         if self.few_rows.compiled is not None:
             return self.few_rows.compiled.int8(x, self.codes).mul_(self.scale)
         x = x.contiguous()

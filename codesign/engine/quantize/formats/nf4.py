@@ -1,7 +1,7 @@
 """nf4: sixteen levels at the quantiles of a normal distribution, one scale per 64 weights, 16-bit activations.
 
-QLoRA, Dettmers et al., 2023 (https://arxiv.org/abs/2305.14314), with double quantisation: 4.127 bits a weight. There is
-no kernel that multiplies nf4, so every product unpacks the weight once.
+QLoRA, Dettmers et al., 2023 (https://arxiv.org/abs/2305.14314), with double quantisation: 4.127 bits a weight. On the
+CPU no kernel multiplies nf4, so every product unpacks the weight once; on CUDA kernels/triton/nf4.py does.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from codesign.engine.quantize.format import GridFormat
+from codesign.engine.quantize.few_rows import choose_triton
 from codesign.engine.quantize.grid import Quantized
 from codesign.engine.quantize.linear import Linear, Workspace
-from codesign.engine.quantize.nf4_grid import BLOCK, Nf4Fit, Nf4Grid, ScaleCodes, byte_levels, levels
-from codesign.engine.quantize.packed_linear import PackedLinear
+from codesign.engine.quantize.nf4_grid import BLOCK, Nf4Fit, Nf4Grid, ScaleCodes, byte_levels, levels, levels_in
+from codesign.engine.quantize.packed_linear import PackedFormat, PackedLinear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Nf4(GridFormat):
+class Nf4(PackedFormat):
     """Args:
     method: how codes are chosen.
     """
@@ -52,19 +52,33 @@ class _Nf4Linear(PackedLinear):
     def __init__(
         self, packed: Tensor, scales: ScaleCodes, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace
     ) -> None:
+        num_out, num_in = packed.shape[0], 2 * packed.shape[1]
         super().__init__(
-            out_features=packed.shape[0],
-            in_features=2 * packed.shape[1],
+            out_features=num_out,
+            in_features=num_in,
             bias=bias,
             dtype=dtype,
             device=packed.device,
             workspace=workspace,
+            few_rows=choose_triton(
+                "nf4",
+                dtype=dtype,
+                device=packed.device,
+                out_features=num_out,
+                in_features=num_in,
+                group_size=BLOCK,
+            ),
             has_compiled_unpack=True,
         )
         self.register_buffer("packed", packed)
         self.register_buffer("scale_codes", scales.codes)
         self.register_buffer("scale_step", scales.step)
         self.register_buffer("scale_mean", scales.mean)
+
+    def multiply_packed(self, x: Tensor) -> Tensor:
+        assert self.few_rows.triton is not None  # there is no other kernel
+        scales = (self.scale_codes, self.scale_step, self.scale_mean)
+        return self.few_rows.triton.nf4(x, self.packed, levels_in(x.dtype, x.device), *scales)
 
     def unpack(self, start: int, stop: int, out: Tensor) -> None:
         scale = self._scales().scale(start, stop)

@@ -49,7 +49,9 @@ class Gptq(Method):
         order = torch.arange(num_in, device=weight.device)
         if self.act_order:
             order = hessian.diagonal().argsort(descending=True, stable=True)
-        upper = inverse_factor(hessian[order][:, order], self.damping)
+            hessian = hessian[order][:, order]
+        upper, damping = inverse_factor(hessian, self.damping)
+        del hessian
         work = weight.float()[:, order].t().contiguous()  # [in, out]: a column of the weight is a row here
         codes = torch.empty(num_in, weight.shape[0], dtype=torch.uint8, device=weight.device)
         groups = (order // size).tolist()
@@ -68,30 +70,36 @@ class Gptq(Method):
                 work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
         unordered = torch.empty_like(codes)
         unordered[order] = codes
-        return Quantized(unordered.t().contiguous(), fit)
+        note = (
+            "" if damping == self.damping else f"gptq: damping {damping:g}, with {self.damping:g} it cannot be solved"
+        )
+        return Quantized(unordered.t().contiguous(), fit, note)
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with UT U = (H + damping mean(diag H) I)^-1; fp32, as exact as fp32 allows.
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper triangular U with UT U = (H + damping mean(diag H) I)^-1, fp32, as exact as fp32 allows; the damping used.
 
     Inputs that are always 0 (H_ii = 0) get a diagonal of 1: they then neither give nor take errors.
+    Memory: two matrices of H's size in fp64 beside it.
 
     Raises:
         ValueError: no damping helps, because the second moment is not finite.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("the calibration inputs of this layer are not finite")
-    hessian = hessian.double()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    hessian.diagonal()[dead] = 1.0
-    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), dtype=hessian.dtype)
+    mean = diagonal[~dead].double().mean() if bool((~dead).any()) else 1.0
     for attempt in range(_MAX_TRIES):
-        damped = hessian.clone()
-        damped.diagonal().add_(mean * damping * 10**attempt)
+        own = damping * 10**attempt
+        damped = hessian.double()
+        damped.diagonal().add_(mean * own + dead.double())
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
-            upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper = torch.linalg.cholesky(inverse, upper=True)
             if bool(torch.isfinite(upper).all()):
-                return upper.float()
+                return upper.float(), own
     raise ValueError("the second moment of this layer's calibration inputs cannot be factorised")

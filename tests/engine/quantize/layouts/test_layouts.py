@@ -1,4 +1,4 @@
-"""Checkpoints that other tools quantised: each layout is written here value by value, as its specification says."""
+"""Checkpoints that other tools quantised: each layout is written value by value (`writers.py`) and read."""
 
 import json
 from pathlib import Path
@@ -20,21 +20,10 @@ from codesign.errors import InputError, Unsupported
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from tests.engine.models.transformers_peer import peer, save
+from tests.engine.quantize.layouts.writers import awq, compressed, gptq, rows_packed
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG = EngineConfig(dtype="fp32", max_batch_size=1, max_model_len=64)
-
-
-def words_of(values: list[int], bits: int) -> list[int]:
-    """One stream of bits, lowest first, cut into signed 32-bit words; slow and plain."""
-    stream = sum(value << (bits * place) for place, value in enumerate(values))
-    count = -(-len(values) * bits // 32)
-    words = [(stream >> (32 * place)) & 0xFFFFFFFF for place in range(count)]
-    return [word - 2**32 if word >= 2**31 else word for word in words]
-
-
-def rows_packed(codes: Tensor, bits: int) -> Tensor:
-    return torch.tensor([words_of(row, bits) for row in codes.tolist()], dtype=torch.int32)
 
 
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 70), st.integers(0, 10**6))
@@ -45,41 +34,6 @@ def test_streams_of_bits_are_those_of_the_plain_packer_and_come_back(bits: int, 
 
     assert torch.equal(words, rows_packed(codes, bits))
     assert torch.equal(unpack_stream(words, bits, count), codes)
-
-
-def gptq(codes: Tensor, zero: Tensor, scale: Tensor, g_idx: Tensor, *, bits: int, version: int) -> dict[str, Tensor]:
-    stored = (zero.int() - (1 if version == 1 else 0)) & (2**bits - 1)
-    return {
-        "qweight": rows_packed(codes, bits).t().contiguous(),
-        "qzeros": rows_packed(stored.t().to(torch.uint8), bits),
-        "scales": scale.t().half().contiguous(),
-        "g_idx": g_idx.int(),
-    }
-
-
-def awq(codes: Tensor, zero: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    def packed(values: Tensor) -> Tensor:
-        rows = values.t().tolist()
-        order = [0, 2, 4, 6, 1, 3, 5, 7]
-        words = [[words_of([row[at + o] for o in order], 4)[0] for at in range(0, len(row), 8)] for row in rows]
-        return torch.tensor(words, dtype=torch.int32)
-
-    return {"qweight": packed(codes), "qzeros": packed(zero), "scales": scale.t().half().contiguous()}
-
-
-def compressed(
-    codes: Tensor, zero: Tensor | None, scale: Tensor, *, bits: int, g_idx: Tensor | None = None
-) -> dict[str, Tensor]:
-    found = {
-        "weight_packed": rows_packed(codes, bits),
-        "weight_scale": scale.half(),
-        "weight_shape": torch.tensor(codes.shape),
-    }
-    if zero is not None:
-        found["weight_zero_point"] = rows_packed(zero.t().contiguous(), bits).t().contiguous()
-    if g_idx is not None:
-        found["weight_g_idx"] = g_idx.int()
-    return found
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from codesign.engine.quantize.formats.int4 import Int4
 from codesign.engine.quantize.grid import AffineGrid, Grid
 from codesign.engine.quantize.inputs import InputStats
+from codesign.engine.quantize.linear import Workspace
 from codesign.engine.quantize.method import Method
 from codesign.engine.quantize.methods.awq import Awq, best_shrinks, scales
 from codesign.engine.quantize.methods.gptq import Gptq, inverse_factor
@@ -89,7 +91,7 @@ def test_gptq_with_uncorrelated_inputs_is_rtn(seed: int, bits: int, scale: float
 def test_the_inverse_factor_is_that_of_the_damped_inverse() -> None:
     hessian = seen(correlated()).hessian
 
-    upper = inverse_factor(hessian, 0.01).double()
+    upper = inverse_factor(hessian, 0.01)[0].double()
 
     damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(128)
     assert torch.equal(upper, upper.triu())
@@ -228,3 +230,24 @@ def test_second_moments_add_up_over_batches() -> None:
     torch.testing.assert_close(stats.norm, x.norm(dim=0))
     torch.testing.assert_close(stats.mean_abs, x.abs().mean(0))
     torch.testing.assert_close(stats.max_abs, x.abs().amax(0))
+
+
+def test_poor_evidence_and_more_damping_than_asked_for_are_said() -> None:
+    few, nothing, singular = InputStats(64), InputStats(64), InputStats(64)
+    few.add(torch.randn(16, 64))
+    nothing.add(torch.zeros(100, 64))
+    singular.add(torch.ones(100, 64) * torch.linspace(1, 1e4, 64))
+    weight, member = torch.randn(32, 64), Int4(method="gptq")
+
+    def note(inputs: InputStats, damping: float = 0.01) -> str:
+        own = Gptq(damping=damping)
+        quantized = own.quantize(weight, member.grid(torch.bfloat16), inputs)
+        assert torch.isfinite(member.grid(torch.bfloat16).dequantize(quantized)).all()
+        return quantized.note
+
+    assert member.pack(weight, None, dtype=torch.bfloat16, workspace=Workspace(), inputs=few).note == (
+        "fewer calibration tokens (16) than inputs (64)"
+    )
+    assert "no calibration input" in nothing.weakness
+    assert note(nothing) == ""
+    assert note(singular, damping=1e-9).startswith("gptq: damping ")
