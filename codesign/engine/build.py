@@ -24,6 +24,7 @@ from codesign.errors import InputError, Unsupported
 from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, SCHEDULERS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
+from codesign.spec.rules import senseless
 from codesign.units import format_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,11 +128,9 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
             f"max_model_len {length} is longer than the model's sliding window of {shape.sliding_window} tokens, which "
             f"this engine does not mask; use at most {shape.sliding_window}"
         )
-    if config.prune.name != "none" and config.weights.knob_dict.get("method") == "gptq":
-        raise Unsupported(
-            f"prune {config.prune.name!r} with weights.method 'gptq': gptq pushes rounding errors into pruned weights; "
-            "use method rtn, hqq or awq"
-        )
+    reason = senseless(config)
+    if reason is not None:
+        raise Unsupported(reason)
     if config.max_step_tokens < config.max_batch_size:
         raise Unsupported(
             f"max_step_tokens {config.max_step_tokens} cannot hold one token of each of max_batch_size "

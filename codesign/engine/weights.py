@@ -50,9 +50,14 @@ def build_decoder(
         clock: takes the seconds spent on packing and what the cache did.
     Raises:
         InputError: a file or tensor of the model is wrong.
-        Unsupported: a format that cannot hold a weight, or a method that cannot see text.
+        Unsupported: a format that this device cannot multiply or that cannot hold a weight, or a method that cannot
+            see text.
     """
     weight_format: WeightFormat = WEIGHT_FORMATS.create(config.weights.name, key="weights", **config.weights.knob_dict)
+    try:
+        weight_format.check_device(device, dtype)
+    except ValueError as error:
+        raise Unsupported(f"weights {config.weights.name}: {error}") from error
     pruner: Pruner = PRUNERS.create(config.prune.name, key="prune", **config.prune.knob_dict)
     source = _source(model, shape, config, dtype)
     files = source.files if isinstance(source, Checkpoint) else []
@@ -120,8 +125,8 @@ def _plan(
     """A format for every linear, from what rounding it costs."""
     started = time.perf_counter()
     dense = dataclasses.replace(assembler, weight_format=Native(), pruner=NoPruning(), clock=PackClock())
-    # What sensitivities depend on: neither the budget nor the method that will choose the codes.
-    asked = dataclasses.replace(mixed, bits=16, method="rtn")
+    # What sensitivities depend on: neither the budgets nor the method that will choose the codes.
+    asked = Mixed(group_size=mixed.group_size)
     key = weights_key(
         model, files, asked, NoPruning(), dtype=assembler.dtype, device=assembler.device, is_calibrated=True
     )

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
+from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.ragged import attend_ragged
 from codesign.engine.attention.rope import Rope, rotate
-from codesign.engine.attention.weights import column_sums, weights
+from codesign.engine.attention.weights import column_sums
 from codesign.engine.batch import Batch
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
@@ -27,7 +28,6 @@ from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.kv.store import DenseStore
 from codesign.engine.step import StepPlan
-from codesign.errors import Unsupported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Attention:
         device: torch.device,
     ) -> None:
         self.policy, self.codec, self.backend = policy, codec, backend
+        self._cos, self._signed_sin = rope.tables(max_model_len, device)
         self.store = DenseStore(
             num_layers=num_layers,
             num_slots=num_slots,
@@ -92,6 +93,8 @@ class Attention:
             max_model_len=max_model_len,
             max_query_len=max_query_len,
             policy=policy,
+            codec=codec,
+            rope_tables=(self._cos, self._signed_sin),
             dtype=dtype,
             device=device,
         )
@@ -109,18 +112,17 @@ class Attention:
                     dtype=dtype,
                     device=device,
                 )
-        if is_bounded and not codec.rows_mutable:
-            raise Unsupported("a KV policy that evicts needs a codec whose rows can be overwritten: use codec native")
-        self.kernel = backend.kernel
+        self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
+        self.kernel = self._attend_slots.kernel
         if is_bounded and policy.evidence == "column_sums":
             self.kernel += " + column pass"
         if is_bounded and policy.head_budgets == "ragged":
-            self.kernel += ", a call per slot and KV head"
+            decoded = "" if codec.is_native else f" ragged heads {backend.kernel} over decoded rows,"
+            self.kernel += f",{decoded} a call per slot and KV head"
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
         self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
         self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
         self._dtype, self._device = dtype, device
-        self._cos, self._signed_sin = rope.tables(max_model_len, device)
         self._where = {
             layer: (number, index)
             for number, group in enumerate(self.store.groups)
@@ -251,39 +253,36 @@ class Attention:
         query = q.view(shape)
         # [B, H_kv, G * Q, D]; with one query each nothing has to move
         query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        key = group.key[index, call.slots, :, : call.num_rows]
-        value = group.value[index, call.slots, :, : call.num_rows]
+        column = group.pending_column
         if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
-            out = attend_ragged(self.backend, group, index, call, query, scale=self._scale)
+            out, weight = attend_ragged(self.backend, group, index, call, query, scale=self._scale), None
         else:
-            out = self.backend.attend(query, key, value, mask=call.mask, is_causal=False, scale=self._scale)
-        if group.pending_column is not None:
-            whole = slice(0, query.shape[2])
-            weight = weights(query, key, whole, mask=call.mask, is_causal=False, scale=self._scale)
-            mass = weight.view(*key.shape[:2], self._num_groups, call.num_queries, -1).mean(dim=2)  # [B, H_kv, Q, R]
-            group.pending_column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
+            out, weight = self._attend_slots(query, group, index, call, want_weights=column is not None)
+        if column is not None and weight is not None:
+            mass = weight.view(*weight.shape[:2], self._num_groups, call.num_queries, -1).mean(dim=2)  # [B, H_kv, Q, R]
+            column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
         if call.num_queries > 1:
-            out = out.reshape(*key.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
+            out = out.reshape(*out.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
         return out.reshape(q.shape)
 
     def _attend_prompt(
         self, call: Call, layer: int, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """A prompt chunk; when it is the last one of a bounded layer, its rows are selected and admitted here."""
+        """A prompt chunk; when it is the last one of a staged layer, its rows are selected and admitted here."""
         (span,) = call.spans
         query, new_key, new_value = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [H, n, D]
-        if not group.is_bounded:
-            group.key[index, span.slot, :, span.num_past : call.num_rows] = new_key
-            group.value[index, span.slot, :, span.num_past : call.num_rows] = new_value
-            key = group.key[index, span.slot, :, : call.num_rows]
-            value = group.value[index, span.slot, :, : call.num_rows]
+        if not group.is_staged:
+            group.key[0][index, span.slot, :, span.num_past : call.num_rows] = new_key
+            group.value[0][index, span.slot, :, span.num_past : call.num_rows] = new_value
+            key = group.key[0][index, span.slot, :, : call.num_rows]
+            value = group.value[0][index, span.slot, :, : call.num_rows]
             return self._backend_prompt(call, query, key, value)
         where = (layer, span.slot)
         staged = self.staged_prompts.get(where)
         if staged is None:
             staged = self.staged_prompts[where] = StagedPrompt(self.policy, max_model_len=self._max_model_len)
         key, value = staged.append(new_key, new_value, query, is_last=span.is_prompt_end)
-        if self.policy.evidence == "column_sums":
+        if group.column is not None:
             sums = column_sums(
                 query[None],
                 key[None],

@@ -57,12 +57,21 @@ class RaggedGroup(LayerGroup):
         head = kept // num_tokens
         num_kept = torch.bincount(head, minlength=num_heads)
         row = torch.arange(len(kept), device=kept.device) + head * self._max_query_len
-        self.key[index, slot].view(-1, prompt.key.shape[2])[row] = prompt.key.flatten(0, 1)[kept]
-        self.value[index, slot].view(-1, prompt.value.shape[2])[row] = prompt.value.flatten(0, 1)[kept]
+        for parts, rows in ((self.key, prompt.key), (self.value, prompt.value)):
+            for part, new in zip(parts, self._codec.encode(rows.flatten(0, 1)[kept]), strict=True):
+                part[index, slot].flatten(0, 1)[row] = new
         self.position[index, slot].view(-1)[row] = (kept % num_tokens).to(torch.int32)
         first_pending = num_kept.cumsum(0) + self._max_query_len * torch.arange(num_heads, device=kept.device)
         self.row_start[index, slot] = self._equal_start[index, slot, 0] + first_pending - self.budget
         self._num_kept[index, slot] = num_kept.tolist()
+
+    def read_arena(self, index: int, slot: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """key, value [1, 1, n, D] of rows of a slot's arena, as attention reads them; views where stored so."""
+        key, value = (
+            self._codec.decode(tuple(part[index, slot].flatten(0, 1)[None, None, rows] for part in parts), self._dtype)
+            for parts in (self.key, self.value)
+        )
+        return key, value
 
     def release(self, slot: int) -> None:
         super().release(slot)
@@ -72,7 +81,7 @@ class RaggedGroup(LayerGroup):
 
     def _victims(self, policy: KVPolicy, slots: list[tuple[int, int]], num_new: int) -> Tensor:
         """Among the newest rows, which every head has: the last of its committed ones."""
-        device = self.key.device
+        device = self._device
         next_position = torch.tensor([position for _, position in slots], device=device)
         newest = torch.arange(self.budget - self._num_newest, self.budget, device=device)
         row = self.row_start[:, torch.tensor([slot for slot, _ in slots], device=device)][..., None] + newest

@@ -2,6 +2,9 @@
 
 Nothing here is shared with the engine but the knobs of the policies. A policy without its own law below is asked
 itself, with float64 tensors, so that a new file is checked for everything else (rows, positions, causality, scores).
+
+With a codec that rounds, the oracle attends to what the slots really hold, row by row, after it has checked it: each
+row within the codec's bound of the true one, and the same bits as the first time it was seen.
 """
 
 import dataclasses
@@ -23,6 +26,48 @@ class Row:
     key: Array  # [D] unrotated
     value: Array  # [D]
     column: float = 0.0
+    seen: tuple[Array, Array] | None = None  # key, value that queries see, where the slot holds something else
+    final_bits: bytes | None = None  # of what the slot holds, once it is never to be written again
+
+    @property
+    def seen_key(self) -> Array:
+        return self.key if self.seen is None else self.seen[0]
+
+    @property
+    def seen_value(self) -> Array:
+        return self.value if self.seen is None else self.seen[1]
+
+
+@dataclasses.dataclass
+class Held:
+    """What a slot holds of R rows of one head.
+
+    Attributes:
+        position: [R]; bits [R, 2, D]: key and value as they are decoded; key [R, D]: turned back from where it stands.
+        bound: [R] error allowed, as a share of the norm of the true row.
+        is_final: [R] encoded, and never to be written again.
+    """
+
+    position: Array
+    bits: Array
+    key: Array
+    bound: Array
+    is_final: Array
+
+
+def adopt(rows: list[Row], held: Held) -> None:
+    """From now on queries see what is held: near the true row, and unchanged once it is final."""
+    index = {int(position): number for number, position in enumerate(held.position)}
+    order = [index[row.position] for row in rows]
+    for row, number in zip(rows, order, strict=True):
+        bits = held.bits[number].tobytes()
+        assert row.final_bits in (None, bits), f"row {row.position} was encoded twice"
+        row.seen = held.key[number], held.bits[number, 1]
+        row.final_bits = bits if held.is_final[number] else None
+    for part, seen in (("key", held.key[order]), ("value", held.bits[order, 1])):
+        true = np.stack([getattr(row, part) for row in rows])
+        error, norm = np.linalg.norm(seen - true, axis=1), np.linalg.norm(true, axis=1)
+        assert (error <= held.bound[order] * norm + 1e-6).all(), f"{part}: error {error} of {norm}"
 
 
 @dataclasses.dataclass
@@ -60,6 +105,9 @@ class Ended:
     query: Array
     column: Array
     scale: float
+
+
+Read = Callable[[int, int], Held]
 
 
 def softmax(score: Array) -> Array:
@@ -141,13 +189,18 @@ class Oracle:
         return Full(
             rows,
             next_position,
-            key=self.rotate(np.stack([row.key for row in rows]), np.array([row.position for row in rows])),
+            key=self.rotate(np.stack([row.seen_key for row in rows]), np.array([row.position for row in rows])),
             query=np.stack([self.queries[layer, slot][position][group] for position in window], axis=1),
             scale=self.scale,
         )
 
-    def step(self, plan: StepPlan, layer: int, q: Array, k: Array, v: Array) -> Array:
-        """[N, H, D]: every query over the committed rows and the pending ones up to itself."""
+    def step(self, plan: StepPlan, layer: int, q: Array, k: Array, v: Array, read: Read | None = None) -> Array:
+        """[N, H, D]: every query over the committed rows and the pending ones up to itself.
+
+        Args:
+            read: (index of the sequence in the plan, KV head) -> what the slot holds; None where that is what was
+                written.
+        """
         out = np.empty_like(q)
         starts = plan.query_starts
         for index, slot in enumerate(plan.slots):
@@ -167,6 +220,8 @@ class Oracle:
                             row.column = row.column * self.decay + float(weight)
                     continue
                 head.pending = new
+                if read is not None:
+                    adopt([*head.rows.values(), *new], read(index, kv_head))
                 for step, token in enumerate(tokens):
                     rows = [*head.rows.values(), *new[: step + 1]]
                     assert all(row.position <= plan.positions[token] for row in rows), "causality"
@@ -182,7 +237,7 @@ class Oracle:
         """[G, D] of one query [G, D], and the mass [R] of its rows; by rank where positions are cache-relative."""
         if self.policy.key_space == "pre_rope":
             rank = {row.position: rank for rank, row in enumerate(sorted(rows, key=lambda row: row.position))}
-            rows = [Row(rank[row.position], row.key, row.value) for row in rows]
+            rows = [Row(rank[row.position], row.seen_key, row.seen_value) for row in rows]
             position = len(rows) - 1
         out, mass = self.attend(rows, query[None], np.array([position]))
         return out[0], mass[0]
@@ -190,11 +245,11 @@ class Oracle:
     def attend(self, rows: list[Row], query: Array, position: Array) -> tuple[Array, Array]:
         """[n, G, D] of queries [n, G, D], and the mass [n, R] that each gives to each row."""
         row_position = np.array([row.position for row in rows])
-        key = self.rotate(np.stack([row.key for row in rows]), row_position)
+        key = self.rotate(np.stack([row.seen_key for row in rows]), row_position)
         score = self.rotate(query, position[:, None]) @ key.T * self.scale
         score = np.where((row_position <= position[:, None])[:, None], score, -np.inf)
         weight = softmax(score)
-        return weight @ np.stack([row.value for row in rows]), weight.mean(axis=1)
+        return weight @ np.stack([row.seen_value for row in rows]), weight.mean(axis=1)
 
     def end_prompt(self, layer: int, slot: int) -> None:
         heads, budget = self.heads[layer][slot], self.budgets[layer]

@@ -1,10 +1,11 @@
 """Replays plans through the real Attention and the oracle side by side and compares outputs, rows and scores."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
-from oracle import Oracle
+from oracle import Held, Oracle, Read
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.rope import Rope
@@ -18,6 +19,14 @@ CPU = torch.device("cpu")
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_SLOTS = 3, 4, 2, 8, 4
 MAX_MODEL_LEN, MAX_QUERY_LEN = 48, 3
 TOLERANCE = 2e-5  # fp32 against float64
+# Knobs that make small traffic fill groups; at full rank nothing but rounding is lost, wherever rows stand.
+CODEC_KNOBS: dict[str, dict[str, Any]] = {
+    "int4": {"group_size": 8, "residual_tokens": 3},
+    "low_rank": {"group_size": 8, "residual_tokens": 3, "rank": HEAD_DIM, "value_rank": HEAD_DIM},
+}
+# Error that a codec may make of a row, as a share of the row's norm: int8 half a step of max / 127 in each of 8 values,
+# fp8 half of the last of three mantissa bits, int4 half a step of a range that other rows stretch.
+BOUNDS = {"int8": 0.505 * HEAD_DIM**0.5 / 127, "fp8": 2**-4 + 2**-8, "int4": 0.5, "low_rank": 1e-5}
 SCALE = HEAD_DIM**-0.5 * 2  # sharper than usual: decisions far from ties
 
 
@@ -41,7 +50,7 @@ def make_attention(
         scale=SCALE,
         rope=rope(),
         policy=policy,
-        codec=KV_CODECS.create(codec),
+        codec=KV_CODECS.create(codec, **CODEC_KNOBS.get(codec, {})),
         backend=ATTENTION.create(backend),
         num_slots=num_slots,
         max_model_len=MAX_MODEL_LEN,
@@ -89,10 +98,41 @@ def replay(attention: Attention, oracle: Oracle, plans: Iterable[StepPlan], *, s
         for layer in range(NUM_LAYERS):
             q, k, v = draw(generator, len(plan.token_ids))
             out = attention(layer, q, k, v, batch)
-            expected = oracle.step(plan, layer, q.double().numpy(), k.double().numpy(), v.double().numpy())
+            read = None if attention.codec.is_native else reader(attention, oracle, plan, layer)
+            expected = oracle.step(plan, layer, q.double().numpy(), k.double().numpy(), v.double().numpy(), read)
             assert np.abs(out.numpy() - expected).max(initial=0) < TOLERANCE
         attention.end(batch)
     return num_evicted
+
+
+def reader(attention: Attention, oracle: Oracle, plan: StepPlan, layer: int) -> Read:
+    """What the slots of output tokens hold in this layer, once its rows have been written."""
+    store, policy, codec = attention.store, attention.policy, attention.codec
+    group = next(group for group in store.groups if layer in group.layers)
+    layer_index, starts = group.layers.index(layer), plan.query_starts
+    bound = BOUNDS[type(codec).__module__.rpartition(".")[2]]
+
+    def read(index: int, kv_head: int) -> Held:
+        slot, num_tokens = plan.slots[index], plan.positions[starts[index]]
+        first, num_past = group.heads(layer_index, slot, num_tokens)[kv_head]
+        count = num_past + plan.query_lens[index]
+        if codec.group_size:
+            pair = group.read(layer_index, slice(slot, slot + 1), slice(kv_head, kv_head + 1), count)
+        else:
+            own = (slice(first, first + count),)
+            arenas = [
+                [part[layer_index, slot].flatten(0, 1)[own] for part in parts] for parts in (group.key, group.value)
+            ]
+            pair = tuple(codec.decode(tuple(arena), store.dtype)[None, None] for arena in arenas)
+        bits = torch.stack(pair, dim=-2)[0, 0].double().numpy()
+        position = group.position[layer_index, slot].flatten()[first : first + count].numpy()
+        is_turned = (position < policy.num_sink_tokens) & (policy.key_space == "pre_rope")
+        stands = position + is_turned * (num_tokens - num_past)
+        is_encoded = position < codec.encoded_tokens(num_tokens) if codec.group_size else np.full(position.shape, True)
+        bounds = np.where(is_encoded, bound, 0.0)
+        return Held(position, bits, oracle.rotate(bits[:, 0], -stands), bounds, is_encoded & ~is_turned)
+
+    return read
 
 
 def replay_classes(
@@ -120,8 +160,9 @@ def replay_classes(
             if not plan.token_ids:
                 continue
             out = attention(layer, q, k, v, batch)
-            for oracle, (own, tokens) in zip(oracles, alone, strict=True):
-                expected = oracle.step(own, layer, *(part[tokens].double().numpy() for part in (q, k, v)))
+            for part, oracle, (own, tokens) in zip(attention.parts, oracles, alone, strict=True):
+                read = None if part.codec.is_native else reader(part, oracle, own, layer)
+                expected = oracle.step(own, layer, *(x[tokens].double().numpy() for x in (q, k, v)), read)
                 assert np.abs(out[tokens].numpy() - expected).max(initial=0) < TOLERANCE
         attention.end(batch)
     return num_evicted

@@ -1,8 +1,10 @@
 """The classic mistakes of KV eviction, planted one at a time: the replay beside the oracle must notice each."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
+import torch
 from random_plans import random_plans
 from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_SLOTS, make_attention, make_oracle, replay
 from torch import Tensor
@@ -22,6 +24,7 @@ from codesign.engine.kv.ragged import RaggedGroup
 from codesign.engine.kv.recent import RecentQueries, VictimQueue
 from codesign.engine.kv.redundancy import key_redundancy
 from codesign.engine.kv.sinks import SinkKeys
+from codesign.engine.kv.store import DenseStore
 
 H2O_POLICY = H2O(kv_budget=12, num_sink_tokens=2)
 DECAYED_POLICY = H2O(kv_budget=12, num_sink_tokens=2, score_norm="decayed", decay=0.7)
@@ -32,10 +35,15 @@ R_KV_POLICY = RKV(kv_budget=16, buffer_tokens=5, window_tokens=3, num_sink_token
 
 
 def traffic(
-    policy: KVPolicy, name: str, *, oracle_policy: KVPolicy | None = None, cls: type[Attention] = Attention
+    policy: KVPolicy,
+    name: str,
+    *,
+    oracle_policy: KVPolicy | None = None,
+    codec: str = "native",
+    cls: type[Attention] = Attention,
 ) -> None:
     plans = random_plans(0, num_steps=40, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN)
-    replay(make_attention(policy, cls=cls), make_oracle(oracle_policy or policy, name), plans)
+    replay(make_attention(policy, codec=codec, cls=cls), make_oracle(oracle_policy or policy, name), plans)
 
 
 @pytest.mark.parametrize(
@@ -178,3 +186,32 @@ def test_new_rows_as_victims_are_noticed() -> None:
 
     with pytest.raises(AssertionError):
         traffic(Newest(kv_budget=9), "streaming_llm")
+
+
+def test_rows_encoded_again_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the codec's bound: the last bit of every scale flips, codes stay."""
+    write = DenseStore.write
+
+    def write_and_touch(self: DenseStore, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        write(self, rows, key, value)
+        self.key[1].copy_((self.key[1].view(torch.int16) ^ 1).view(torch.bfloat16))
+
+    monkeypatch.setattr(DenseStore, "write", write_and_touch)
+
+    with pytest.raises(AssertionError, match="encoded twice"):
+        traffic(H2O_POLICY, "h2o", codec="int8")
+
+
+def test_codes_moved_without_their_scales_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = DenseStore.commit
+
+    def commit_codes(self: DenseStore, commits: Sequence[tuple[int, int]]) -> None:
+        scales = [parts[1].clone() for parts in (self.key, self.value)]
+        commit(self, commits)
+        for parts, scale in zip((self.key, self.value), scales, strict=True):
+            parts[1].copy_(scale)
+
+    monkeypatch.setattr(DenseStore, "commit", commit_codes)
+
+    with pytest.raises(AssertionError):
+        traffic(H2O_POLICY, "h2o", codec="int8")

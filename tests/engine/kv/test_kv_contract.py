@@ -8,6 +8,7 @@ from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_SLOTS, make_attention, make
 
 from codesign.engine.attention.switched import SwitchedAttention
 from codesign.engine.kv.policy import KVPolicy
+from codesign.errors import Unsupported
 from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES
 
 # Knobs that make small traffic evict; a policy that is not listed runs with a budget of 16 where it has one.
@@ -44,13 +45,14 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
         {"kv_budget": 0.5, "window_tokens": 7, "num_sink_tokens": 0, "kernel_size": 5, "beta": 1},
     ],
 }
+MUTABLE = [name for name in KV_CODECS.names() if KV_CODECS.create(name).rows_mutable]
 CASES = [
     pytest.param(policy, knobs, codec, backend, id=f"{policy}{index}-{codec}-{backend}")
     for policy in KV_POLICIES.names()
     for index, knobs in enumerate(
         KNOBS.get(policy, [{"kv_budget": 16} if "kv_budget" in KV_POLICIES.knobs(policy) else {}])
     )
-    for codec in KV_CODECS.names()
+    for codec in (KV_CODECS.names() if policy == "full" else MUTABLE)
     for backend in ATTENTION.names()
 ]
 SWITCHING = {name for name in KNOBS if len(KV_POLICIES.create(name, **KNOBS[name][0]).slot_policies(NUM_SLOTS)) > 1}
@@ -64,8 +66,8 @@ def test_random_traffic_agrees_with_a_dictionary_of_rows(
     if name in SWITCHING:
         check_switching(policy, codec, backend)
         return
-    num_evicted = 0
-    for seed in range(2):
+    num_evicted, num_seeds = 0, 2 if codec == "native" else 1  # encoded rows are read and checked one by one: slow
+    for seed in range(num_seeds):
         plans = random_plans(
             seed, num_steps=50, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN
         )
@@ -73,7 +75,16 @@ def test_random_traffic_agrees_with_a_dictionary_of_rows(
         num_evicted += replay(attention, make_oracle(policy, name), plans, seed=seed)
 
     is_bounded = min(attention.kv_budget_tokens) < MAX_MODEL_LEN
-    assert (num_evicted > 50) == is_bounded, "the traffic must reach the budget, or it shows nothing"
+    assert (num_evicted > 25 * num_seeds) == is_bounded, "the traffic must reach the budget, or it shows nothing"
+
+
+@pytest.mark.parametrize("codec", [name for name in KV_CODECS.names() if name not in MUTABLE])
+@pytest.mark.parametrize("name", [name for name in KV_POLICIES.names() if name not in {"full", *SWITCHING}])
+def test_eviction_from_groups_is_refused_by_name(name: str, codec: str) -> None:
+    policy = KV_POLICIES.create(name, **KNOBS.get(name, [{"kv_budget": 16}])[0])
+
+    with pytest.raises(Unsupported, match=rf"kv.codec '{codec}' .* kv.policy '{name}' .* use kv.policy 'full'"):
+        make_attention(policy, codec=codec)
 
 
 def check_switching(policy: KVPolicy, codec: str, backend: str) -> None:
