@@ -226,6 +226,7 @@ def main() -> int:
         "codesign": __version__,
         "torch": torch.__version__,
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "load_average": round(os.getloadavg()[0], 1),
         "num_sequences": args.sequences,
         "num_tokens": args.tokens,
         "models": {
