@@ -3,9 +3,10 @@
     python tests/benchmarks/kv_scaling.py [--contexts 1024 ... 32768] [--rounds 7] [--batch 16]
 
 A random-weights Qwen2 decodes `batch` sequences that stand at the end of their context. Nothing is prefilled: random
-rows go in as a finished prompt does, chosen by the policy and stored by `LayerGroup.admit`. Then whole steps (plan, run,
-commit of the step before), cases in turns within a round, several steps each; a round's figure is the median of its
-steps. Three clocks: the step, the attention calls in it, and attention's `begin` and `end` (commit, eviction, indices).
+rows go in as a finished prompt does, chosen by the policy and stored by `LayerGroup.admit`. Then whole steps (plan,
+run, commit of the step before), cases in turns within a round, several steps each; a round's figure is the median of
+its steps. Three clocks: the step, the attention calls in it, and attention's `begin` and `end` (commit, eviction,
+indices).
 
 Two checks per case: its bytes are what the budget or the bits of the codec promise, within 3 %; and from 8192 tokens
 on its attention takes the share of full's time that its bytes are of full's, within 15 %. A miss is listed with the two
@@ -29,15 +30,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from kv_scaling_report import checks, svg, table  # beside this script
+from kv_fill import beside_rows, fill  # beside this script
+from kv_scaling_report import checks, svg, table
 from torch import Tensor
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.switched import SwitchedAttention, make_attention
 from codesign.engine.batch import Batch
 from codesign.engine.build import build_engine
-from codesign.engine.kv.group import LayerGroup
-from codesign.engine.kv.policy import KVPolicy, Prompt
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.tiny import tiny_config
@@ -188,6 +188,7 @@ class Case:
     def facts(self) -> dict[str, Any]:
         parts, setting = self.parts, self.setting
         queues = [group.queue.length for part in parts for group in part.store.groups if group.queue is not None]
+        between = min(queues, default=None)
         return {
             "case": setting.name,
             **dataclasses.asdict(setting),
@@ -195,60 +196,9 @@ class Case:
             "kv_bytes": self.attention.kv_bytes,
             "beside_rows_bytes": beside_rows(parts),
             "rescoring_ms_per_sequence": self.rescoring_ms,
-            "steps_between_rescorings": min(queues, default=None),
+            "steps_between_rescorings": between,
+            "rescoring_ms_per_step": self.rescoring_ms * self.args.batch / between if between else 0.0,
         }
-
-
-def fill(attention: Attention, num_tokens: int, *, num_heads: int) -> None:
-    """Every slot gets one random prompt, as it gets the rows of a prompt that has ended."""
-    store, policy, generator = attention.store, attention.policy, torch.Generator().manual_seed(0)
-    num_kv_heads, head_dim = store.groups[0].key[0].shape[2], store.head_dim
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, head_dim, generator=generator).to(DTYPE)
-
-    prompt = Prompt(
-        key=draw(num_kv_heads, num_tokens),
-        value=draw(num_kv_heads, num_tokens),
-        window_query=draw(num_heads, policy.window_tokens) if policy.evidence == "window_queries" else None,
-        column_sums=torch.rand(num_kv_heads, num_tokens, generator=generator),
-        scale=head_dim**-0.5,
-    )
-    for group in store.groups:
-        kept = chosen(policy, group, prompt)
-        for index in range(len(group.layers)):
-            for slot in range(len(store.num_tokens)):
-                group.admit(index, slot, prompt, kept)
-    for slot in range(len(store.num_tokens)):
-        store.append(slot, num_tokens)
-
-
-def chosen(policy: KVPolicy, group: LayerGroup, prompt: Prompt) -> Tensor | None:
-    num_heads, num_tokens, _ = prompt.key.shape
-    num_rows = group.rows_after(num_tokens)
-    if num_rows == num_tokens:
-        return None
-    if policy.needs_keys:  # r_kv's T x T cosines are a cost of the prompt, minutes at 32k; here any rows will do
-        return torch.arange(num_tokens - num_rows, num_tokens).expand(num_heads, -1)
-    return policy.select(prompt, num_rows)
-
-
-def beside_rows(parts: list[Attention]) -> dict[str, int]:
-    """Bytes that a policy keeps beside keys and values."""
-    names = ("pending scores", "sinks", "recent queries", "victims")
-    found: dict[str, int] = {}
-
-    def add(name: str, tensor: Tensor | None) -> None:
-        if tensor is not None and tensor.numel():
-            found[name] = found.get(name, 0) + tensor.untyped_storage().nbytes()
-
-    for part in parts:
-        add("positions", part.store.position)
-        add("scores", part.store.column)
-        for group in part.store.groups:
-            for name, tensor in zip(names, group.beside, strict=True):
-                add(name, tensor)
-    return found
 
 
 def measure(model: Decoder, context: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:

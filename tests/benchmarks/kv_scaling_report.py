@@ -78,10 +78,13 @@ def _time_checks(results: Results) -> Iterator[dict[str, Any]]:
         ratio = median(time_share(results, own, "attention_ms")) / share
         fitted, because = line(results, own["case"]), "one context tells no fixed cost"
         if fitted is not None and base is not None:
+            per_byte = fitted[1] / base[1]
             because = (
-                f"fixed {fitted[0]:.2f} of {median(own['attention_ms']):.2f} ms; "
-                f"one more byte takes {fitted[1] / base[1]:.2f} x full's time"
+                f"fixed {fitted[0]:.2f} of {median(own['attention_ms']):.2f} ms; one more byte takes {per_byte:.2f}"
             )
+            if own["codec"] != "native":
+                because += f", one more row {per_byte * share:.2f}"
+            because += " x full's time"
         yield {
             "what": "attention time share / byte share",
             "case": own["case"],
@@ -103,7 +106,8 @@ def table(document: dict[str, Any], picture: str) -> str:
         f"{facts['capability']}, {facts['num_threads']} threads, torch {facts['torch']}; {facts['num_rounds']} "
         f"interleaved rounds of {facts['steps_per_round']} steps, clock {facts['clock']}, {facts['seconds']} s in all.",
         f"Random-weights Qwen2 in {facts['dtype']}: {model['num_hidden_layers']} layers, hidden "
-        f"{model['hidden_size']}, {model['num_attention_heads']} heads on {model['num_key_value_heads']} KV heads of {model['head_dim']}, "
+        f"{model['hidden_size']}, {model['num_attention_heads']} heads on "
+        f"{model['num_key_value_heads']} KV heads of {model['head_dim']}, "
         f"MLP {model['intermediate_size']}, vocabulary {model['vocab_size']}; {facts['batch_size']} sequences.",
         "Random rows instead of a prompt; speed only, no quality. Times in ms of one decode step, median over rounds "
         "[least, most]. `attention`: its calls in all layers; `around`: commit, eviction and indices of the step; the "
@@ -118,7 +122,7 @@ def table(document: dict[str, Any], picture: str) -> str:
         for own in results:
             if own["context"] == context:
                 lines.append(f"| {' | '.join(_cells(results, own))} |")
-    lines += ["", *_rescoring(results, facts["batch_size"]), "", *_kernels(results)]
+    lines += ["", *_rescoring(results), "", *_kernels(results)]
     lines += ["", "## Checks", "", *_summary(document["checks"])]
     missed = [check for check in document["checks"] if not check["met"]]
     lines += ["", "Missed:", ""] if missed else []
@@ -142,15 +146,14 @@ def _spread(values: list[float]) -> str:
     return f"{median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
-def _rescoring(results: Results, batch_size: int) -> list[str]:
+def _rescoring(results: Results) -> list[str]:
     """What is paid once in many steps and is in none of the steps above."""
     lines = []
     for own in results:
         if own["steps_between_rescorings"]:
-            each = own["rescoring_ms_per_sequence"] * batch_size / own["steps_between_rescorings"]
             lines.append(
                 f"| {own['case']} | {own['context']} | {own['rescoring_ms_per_sequence']:.1f} "
-                f"| {own['steps_between_rescorings']} | {each:.2f} |"
+                f"| {own['steps_between_rescorings']} | {own['rescoring_ms_per_step']:.2f} |"
             )
     if not lines:
         return []
@@ -175,7 +178,7 @@ def _summary(all_checks: list[dict[str, Any]]) -> Iterator[str]:
 
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP_X, _GAP_Y = 270, 190, 70, 56, 62, 46
-_ROWS = (("KV bytes, MiB", "kv"), ("attention, ms per step", "attention_ms"), ("whole step, ms", "step_ms"))
+_ROWS = (("KV bytes, MiB", "kv"), ("attention, ms per step", "attention_ms"), ("step and rescoring, ms", "step_ms"))
 
 
 def svg(document: dict[str, Any]) -> str:
@@ -216,7 +219,9 @@ def _style(own: dict[str, Any]) -> str:
 
 
 def _value(own: dict[str, Any], part: str) -> float:
-    return own["kv_bytes"] / 2**20 if part == "kv" else median(own[part])
+    if part == "kv":
+        return own["kv_bytes"] / 2**20
+    return median(own[part]) + (own["rescoring_ms_per_step"] if part == "step_ms" else 0)
 
 
 def _legend(names: list[str], left: int) -> Iterator[str]:
@@ -250,6 +255,8 @@ class _Panel:
                 _, y = self.place(self.x[0], tick)
                 yield f'<path d="M{self.left} {y}h{_WIDTH}" stroke="#D9DDE3"/>'
                 yield f'<text x="{self.left - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>'
+        middle = self.left + _WIDTH / 2
+        yield f'<text x="{middle}" y="{bottom + 30}" text-anchor="middle" font-size="11">context, tokens</text>'
         yield f'<rect x="{self.left}" y="{self.top}" width="{_WIDTH}" height="{_HEIGHT}" fill="none" stroke="#8A8F98"/>'
         if label:
             x, y = self.left - 50, self.top + _HEIGHT / 2
