@@ -10,7 +10,7 @@ from codesign.report.show import visible
 from codesign.spec.engine_config import FAMILIES
 
 # What a person decides on comes first; other keys follow in alphabetical order.
-_ORDER = ("weights", "prune", "kv.policy", "kv.codec", "dtype", "max_batch_size")
+_ORDER = ("weights", "prune", "kv.policy", "kv.codec", "kv.place", "dtype", "max_batch_size")
 
 
 def parts(config: Mapping[str, Any]) -> dict[str, Any]:
