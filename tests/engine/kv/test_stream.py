@@ -5,6 +5,7 @@ the last moment, when somebody waits for them.
 """
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -128,7 +129,7 @@ def test_a_codec_of_groups_is_refused_by_name(codec: str) -> None:
 
 
 def test_a_policy_that_scores_the_keys_of_all_layers_is_refused_by_name() -> None:
-    with pytest.raises(Unsupported, match="kv.place .* kv.policy 'r_kv' scores the keys of all layers"):
+    with pytest.raises(Unsupported, match=r"kv.place .* kv.policy 'r_kv' scores the keys of all layers"):
         make_attention(KV_POLICIES.create("r_kv", kv_budget=16), place=Streamed(EagerLane))
 
 
@@ -223,4 +224,4 @@ def test_stretches_with_a_small_gap_are_one_copy() -> None:
         stretches = [range(*edges[index : index + 2]) for index in range(0, 20, 2)]
         found = joined(stretches, rng.randrange(20))
         assert {row for own in stretches for row in own} <= {row for own in found for row in own}
-        assert all(one.stop < other.start for one, other in zip(found, found[1:], strict=False))
+        assert all(one.stop < other.start for one, other in itertools.pairwise(found))
