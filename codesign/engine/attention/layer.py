@@ -16,9 +16,11 @@ from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
 from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.ragged import attend_ragged
-from codesign.engine.attention.rope import Rope, rotate
+from codesign.engine.attention.rope import Rope
 from codesign.engine.attention.weights import column_sums
 from codesign.engine.batch import Batch
+from codesign.engine.kernels.pieces import Pieces
+from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.place import ON_DEVICE, KVPlace
@@ -85,7 +87,9 @@ class Attention:
         dtype: torch.dtype,
         device: torch.device,
         place: KVPlace = ON_DEVICE,
+        pieces: Pieces = PLAIN,
     ) -> None:
+        self._pieces = pieces
         self.policy, self.codec, self.backend = policy, codec, backend
         self._cos, self._signed_sin = rope.tables(max_model_len, device)
         self.store = DenseStore(
@@ -117,12 +121,10 @@ class Attention:
                     device=device,
                 )
         self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
-        self.kernel = self._attend_slots.kernel
-        if is_bounded and policy.evidence == "column_sums":
-            self.kernel += " + column pass"
-        if is_bounded and policy.head_budgets == "ragged":
-            decoded = "" if codec.is_native else f" ragged heads {backend.kernel} over decoded rows,"
-            self.kernel += f",{decoded} a call per slot and KV head"
+        self.kernel = self._attend_slots.named(
+            has_weights=is_bounded and policy.evidence == "column_sums",
+            has_ragged=is_bounded and policy.head_budgets == "ragged",
+        )
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
         self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
         self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
@@ -243,9 +245,7 @@ class Attention:
                 group.sinks.store(index, part.new_sinks, k)
             if part.turn is not None:
                 group.sinks.apply(index, part.turn)
-        num_heads = q.shape[1]
-        rotated = rotate(torch.cat((q, k), dim=1), step.cos, step.signed_sin)
-        q, k = rotated[:, :num_heads], rotated[:, num_heads:]
+        q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
         if step.rows:
             tokens = step.output_tokens
             new_key, new_value = (k, v) if tokens is None else (k[tokens], v[tokens])
@@ -274,7 +274,8 @@ class Attention:
         query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
         column = group.pending_column
         if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
-            out, weight = attend_ragged(self.backend, group, index, call, query, scale=self._scale), None
+            kernel, weight = self._attend_slots.native, None
+            out = attend_ragged(kernel, self.backend, group, index, call, query, scale=self._scale)
         else:
             out, weight = self._attend_slots(query, group, index, call, want_weights=column is not None)
         if column is not None and weight is not None:
