@@ -6,17 +6,32 @@ sequence, query heads as they are.
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
+import torch
 from torch import Tensor
+
+from codesign.engine.attention import weights
+from codesign.engine.kernels.compiled import Missing
 
 
 class AttentionBackend(ABC):
-    """The protocol. Members are frozen dataclasses of knobs."""
+    """The protocol. Members are frozen dataclasses of knobs.
+
+    Attributes:
+        column_kernel: what runs beside `kernel` where column sums are asked for, for the record.
+    """
+
+    column_kernel: ClassVar[str] = "column pass"
 
     @property
     @abstractmethod
     def kernel(self) -> str:
         """What runs, for the record."""
+
+    def missing(self, device: torch.device) -> Missing | None:
+        """Why it cannot run on `device`; None where it can."""
+        return None
 
     @abstractmethod
     def attend(
@@ -30,3 +45,22 @@ class AttentionBackend(ABC):
             mask: additive, broadcasts to [B, H, M, R], dtype of the query; None sees every row.
             is_causal: M == R, and query i sees rows up to i; never together with a mask.
         """
+
+    def attend_columns(
+        self, query: Tensor, key: Tensor, value: Tensor, *, num_tokens: int, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` for output tokens, and the weight that each row received from each: [B, H_kv, num_tokens, R] fp32.
+
+        By itself a backend shows no weights: they cost a second q kᵀ.
+
+        Args:
+            query: [B, H_kv, M, D], M = query group x num_tokens, tokens last; weights are averaged over the group.
+        """
+        out = self.attend(query, key, value, mask=mask, is_causal=False, scale=scale)
+        whole = slice(0, query.shape[2])
+        weight = weights.weights(query, key, whole, mask=mask, is_causal=False, scale=scale)
+        return out, weight.view(*key.shape[:2], -1, num_tokens, key.shape[2]).mean(dim=2)
+
+    def column_sums(self, query: Tensor, key: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+        """[B, H_kv, R] fp32 of a prompt chunk, in memory linear in R; arguments as in `attend`."""
+        return weights.column_sums(query, key, mask=mask, is_causal=is_causal, scale=scale)

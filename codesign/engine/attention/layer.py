@@ -15,7 +15,6 @@ from torch import Tensor
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
 from codesign.engine.attention.rope import Rope, rotate
-from codesign.engine.attention.weights import column_sums, weights
 from codesign.engine.batch import Batch
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
@@ -57,7 +56,7 @@ class Attention:
 
     Raises:
         ValueError: a KV budget too small for its policy.
-        Unsupported: a codec that cannot overwrite rows with a policy that evicts.
+        Unsupported: a backend that cannot run here; a codec that cannot overwrite rows with a policy that evicts.
     """
 
     def __init__(
@@ -78,6 +77,10 @@ class Attention:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        missing = backend.missing(device)
+        if missing is not None:
+            name = type(backend).__name__.lower()
+            raise Unsupported(f"attention {name!r} on {device}: {missing.reason}; use attention sdpa")
         self.policy, self.codec, self.backend = policy, codec, backend
         self.store = DenseStore(
             num_layers=num_layers,
@@ -95,7 +98,7 @@ class Attention:
             raise Unsupported("a KV policy that evicts needs a codec whose rows can be overwritten: use codec native")
         self.kernel = backend.kernel
         if is_bounded and policy.evidence == "column_sums":
-            self.kernel += " + column pass"
+            self.kernel += f" + {backend.column_kernel}"
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
         self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
         self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
@@ -225,11 +228,12 @@ class Attention:
         query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
         key = group.key[index, call.slots, :, : call.num_rows]
         value = group.value[index, call.slots, :, : call.num_rows]
-        out = self.backend.attend(query, key, value, mask=call.mask, is_causal=False, scale=self._scale)
-        if group.pending_column is not None:
-            whole = slice(0, query.shape[2])
-            weight = weights(query, key, whole, mask=call.mask, is_causal=False, scale=self._scale)
-            mass = weight.view(*key.shape[:2], self._num_groups, call.num_queries, -1).mean(dim=2)  # [B, H_kv, Q, R]
+        if group.pending_column is None:
+            out = self.backend.attend(query, key, value, mask=call.mask, is_causal=False, scale=self._scale)
+        else:
+            out, mass = self.backend.attend_columns(
+                query, key, value, num_tokens=call.num_queries, mask=call.mask, scale=self._scale
+            )
             group.pending_column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
         if call.num_queries > 1:
             out = out.reshape(*key.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
@@ -253,7 +257,9 @@ class Attention:
             staged = self.staged_prompts[where] = StagedPrompt(self.policy, max_model_len=self._max_model_len)
         key, value = staged.append(new_key, new_value, query, is_last=span.is_prompt_end)
         if self.policy.evidence == "column_sums":
-            sums = column_sums(query[None], key[None], mask=call.mask, is_causal=call.is_causal, scale=self._scale)
+            sums = self.backend.column_sums(
+                query[None], key[None], mask=call.mask, is_causal=call.is_causal, scale=self._scale
+            )
             staged.add_column_sums(sums[0])
         out = self._backend_prompt(call, query, key, value)
         if span.is_prompt_end:

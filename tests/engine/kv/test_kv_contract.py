@@ -7,6 +7,7 @@ from random_plans import random_plans
 from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_SLOTS, make_attention, make_oracle, replay
 
 from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES
+from tests.engine.usable_backends import USABLE_BACKENDS
 
 # Knobs that make small traffic evict; a policy that is not listed runs with a budget of 16 where it has one.
 KNOBS: dict[str, list[dict[str, Any]]] = {
@@ -28,7 +29,7 @@ CASES = [
         KNOBS.get(policy, [{"kv_budget": 16} if "kv_budget" in KV_POLICIES.knobs(policy) else {}])
     )
     for codec in KV_CODECS.names()
-    for backend in ATTENTION.names()
+    for backend in USABLE_BACKENDS
 ]
 
 

@@ -1,0 +1,69 @@
+"""How an attention over many rows is cut: rows read at once, queries of a program, and runs of rows done apart."""
+
+import dataclasses
+import functools
+
+import torch
+
+MAX_SPLITS = 64
+MAX_QUERIES = 64
+"""Of a program; more of them read K and V again."""
+
+_PROGRAMS_PER_PROCESSOR = 4  # two fit on one at a time, so that this is two rounds
+_INTERPRETED_PROCESSORS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Sizes are powers of two from 16 on; `rows_per_split` is a multiple of `block_r`."""
+
+    block_m: int
+    block_r: int
+    rows_per_split: int
+    num_splits: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __str__(self) -> str:
+        return (
+            f"{self.block_m}x{self.block_r}, {self.num_splits} splits, {self.num_warps} warps, {self.num_stages} stages"
+        )
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def decode_config(
+    *, num_planes: int, num_queries: int, num_rows: int, head_dim: int, dtype: torch.dtype, num_processors: int
+) -> DecodeConfig:
+    """A rule, not measured: enough splits to give every multiprocessor work, whole blocks each.
+
+    Args:
+        num_planes: sequences times KV heads.
+        num_queries: query group times tokens.
+    """
+    block_m = min(MAX_QUERIES, max(16, power_of_two(num_queries)))
+    block_r = 32 if dtype == torch.float32 or head_dim > 128 or block_m > 32 else 64
+    tiles = num_planes * -(-num_queries // block_m)
+    blocks = max(1, -(-num_rows // block_r))
+    wanted = -(-_PROGRAMS_PER_PROCESSOR * num_processors // tiles)
+    blocks_per_split = -(-blocks // min(wanted, MAX_SPLITS, blocks))
+    return DecodeConfig(
+        block_m=block_m,
+        block_r=block_r,
+        rows_per_split=blocks_per_split * block_r,
+        num_splits=-(-blocks // blocks_per_split),
+    )
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROCESSORS
+    found: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return found
+
+
+def power_of_two(number: int) -> int:
+    """The smallest one that is not less."""
+    return 1 << (number - 1).bit_length()
