@@ -1,4 +1,4 @@
-"""Which attention backends run on the CPU that tests run on: not those for CUDA, unless their kernels are interpreted."""
+"""Which attention backends run on the CPU that tests run on: those for CUDA only where kernels are interpreted."""
 
 from typing import Any
 

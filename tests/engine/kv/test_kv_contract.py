@@ -6,7 +6,7 @@ import pytest
 from random_plans import random_plans
 from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_SLOTS, make_attention, make_oracle, replay
 
-from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES
+from codesign.registry import KV_CODECS, KV_POLICIES
 from tests.engine.usable_backends import USABLE_BACKENDS
 
 # Knobs that make small traffic evict; a policy that is not listed runs with a budget of 16 where it has one.

@@ -1,6 +1,7 @@
 """How much attention each row of a prompt received, in O(n) memory: log-sum-exp first, then every weight once more.
 
-    lse[m] = log sum over r of exp(s[m, r])          sums[r] = mean over the query group of sum over m of exp(s[m, r] - lse[m])
+    lse[m]  = log of the sum over r of exp(s[m, r])
+    sums[r] = mean over the query group of the sum over m of exp(s[m, r] - lse[m])
 
 Fused attention shows neither weights nor, through SDPA, its log-sum-exp; two passes of q kᵀ cost what one attention
 does. A program of the second pass owns its rows and adds queries in order: the same sums every time. The plain form is

@@ -1,10 +1,11 @@
 """Blocks of KV rows as products take them: loaded as they are stored, codes turned into numbers in registers.
 
     native   the row itself
-    int8     codes, row = code * scale                the scale of each row stays outside: it multiplies scores or weights
-    fp8      e4m3 codes as uint8, row = 256 * x * scale, x the fp16 of the same bits moved into place: no fp8 arithmetic
+    int8     row = code * scale
+    fp8      row = 256 * x * scale, x the fp16 of the same bits moved into place: e4m3 as uint8, no fp8 arithmetic
 
-Whole numbers up to 127 and three bits of mantissa are exact in bf16, fp16 and fp32.
+The scale of a row stays outside, where it multiplies its scores and weights instead of its values. Whole numbers up to
+127 and three bits of mantissa are exact in bf16, fp16 and fp32.
 """
 
 import triton

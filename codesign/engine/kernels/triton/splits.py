@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import torch
+from torch import Tensor
 
 MAX_SPLITS = 64
 MAX_QUERIES = 64
@@ -33,17 +34,39 @@ class DecodeConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+def config_for(query: Tensor, num_rows: int, *, most_at_once: int = 64) -> DecodeConfig:
+    """The rule for queries [B, H_kv, M, D] over at most `num_rows` rows, on the device they are on."""
+    num_batch, num_heads, num_queries, head_dim = query.shape
+    return decode_config(
+        num_planes=num_batch * num_heads,
+        num_queries=num_queries,
+        num_rows=num_rows,
+        head_dim=head_dim,
+        dtype=query.dtype,
+        num_processors=num_processors(query.device),
+        most_at_once=most_at_once,
+    )
+
+
 def decode_config(
-    *, num_planes: int, num_queries: int, num_rows: int, head_dim: int, dtype: torch.dtype, num_processors: int
+    *,
+    num_planes: int,
+    num_queries: int,
+    num_rows: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    num_processors: int,
+    most_at_once: int = 64,
 ) -> DecodeConfig:
     """A rule, not measured: enough splits to give every multiprocessor work, whole blocks each.
 
     Args:
         num_planes: sequences times KV heads.
         num_queries: query group times tokens.
+        most_at_once: rows.
     """
     block_m = min(MAX_QUERIES, max(16, power_of_two(num_queries)))
-    block_r = 32 if dtype == torch.float32 or head_dim > 128 or block_m > 32 else 64
+    block_r = min(most_at_once, 32 if dtype == torch.float32 or head_dim > 128 or block_m > 32 else 64)
     tiles = num_planes * -(-num_queries // block_m)
     blocks = max(1, -(-num_rows // block_r))
     wanted = -(-_PROGRAMS_PER_PROCESSOR * num_processors // tiles)

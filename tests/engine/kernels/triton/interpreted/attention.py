@@ -1,4 +1,4 @@
-"""Attention over stored rows against a float64 softmax over the same rows; what is not there is NaN or the largest code.
+"""Attention over stored rows against a float64 softmax over them; what is not there is NaN or the largest code.
 
 D 64 and 128 (and one that is no power of two), query groups of 1, 4 and 8, one token and four, rows 0, 1 and around the
 edges of a block and of a split.
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codesign.engine.attention.weights import column_sums as plain_column_sums
-from codesign.engine.kernels.triton.attend import attend
+from codesign.engine.kernels.triton.attend import attend, attend_int4
 from codesign.engine.kernels.triton.column_sums import column_sums
 from codesign.engine.kernels.triton.splits import DecodeConfig, decode_config
 
@@ -115,6 +115,63 @@ def test_every_fp8_code_is_read_exactly() -> None:
     out, _ = attend(torch.ones(1, 1, 1, 224), (codes, scale), (codes, scale), codec="fp8", scale=1.0)
 
     assert torch.equal(out.double(), decoded((codes, scale)))
+
+
+def int4(rows: Tensor, group_size: int, channels: int, dim: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Codes, steps and lows over groups of tokens (dim 2) or channels (dim 3), and what they mean."""
+    wide = rows.unflatten(dim, (-1, group_size if dim == 2 else channels))
+    low = wide.amin(dim=dim + 1, keepdim=True).half()
+    step = ((wide.amax(dim=dim + 1, keepdim=True) - low.float()) / 15).half()
+    code = ((wide - low.float()) / step.float().clamp_min(1e-30)).round().clamp(0, 15)
+    meant = (low.double() + code.double() * step.double()).flatten(dim, dim + 1)
+    first, second = code.to(torch.uint8).flatten(dim, dim + 1).chunk(2, dim=3)
+    return (first | (second << 4), step.squeeze(dim + 1), low.squeeze(dim + 1)), meant
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "group_size", "num_tokens"), [(128, 32, 1), (64, 64, 3), (32, 16, 1)])
+def test_int4_groups_then_native_rows(dtype: torch.dtype, head_dim: int, group_size: int, num_tokens: int) -> None:
+    """Keys with a few channels that are large for every token; sequences with no group, and with little else."""
+    groups, counts = torch.tensor([0, 1, 3]), torch.tensor([5, num_tokens, 40], dtype=torch.int32)
+    rows = torch.randn(2, 3, 2, 3 * group_size, head_dim) * 0.5
+    rows[0, ..., ::16] += 6
+    rows[1, ..., 7] = 0.25  # its group of channels is even, and of step 0 where the group is alone
+    channels = min(group_size, head_dim // 2)
+    key, meant_key = int4(rows[0], group_size, channels, 2)
+    value, meant_value = int4(rows[1], group_size, channels, 3)
+    newest = torch.randn(2, 3, 2, 40, head_dim).to(dtype)
+    query = torch.randn(3, 2, 4 * num_tokens, head_dim).to(dtype)
+
+    out = attend_int4(
+        query,
+        (*key, *value),
+        (groups * group_size).int(),
+        *(stored(part, counts, torch.nan) for part in newest),
+        counts,
+        group_size=group_size,
+        most_encoded=3 * group_size,
+        num_tokens=num_tokens,
+        scale=0.1,
+    )
+
+    encoded = torch.arange(3 * group_size) < (groups * group_size)[:, None, None, None]
+    visible = torch.cat(
+        (encoded.expand(3, 1, query.shape[2], -1), visible_rows(counts, query.shape[2], num_tokens, 40)), dim=3
+    )
+    all_keys, all_values = (
+        torch.cat((old, new.double()), dim=2) for old, new in zip((meant_key, meant_value), newest, strict=True)
+    )
+    wanted, _ = expected(query, all_keys, all_values, visible, 0.1, num_tokens)
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=2 * ATOL[dtype])
+
+
+def test_int4_groups_that_no_product_fits_are_refused() -> None:
+    rows = torch.zeros(1, 1, 8, 24)
+    key, value = int4(rows, 8, 8, 2)[0], int4(rows, 8, 8, 3)[0]
+    count = torch.ones(1, dtype=torch.int32)
+
+    with pytest.raises(ValueError, match="groups of 8 tokens and 8 of 24 channels"):
+        attend_int4(rows[:, :, :1], (*key, *value), 8 * count, rows, rows, count, group_size=8, most_encoded=8, scale=1)
 
 
 def test_a_mask_is_added_and_hides() -> None:
