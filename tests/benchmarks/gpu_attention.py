@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from codesign.engine.kernels.triton import available
 from codesign.engine.kernels.triton.attend import attend
-from codesign.engine.kernels.triton.splits import DecodeConfig, config_for
+from codesign.engine.kernels.triton.splits import MAX_SPLITS, DecodeConfig, config_for
 
 NUM_KV_HEADS, NUM_GROUPS, HEAD_DIM = 8, 4, 128
 CONTEXTS, BATCHES = (1024, 4096, 16384), (1, 8, 32)
@@ -172,11 +172,14 @@ def candidates(first: DecodeConfig) -> list[DecodeConfig]:
     for factor in (2, 4, 8):
         rows_per_split = -(-first.rows_per_split // factor // first.block_r) * first.block_r
         num_splits = -(-first.rows_per_split * first.num_splits // rows_per_split)
-        found.append(dataclasses.replace(first, rows_per_split=rows_per_split, num_splits=min(64, num_splits)))
+        if num_splits <= MAX_SPLITS:
+            found.append(dataclasses.replace(first, rows_per_split=rows_per_split, num_splits=num_splits))
     whole = first.rows_per_split * first.num_splits
     found.append(dataclasses.replace(first, rows_per_split=whole, num_splits=1))
     changes: list[dict[str, int]] = [{"num_stages": 2}, {"num_stages": 4}, {"num_warps": 2}, {"num_warps": 8}]
-    if first.rows_per_split % 128 == 0:
-        changes += [{"block_r": 128, "num_stages": 2}, {"block_r": 128, "num_stages": 3}]
-    changes += [{"block_r": 32, "num_stages": 3}, {"block_r": 32, "num_stages": 5}]
-    return found + [dataclasses.replace(first, **change) for change in changes]
+    changes += [{"block_r": 128, "num_stages": 2}, {"block_r": 32, "num_stages": 3}, {"block_r": 32, "num_stages": 5}]
+    for change in changes:
+        block_r = change.get("block_r", first.block_r)
+        rows_per_split = -(-first.rows_per_split // block_r) * block_r
+        found.append(dataclasses.replace(first, rows_per_split=rows_per_split, **change))
+    return found

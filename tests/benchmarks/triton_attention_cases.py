@@ -107,4 +107,6 @@ def prompt_cases(dtype: str, head_dim: int, *, is_causal: bool) -> Iterator[Case
         f"{dtype} D{head_dim} {kind}: {block_m}x{block_r}, {options['num_warps']} warps, {options['num_stages']} stages"
     )
     yield Case(f"prompt_lse {words}", lse_kernel, pointers, constants, options)
-    yield Case(f"prompt_sums {words}", sums_kernel, {**pointers, "out_ptr": "*fp32"}, constants, options)
+    yield Case(
+        f"prompt_sums {words}", sums_kernel, {**pointers, "out_ptr": "*fp32", "log2_decay": "fp32"}, constants, options
+    )

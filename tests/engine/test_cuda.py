@@ -8,11 +8,13 @@ import torch
 
 from codesign.engine.build import build_engine
 from codesign.engine.models.tiny import tiny_spec
+from codesign.engine.quantize.formats.fp8 import Fp8
 from codesign.engine.quantize.linear import Workspace
+from codesign.errors import Unsupported
 from codesign.measure.child_session import ChildSession
 from codesign.measure.monitor import MIN_ENERGY_WINDOW_S, Monitor, energy_source, gpus, make_probe
 from codesign.measure.nursery import Nursery
-from codesign.registry import KV_POLICIES, WEIGHT_FORMATS
+from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.request import Request, SamplingParams
 from tests.engine.driving import generate, request
@@ -38,12 +40,72 @@ def test_greedy_tokens_equal_those_of_the_cpu(policy: str) -> None:
     assert on_gpu == on_cpu
 
 
+@pytest.mark.parametrize("codec", KV_CODECS.names())
+def test_every_codec_generates_what_it_generates_on_the_cpu(codec: str) -> None:
+    """Two greedy tokens may differ where rounding falls the other way; most do not."""
+    chosen = config(kv={"codec": codec})
+    requests = [request(f"r{index}", 100 + 20 * index, 12, ignore_eos=True) for index in range(4)]
+    on_cpu = generate(build_engine(tiny_spec(), chosen), *requests)
+    on_gpu = generate(build_engine(tiny_spec(), chosen, device="cuda"), *requests)
+
+    first = [(on_cpu[name][:3], on_gpu[name][:3]) for name in on_cpu]
+    assert sum(cpu == gpu for cpu, gpu in first) >= 3
+
+
 @pytest.mark.parametrize("weights", ["native", "int8", {"name": "int4", "group_size": 32}, "int3", "int2", "nf4"])
 def test_every_weight_format_runs(weights: Any) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     engine = build_engine(tiny_spec(**shape), config(dtype="bf16", weights=weights), device="cuda")
 
     assert len(generate(engine, request("r", 32, 8, ignore_eos=True))["r"]) == 8
+
+
+def has_fp8() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 9)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 16, 300])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_fp8_tensor_cores_multiply_what_the_weights_say(num_rows: int, has_bias: bool) -> None:
+    if not has_fp8():
+        pytest.skip("needs compute capability 8.9")
+    weight, bias = torch.randn(336, 512, device="cuda") * 0.05, torch.randn(336, device="cuda")
+    linear = Fp8().pack(weight, bias if has_bias else None, dtype=torch.bfloat16, workspace=Workspace())
+    x = torch.randn(num_rows, 512, device="cuda").bfloat16()
+    x[0] = 0
+
+    found = linear(x)
+
+    wanted = linear.rounded(x).double() @ linear.dequantize().double().t()
+    if has_bias:
+        wanted += bias.bfloat16().double()
+    assert "aten::_scaled_mm" in linear.kernel
+    assert linear.num_bytes == 336 * 512 + 336 * 4 + (336 * 2 if has_bias else 0)
+    assert float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)) < 8e-3
+
+
+def test_fp8_rounds_on_the_gpu_as_its_emulation_does_on_the_cpu() -> None:
+    if not has_fp8():
+        pytest.skip("needs compute capability 8.9")
+    weight, x = torch.randn(64, 128) * 0.05, torch.randn(9, 128).bfloat16()
+    here = Fp8(emulated=True).pack(weight, None, dtype=torch.bfloat16, workspace=Workspace())
+    there = Fp8().pack(weight.cuda(), None, dtype=torch.bfloat16, workspace=Workspace())
+
+    # A scale may differ in its last bit, which moves the rare weight that lies between two values.
+    for found, wanted in ((there.dequantize(), here.dequantize()), (there.rounded(x.cuda()), here.rounded(x))):
+        assert float((found.cpu() - wanted).norm() / wanted.norm()) < 2e-3
+
+
+def test_fp8_runs_where_it_can_and_is_refused_elsewhere() -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    wanted = config(dtype="bf16", weights="fp8")
+    if has_fp8():
+        engine = build_engine(tiny_spec(**shape), wanted, device="cuda")
+        assert "_scaled_mm" in engine.facts()["kernels"]["weights"]
+        assert len(generate(engine, request("r", 32, 8, ignore_eos=True))["r"]) == 8
+    else:
+        with pytest.raises(Unsupported, match=r"compute capability 8\.9 and above"):
+            build_engine(tiny_spec(**shape), wanted, device="cuda")
 
 
 KERNELS = {"int8": "w8a16", "int4": "w4a16", "int3": "w3a16", "int2": "w2a16", "nf4": "nf4"}
@@ -91,6 +153,105 @@ def test_a_product_is_the_same_every_time(name: str) -> None:
     first = linear(x)
 
     assert all(torch.equal(linear(x), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("codec", ["native", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("policy", ["full", "h2o"])
+def test_triton_attention_generates_what_eager_does(policy: str, codec: str) -> None:
+    if policy == "h2o" and codec == "int4":
+        pytest.skip("rows in groups cannot be evicted")
+    budget = {} if policy == "full" else {"kv_budget": 64}
+    requests = [request(f"r{index}", 40 + 30 * index, 12, ignore_eos=True) for index in range(4)]
+    found = {}
+    for attention in ("triton", "eager"):
+        chosen = config(kv={"policy": {"name": policy, **budget}, "codec": codec}, attention=attention)
+        engine = build_engine(tiny_spec(), chosen, device="cuda")
+        found[attention] = generate(engine, *requests)
+        if attention == "triton" and codec != "int4":  # of the tiny model's heads no int4 group is read
+            assert "triton::attend, prompts aten::scaled_dot_product_attention" in str(engine.facts())
+            assert "decoded slices" not in str(engine.facts())
+
+    assert found["triton"] == found["eager"]
+
+
+ATTENTION_ATOL = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+COUNTS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 4096, 4097]
+
+
+def stored_rows(codec: str, dtype: torch.dtype, head_dim: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Parts [B, H_kv, R, X] as a codec stores rows, and what they mean in float64."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows = torch.randn(len(COUNTS), 2, max(COUNTS), head_dim, device="cuda", generator=generator).to(dtype)
+    member = KV_CODECS.create(codec)
+    parts = member.encode(rows)
+    return parts, rows.double() if member.is_native else member.decode(parts, torch.float32).double()
+
+
+@pytest.mark.parametrize("dtype", list(ATTENTION_ATOL), ids=str)
+@pytest.mark.parametrize("codec", ["native", "int8", "fp8"])
+@pytest.mark.parametrize(("num_groups", "num_tokens"), [(1, 1), (4, 1), (8, 1), (1, 4), (4, 4), (8, 4)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_triton_attention_equals_float64(
+    head_dim: int, num_groups: int, num_tokens: int, codec: str, dtype: torch.dtype
+) -> None:
+    from codesign.engine.kernels.triton.attend import attend
+
+    (key, key64), (value, value64) = (stored_rows(codec, dtype, head_dim) for _ in range(2))
+    counts = torch.tensor(COUNTS, dtype=torch.int32, device="cuda")
+    query = torch.randn(len(COUNTS), 2, num_groups * num_tokens, head_dim, device="cuda").to(dtype)
+    token = torch.arange(query.shape[2], device="cuda") % num_tokens
+    seen = torch.arange(max(COUNTS), device="cuda") < (counts[:, None] - (num_tokens - 1 - token))[..., None]
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        out, columns = attend(
+            query, key, value, codec=codec, counts=counts, num_tokens=num_tokens, scale=0.2, want_columns=True
+        )
+        assert columns is not None
+        return out, columns
+
+    out, columns = run()
+    score = (query.double() @ key64.mT * 0.2).masked_fill(~seen[:, None], float("-inf"))
+    weight = score.softmax(dim=-1).nan_to_num(0)
+    mean = weight.view(len(COUNTS), 2, num_groups, num_tokens, -1).mean(dim=2)
+    torch.testing.assert_close(out.double(), weight @ value64, rtol=0, atol=ATTENTION_ATOL[dtype])
+    torch.testing.assert_close(columns.double(), mean, rtol=0, atol=2e-6)
+    for again, first in zip(run(), (out, columns), strict=True):
+        assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("dtype", list(ATTENTION_ATOL), ids=str)
+@pytest.mark.parametrize("num_past", [0, 700])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_triton_column_sums_equal_the_plain_ones(head_dim: int, num_past: int, dtype: torch.dtype) -> None:
+    from codesign.engine.attention import weights
+    from codesign.engine.kernels.triton.column_sums import column_sums
+
+    query = torch.randn(1, 8, 1025, head_dim, device="cuda").to(dtype)
+    key = torch.randn(1, 2, num_past + 1025, head_dim, device="cuda").to(dtype)
+    row = torch.arange(key.shape[2], device="cuda")
+    hidden = row > row[num_past:, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device="cuda").masked_fill_(hidden, float("-inf"))[None, None]
+    seen = {"mask": mask if num_past else None, "is_causal": not num_past, "scale": 0.2, "decay": 0.999}
+
+    found = column_sums(query, key, **seen)
+
+    torch.testing.assert_close(found, weights.column_sums(query, key, **seen), rtol=2e-4, atol=2e-4)
+    assert torch.equal(column_sums(query, key, **seen), found)
+
+
+def test_triton_column_sums_need_memory_linear_in_the_prompt() -> None:
+    from codesign.engine.kernels.triton.column_sums import column_sums
+
+    peaks = []
+    for num_tokens in (4096, 8192):
+        query, key = (torch.randn(1, heads, num_tokens, 128, device="cuda").bfloat16() for heads in (8, 2))
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        column_sums(query, key, mask=None, is_causal=True, scale=0.1)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+
+    assert peaks[0] <= 2 * 4096 * (8 + 2) * 4 and peaks[1] <= 2.1 * peaks[0]
 
 
 def test_a_session_reports_the_allocators_peak() -> None:

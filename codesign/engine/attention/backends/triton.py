@@ -1,11 +1,13 @@
-"""triton: output tokens by our split-K kernel, which reads K and V once for a query group and where they lie.
+"""triton: output tokens by our split-K kernels: K and V are read once for a query group, where and as they are stored.
 
-Weights for a policy that scores columns come out of the same pass, and of a prompt by two passes in O(n) memory.
-Prompt chunks attend through SDPA, whose kernels are made for many queries. Runs on CUDA, or anywhere in Triton's
-interpreter (TRITON_INTERPRET=1), which is for tests.
+Codes of int8, fp8 and int4 caches become numbers in registers; what else a cache stores is decoded in slices. Weights
+for a policy that scores columns come out of the same pass, and of a prompt by two passes in O(n) memory. Prompt chunks
+attend through SDPA, whose kernels are made for many queries. Runs on CUDA, or anywhere in Triton's interpreter
+(TRITON_INTERPRET=1), which is for tests.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import torch
@@ -13,10 +15,15 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.backends.sdpa import Sdpa
+from codesign.engine.attention.calls import Call
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.triton import available
+from codesign.engine.kernels.triton.splits import int4_is_read
+from codesign.engine.kv.codec import KVCodec
+from codesign.engine.kv.group import LayerGroup
 
 _PROMPTS = Sdpa()
+_ROW_CODECS = ("native", "int8", "fp8")
 _MAX_QUERIES = 128  # of a KV head; more are a prompt chunk, and worth a kernel that reuses rows
 
 
@@ -49,7 +56,63 @@ class Triton(AttentionBackend):
         assert columns is not None
         return out, columns
 
-    def column_sums(self, query: Tensor, key: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    def column_sums(
+        self, query: Tensor, key: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float, decay: float
+    ) -> Tensor:
         from codesign.engine.kernels.triton.column_sums import column_sums
 
-        return column_sums(query, key, mask=mask, is_causal=is_causal, scale=scale)
+        return column_sums(query, key, mask=mask, is_causal=is_causal, scale=scale, decay=decay)
+
+    def reads(self, codec: KVCodec, *, head_dim: int) -> bool:
+        name = _name(codec)
+        if name != "int4":
+            return name in _ROW_CODECS
+        channels = math.gcd(codec.group_size, head_dim)
+        return int4_is_read(head_dim=head_dim, group_size=codec.group_size, channels=channels)
+
+    def attend_stored(
+        self,
+        query: Tensor,
+        codec: KVCodec,
+        group: LayerGroup,
+        index: int,
+        call: Call,
+        *,
+        scale: float,
+        want_columns: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        from codesign.engine.kernels.triton.attend import attend, attend_int4
+
+        name = _name(codec)
+        key, value = (tuple(part[:, :, : call.num_rows] for part in parts) for parts in group.stored(index, call.slots))
+        if name in _ROW_CODECS:
+            return attend(
+                query,
+                key,
+                value,
+                codec=name,
+                counts=call.counts,
+                num_tokens=call.num_queries,
+                scale=scale,
+                want_columns=want_columns,
+            )
+        assert group.encoded is not None and not want_columns, "rows in groups are never evicted, whatever their scores"
+        num_encoded = group.encoded_tokens(call.slots)
+        in_groups = torch.tensor(num_encoded, dtype=torch.int32, device=query.device)
+        out = attend_int4(
+            query,
+            [part[index, call.slots] for part in group.encoded.tensors],
+            in_groups,
+            key[0],
+            value[0],
+            call.counts - in_groups,
+            group_size=codec.group_size,
+            most_encoded=max(num_encoded),
+            num_tokens=call.num_queries,
+            scale=scale,
+        )
+        return out, None
+
+
+def _name(codec: KVCodec) -> str:
+    return type(codec).__name__.lower()

@@ -10,10 +10,9 @@ from torch import Tensor
 from codesign.engine.kernels.triton.combine import columns_kernel, combine_kernel
 from codesign.engine.kernels.triton.decode import decode_kernel
 from codesign.engine.kernels.triton.decode_int4 import decode_int4_kernel
-from codesign.engine.kernels.triton.splits import MAX_SPLITS, DecodeConfig, config_for, power_of_two
+from codesign.engine.kernels.triton.splits import MAX_SPLITS, DecodeConfig, config_for, int4_is_read, power_of_two
 
 _COLUMN_ROWS = 256  # a program of `columns_kernel`
-_MIN_GROUP = 16  # rows of a product
 
 
 def attend(
@@ -131,12 +130,6 @@ def attend_int4(
             over_groups.num_splits,
         )  # fmt: skip
         return found.combine(query)[0]
-
-
-def int4_is_read(*, head_dim: int, group_size: int, channels: int) -> bool:
-    """Whether `attend_int4` can: sizes are powers of two, groups whole products that lie in one half of a head."""
-    is_whole = head_dim == power_of_two(head_dim) and group_size == power_of_two(group_size)
-    return is_whole and group_size >= _MIN_GROUP and head_dim >= 2 * _MIN_GROUP and head_dim % (2 * channels) == 0
 
 
 @dataclasses.dataclass(frozen=True)

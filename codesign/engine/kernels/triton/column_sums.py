@@ -8,6 +8,8 @@ does. A program of the second pass owns its rows and adds queries in order: the 
 `attention/weights.py`.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -139,6 +141,7 @@ def sums_kernel(
     num_rows,
     num_groups,
     scale,
+    log2_decay,
     IS_CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -180,13 +183,18 @@ def sums_kernel(
                 BLOCK_D,
             )
             lse = tl.load(own_lse_ptr + m, mask=m < num_queries, other=0.0)
-            total += tl.sum(tl.exp2(s - lse[:, None]), axis=0)
+            age = (num_queries - 1 - m).to(tl.float32)
+            total += tl.sum(tl.exp2(s + (log2_decay * age - lse)[:, None]), axis=0)
     plane = batch * tl.num_programs(1) + kv_head
     tl.store(out_ptr + plane * num_rows + r, total / num_groups, mask=r < num_rows)
 
 
-def column_sums(query: Tensor, key: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def column_sums(
+    query: Tensor, key: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float, decay: float = 1.0
+) -> Tensor:
     """[B, H_kv, R] fp32: weight each row received, summed over query rows, averaged over the query group.
+
+    Query i of M counts decay ** (M - 1 - i); decay is above 0.
 
     Args:
         query: [B, H, M, D]; H is a multiple of H_kv.
@@ -220,7 +228,7 @@ def column_sums(query: Tensor, key: Tensor, *, mask: Tensor | None, is_causal: b
             query, key, own_mask, lse, *strides, *sizes, **constants, **options
         )
         sums_kernel[triton.cdiv(num_rows, block_r), num_kv_heads, num_batch](
-            query, key, own_mask, lse, out, *strides, *sizes, **constants, **options
+            query, key, own_mask, lse, out, *strides, *sizes, math.log2(decay), **constants, **options
         )
     return out
 

@@ -11,7 +11,8 @@ MAX_QUERIES = 64
 """Of a program; more of them read K and V again."""
 
 _PROGRAMS_PER_PROCESSOR = 4  # two fit on one at a time, so that this is two rounds
-_INTERPRETED_PROCESSORS = 4
+_INTERPRETED_PROCESSORS = 2
+_LEAST_SIDE = 16  # of a product
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,12 @@ def decode_config(
         num_queries: query group times tokens.
         most_at_once: rows.
     """
-    block_m = min(MAX_QUERIES, max(16, power_of_two(num_queries)))
-    block_r = min(most_at_once, 32 if dtype == torch.float32 or head_dim > 128 or block_m > 32 else 64)
+    block_m, block_r, num_stages = min(MAX_QUERIES, max(16, power_of_two(num_queries))), 64, 3
+    if dtype == torch.float32:  # products by FMA: larger blocks spill
+        block_m, block_r, num_stages = 16, 16, 2
+    elif head_dim > 128 or block_m > 32:
+        block_r = 32
+    block_r = min(most_at_once, block_r)
     tiles = num_planes * -(-num_queries // block_m)
     blocks = max(1, -(-num_rows // block_r))
     wanted = -(-_PROGRAMS_PER_PROCESSOR * num_processors // tiles)
@@ -76,6 +81,7 @@ def decode_config(
         block_r=block_r,
         rows_per_split=blocks_per_split * block_r,
         num_splits=-(-blocks // blocks_per_split),
+        num_stages=num_stages,
     )
 
 
@@ -90,3 +96,9 @@ def num_processors(device: torch.device) -> int:
 def power_of_two(number: int) -> int:
     """The smallest one that is not less."""
     return 1 << (number - 1).bit_length()
+
+
+def int4_is_read(*, head_dim: int, group_size: int, channels: int) -> bool:
+    """Whether `attend_int4` can: sizes are powers of two, groups whole products that lie in one half of a head."""
+    is_whole = head_dim == power_of_two(head_dim) and group_size == power_of_two(group_size)
+    return is_whole and group_size >= _LEAST_SIDE and head_dim >= 2 * _LEAST_SIDE and head_dim % (2 * channels) == 0

@@ -113,11 +113,12 @@ def test_column_sums_of_a_prompt_chunk(name: str, num_past: int) -> None:
     hidden = torch.arange(num_past + 40) > torch.arange(num_past, num_past + 40)[:, None]
     mask = torch.zeros(40, num_past + 40).masked_fill(hidden, -math.inf)[None, None]
     sums = ATTENTION.create(name).column_sums(
-        query, key, mask=mask if num_past else None, is_causal=not num_past, scale=0.2
+        query, key, mask=mask if num_past else None, is_causal=not num_past, scale=0.2, decay=0.9
     )
 
     score = query.double() @ key.double().repeat_interleave(3, 1).mT * 0.2 + mask
-    expected = score.softmax(dim=-1).sum(dim=2).view(1, 2, 3, -1).mean(dim=2)
+    share = 0.9 ** torch.arange(39, -1, -1, dtype=torch.float64)
+    expected = (share @ score.softmax(dim=-1)).view(1, 2, 3, -1).mean(dim=2)
     assert (sums.double() - expected).abs().max() < 1e-4
 
 

@@ -23,7 +23,9 @@ def test_a_cpu_refuses_it_by_name_and_names_one_that_runs(monkeypatch: pytest.Mo
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = EngineConfig.from_dict({"dtype": "fp32", "attention": "triton", "max_model_len": 64})
 
-    with pytest.raises(Unsupported, match=r"attention 'triton' on cpu: its kernels are for CUDA.*; use attention sdpa"):
+    with pytest.raises(
+        Unsupported, match=r"attention 'triton' on cpu: its kernels are for CUDA.*; use attention 'sdpa'"
+    ):
         build_engine(tiny_spec(), config)
 
 

@@ -240,9 +240,9 @@ def test_column_sums_of_a_prompt(dtype: torch.dtype, head_dim: int, num_groups: 
         hidden = row > row[num_past:, None]
         mask = torch.zeros(1, 1, *hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
-    sums = column_sums(query, key, mask=mask, is_causal=not num_past, scale=0.2)
+    sums = column_sums(query, key, mask=mask, is_causal=not num_past, scale=0.2, decay=0.97)
 
-    plain = plain_column_sums(query.float(), key.float(), mask=mask, is_causal=not num_past, scale=0.2)
+    plain = plain_column_sums(query.float(), key.float(), mask=mask, is_causal=not num_past, scale=0.2, decay=0.97)
     torch.testing.assert_close(sums, plain, rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,107 @@
+"""OutputAttention: output tokens over what the slots hold. B slots in one call, query groups folded into rows.
+
+A backend may read what is stored by itself. Otherwise rows that are stored as they are read are views; others are read
+by the codec's own kernel where there is one, or are decoded a slice of (slot, KV head) planes at a time: there is never
+a decoded copy of the cache.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from codesign.engine.attention.backend import AttentionBackend
+from codesign.engine.attention.calls import Call
+from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kernels.kv_attention import KVAttention, Queries
+from codesign.engine.kv.codec import KVCodec
+from codesign.engine.kv.group import LayerGroup
+
+# Keys, and as many values, decoded at a time: 4 MiB each in fp32 on a CPU, near its caches; 64 MiB each in bf16 on a
+# GPU, for few launches. At least one plane, whatever its length.
+_MAX_DECODED = {"cpu": 1 << 20, "cuda": 1 << 25}
+
+
+class OutputAttention:
+    """`kernel` says what runs, for the record."""
+
+    def __init__(
+        self, codec: KVCodec, backend: AttentionBackend, *, scale: float, head_dim: int, device: torch.device
+    ) -> None:
+        self._codec, self._backend, self._scale = codec, backend, scale
+        self._fused: KVAttention | None = None
+        self._is_read = backend.reads(codec, head_dim=head_dim)
+        self.kernel = backend.kernel
+        if self._is_read or codec.is_native:
+            return
+        found = Missing("plain") if backend.is_plain else codec.kernel(head_dim=head_dim, device=device)
+        if isinstance(found, Missing):
+            self.kernel += f" over decoded slices ({found.reason})"
+            return
+        self._fused = found
+        self.kernel = f"codesign::attend_{type(codec).__name__.lower()}, prompts {backend.kernel}"
+
+    def __call__(
+        self, query: Tensor, group: LayerGroup, index: int, call: Call, *, want_columns: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, H_kv, M, D] for the queries of a call, as large.
+
+        If wanted also [B, H_kv, Q, R] fp32: the weight that each row received from each token, mean of the query group.
+        """
+        if self._is_read:
+            return self._backend.attend_stored(
+                query, self._codec, group, index, call, scale=self._scale, want_columns=want_columns
+            )
+        if self._codec.is_native:
+            where = (index, call.slots, slice(None), slice(call.num_rows))
+            return self._over_rows(query, group.key[0][where], group.value[0][where], call, call.mask, want_columns)
+        if self._fused is None:
+            return self._over_slices(query, group, index, call, want_columns)
+        queries = Queries(
+            query,
+            [span.num_past for span in call.spans],
+            num_tokens=call.num_queries,
+            num_rows=call.num_rows,
+            scale=self._scale,
+            want_weights=want_columns,
+        )
+        self._codec.attend(self._fused, queries, group, index, call.slots)
+        weight = queries.weights
+        if weight is None:
+            return queries.out, None
+        return queries.out, weight.view(*query.shape[:2], -1, call.num_queries, call.num_rows).mean(dim=2)
+
+    def _over_slices(
+        self, query: Tensor, group: LayerGroup, index: int, call: Call, want_columns: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        num_slots, num_heads, _, head_dim = query.shape
+        out = torch.empty_like(query)
+        columns: Tensor | None = None
+        if want_columns:
+            columns = query.new_empty(num_slots, num_heads, call.num_queries, call.num_rows, dtype=torch.float32)
+        num_planes = _MAX_DECODED[query.device.type] // (call.num_rows * head_dim)
+        for own, heads in _slices(num_slots, num_heads, max(1, num_planes)):
+            slots = slice(call.slots.start + own.start, call.slots.start + own.stop)
+            key, value = group.read(index, slots, heads, call.num_rows)
+            mask = None if call.mask is None else call.mask[own]
+            out[own, heads], part = self._over_rows(query[own, heads], key, value, call, mask, want_columns)
+            if columns is not None and part is not None:
+                columns[own, heads] = part
+        return out, columns
+
+    def _over_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, call: Call, mask: Tensor | None, want_columns: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if want_columns:
+            return self._backend.attend_columns(
+                query, key, value, num_tokens=call.num_queries, mask=mask, scale=self._scale
+            )
+        return self._backend.attend(query, key, value, mask=mask, is_causal=False, scale=self._scale), None
+
+
+def _slices(num_slots: int, num_heads: int, num_planes: int) -> Iterator[tuple[slice, slice]]:
+    """(slots, heads) that together are all planes, at most `num_planes` at a time."""
+    slots_at_once, heads_at_once = max(1, num_planes // num_heads), min(num_heads, num_planes)
+    for slot in range(0, num_slots, slots_at_once):
+        for head in range(0, num_heads, heads_at_once):
+            yield slice(slot, min(slot + slots_at_once, num_slots)), slice(head, min(head + heads_at_once, num_heads))
