@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from triton_case import Case  # beside this script
 
-from codesign.engine.kernels.triton.column_sums import blocks, lse_kernel, sums_kernel
+from codesign.engine.kernels.triton import column_sums
 from codesign.engine.kernels.triton.combine import columns_kernel, combine_kernel
 from codesign.engine.kernels.triton.decode import decode_kernel
 from codesign.engine.kernels.triton.decode_int4 import decode_int4_kernel
@@ -23,13 +23,13 @@ def attention_cases(*, is_quick: bool) -> Iterator[Case]:
     dtypes = ("bf16",) if is_quick else tuple(DTYPES)
     for dtype in dtypes:
         for codec in ("native", "int8", "fp8"):
-            for num_queries in QUERIES[:1] if is_quick else QUERIES:
+            for num_queries in QUERIES[:1] if is_quick or dtype == "fp32" else QUERIES:
                 for head_dim in (128,) if is_quick else (64, 128):
                     yield decode_case(dtype, codec, num_queries, head_dim, extras="counts")
         for extras in () if is_quick else ("mask", "counts+columns", "mask+columns"):
             yield decode_case(dtype, "native", 4, 128, extras=extras)
         for head_dim in (128,) if is_quick else (64, 128):
-            for num_queries in QUERIES[:1] if is_quick else QUERIES[:2]:
+            for num_queries in QUERIES[:1] if is_quick or dtype == "fp32" else QUERIES[:2]:
                 yield int4_case(dtype, num_queries, head_dim)
             yield from prompt_cases(dtype, head_dim, is_causal=True)
         if not is_quick:
@@ -54,7 +54,9 @@ def rule(
         num_processors=108,
         most_at_once=most_at_once,
     )
-    return {"BLOCK_M": config.block_m, "BLOCK_R": config.block_r}, config.options(), str(config)
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_R": config.block_r}
+    words = f"{config.block_m}x{config.block_r}, {config.num_warps} warps, {config.num_stages} stages"
+    return blocks, config.options(), words
 
 
 def decode_case(dtype: str, codec: str, num_queries: int, head_dim: int, *, extras: str) -> Case:
@@ -91,7 +93,7 @@ def int4_case(dtype: str, num_queries: int, head_dim: int) -> Case:
 
 
 def prompt_cases(dtype: str, head_dim: int, *, is_causal: bool) -> Iterator[Case]:
-    block_m, block_r, options = blocks(DTYPES[dtype], head_dim)
+    block_m, block_r, options = column_sums.blocks(DTYPES[dtype], head_dim)
     pointers = {**dict.fromkeys(("query_ptr", "key_ptr", "mask_ptr"), f"*{dtype}"), "lse_ptr": "*fp32", "scale": "fp32"}
     constants = {
         "IS_CAUSAL": is_causal,
@@ -106,7 +108,11 @@ def prompt_cases(dtype: str, head_dim: int, *, is_causal: bool) -> Iterator[Case
     words = (
         f"{dtype} D{head_dim} {kind}: {block_m}x{block_r}, {options['num_warps']} warps, {options['num_stages']} stages"
     )
-    yield Case(f"prompt_lse {words}", lse_kernel, pointers, constants, options)
+    yield Case(f"prompt_lse {words}", column_sums.lse_kernel, pointers, constants, options)
     yield Case(
-        f"prompt_sums {words}", sums_kernel, {**pointers, "out_ptr": "*fp32", "log2_decay": "fp32"}, constants, options
+        f"prompt_sums {words}",
+        column_sums.sums_kernel,
+        {**pointers, "out_ptr": "*fp32", "log2_decay": "fp32"},
+        constants,
+        options,
     )

@@ -174,6 +174,8 @@ def test_triton_attention_generates_what_eager_does(policy: str, codec: str) -> 
     assert found["triton"] == found["eager"]
 
 
+# Outputs are rounded once to their dtype, and so are the softmax weights.
+ATTENTION_RTOL = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 ATTENTION_ATOL = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 COUNTS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 4096, 4097]
 
@@ -213,7 +215,7 @@ def test_triton_attention_equals_float64(
     score = (query.double() @ key64.mT * 0.2).masked_fill(~seen[:, None], float("-inf"))
     weight = score.softmax(dim=-1).nan_to_num(0)
     mean = weight.view(len(COUNTS), 2, num_groups, num_tokens, -1).mean(dim=2)
-    torch.testing.assert_close(out.double(), weight @ value64, rtol=0, atol=ATTENTION_ATOL[dtype])
+    torch.testing.assert_close(out.double(), weight @ value64, rtol=ATTENTION_RTOL[dtype], atol=ATTENTION_ATOL[dtype])
     torch.testing.assert_close(columns.double(), mean, rtol=0, atol=2e-6)
     for again, first in zip(run(), (out, columns), strict=True):
         assert torch.equal(again, first)

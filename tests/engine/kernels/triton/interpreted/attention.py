@@ -14,7 +14,8 @@ from codesign.engine.kernels.triton.column_sums import column_sums
 from codesign.engine.kernels.triton.splits import DecodeConfig, decode_config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Largest error of outputs of size 1: they and the softmax weights are rounded once to their dtype.
+# Outputs are rounded once to their dtype, and so are the softmax weights.
+RTOL = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 ATOL = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 CONFIG = DecodeConfig(block_m=16, block_r=32, rows_per_split=64, num_splits=2)
 COUNTS = [0, 1, 31, 32, 33, 64, 65, 96]
@@ -63,7 +64,7 @@ def test_ragged_rows(dtype: torch.dtype, head_dim: int, num_groups: int, num_tok
 
     wanted, wanted_columns = expected(query, *rows, visible, 0.2, num_tokens)
     assert out.dtype == dtype and columns is not None
-    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=ATOL[dtype])
+    torch.testing.assert_close(out.double(), wanted, rtol=RTOL[dtype], atol=ATOL[dtype])
     torch.testing.assert_close(columns.double(), wanted_columns, rtol=0, atol=1e-6)
     assert not out[0].any() and not columns[0].any()  # no rows at all
 
@@ -103,7 +104,7 @@ def test_rows_of_codes_with_a_scale_each(codec: str, dtype: torch.dtype, size: f
 
     wanted, wanted_columns = expected(query, decoded(encode(rows[0])), decoded(encode(rows[1])), visible, 0.2, 1)
     assert columns is not None
-    torch.testing.assert_close(out.double() / size, wanted / size, rtol=0, atol=ATOL[dtype])
+    torch.testing.assert_close(out.double() / size, wanted / size, rtol=RTOL[dtype], atol=ATOL[dtype])
     torch.testing.assert_close(columns.double(), wanted_columns, rtol=0, atol=1e-6)
 
 
@@ -162,7 +163,7 @@ def test_int4_groups_then_native_rows(dtype: torch.dtype, head_dim: int, group_s
         torch.cat((old, new.double()), dim=2) for old, new in zip((meant_key, meant_value), newest, strict=True)
     )
     wanted, _ = expected(query, all_keys, all_values, visible, 0.1, num_tokens)
-    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=2 * ATOL[dtype])
+    torch.testing.assert_close(out.double(), wanted, rtol=RTOL[dtype], atol=2 * ATOL[dtype])
 
 
 def test_int4_groups_that_no_product_fits_are_refused() -> None:
