@@ -118,7 +118,10 @@ def kept_tokens(policy: Choice, max_model_len: int) -> int:
 
 
 def _weight_bits(weights: Choice, dtype_bytes: int) -> float:
-    return 8.0 * dtype_bytes if weights.name == "native" else _WEIGHT_BITS.get(weights.name, 0.0)
+    dense = 8.0 * dtype_bytes
+    if weights.name == "native":
+        return dense
+    return _WEIGHT_BITS.get(weights.name, 0.0) + (dense if weights.knob_dict.get("shadow") is True else 0.0)
 
 
 def _kv_value_bytes(codec: Choice, dtype_bytes: int, head_dim: int) -> float:

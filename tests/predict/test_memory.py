@@ -56,6 +56,14 @@ def test_every_format_is_counted_and_never_above_what_it_holds(name: str) -> Non
     assert 0 < estimate(size, EngineConfig(weights=Choice(name))).weights_bytes <= linear.num_bytes
 
 
+def test_a_dense_copy_beside_packed_weights_counts() -> None:
+    plain, shadowed = (
+        estimate(SIZE, EngineConfig(weights=Choice.of("int4", shadow=shadow))).weights_bytes for shadow in (False, True)
+    )
+
+    assert shadowed - plain == 2 * SIZE.linear_params
+
+
 def test_tied_embeddings_count_once() -> None:
     tied = ModelSize.of({**LLAMA_8B, "tie_word_embeddings": True})
 
