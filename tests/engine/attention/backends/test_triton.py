@@ -44,13 +44,14 @@ def test_a_prompt_never_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch, is_c
 
 
 def test_it_keeps_the_contract_in_the_interpreter() -> None:
+    """In fp32 and bf16; the kernels' own tests take fp16 too."""
     pytest.importorskip("triton", reason="the package triton is not installed")
     contract = Path(__file__).with_name("test_attention_backends.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", INTERPRETED]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
     done = subprocess.run(
-        [*command, "-k", "triton", str(contract)],
+        [*command, "-k", "triton and not torch.float16", str(contract)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
