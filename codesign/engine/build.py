@@ -10,6 +10,7 @@ import torch
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.switched import SwitchedAttention, make_attention
 from codesign.engine.engine import Engine, EngineParts
+from codesign.engine.kernels.pieces import Pieces, choose
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.assemble import PackClock
@@ -54,8 +55,10 @@ def build_engine(
     workspace, clock = Workspace(), PackClock()
     started = time.perf_counter()
     decoder = build_decoder(model, shape, config, dtype=dtype, device=place, workspace=workspace, clock=clock)
+    pieces = choose(config.kernels.fused, dtype=dtype, device=place)
+    decoder.use(pieces)
     loaded = time.perf_counter()
-    attention, num_slots = _allocate(shape, config, dtype, place)
+    attention, num_slots = _allocate(shape, config, dtype, place, pieces)
     return_freed_memory()
     allocated = time.perf_counter()
 
@@ -139,7 +142,7 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
 
 
 def _allocate(
-    shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device, pieces: Pieces
 ) -> tuple[Attention | SwitchedAttention, int]:
     """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number."""
     policy: KVPolicy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
@@ -160,6 +163,7 @@ def _allocate(
             max_query_len=_MAX_QUERY_LEN,
             dtype=dtype,
             device=device,
+            pieces=pieces,
         )
 
     @functools.cache

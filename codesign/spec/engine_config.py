@@ -7,6 +7,7 @@ The same document feeds `search`, `measure`, `serve` and `export`:
     max_model_len: 2048
     weights: {name: int4, group_size: 64}
     kv: {policy: {name: h2o, kv_budget: 0.2}, codec: native}
+    kernels: {fused: true}
 
 A family choice is a name, or a mapping with `name` and the member's knobs. Knobs left out take the member's defaults
 when the configuration is resolved; only resolved configurations are stored, so that a digest means one engine.
@@ -36,8 +37,9 @@ FAMILIES: dict[str, Family] = {
     "kv.codec": KV_CODECS,
     "attention": ATTENTION,
 }
-# The fields that hold a plain value.
-PLAIN_FIELDS = ("dtype", "max_batch_size", "max_model_len", "kv_memory_bytes", "max_step_tokens")
+# Dotted keys of what holds a plain value, and those of them that are true or false.
+PLAIN_FIELDS = ("dtype", "max_batch_size", "max_model_len", "kv_memory_bytes", "max_step_tokens", "kernels.fused")
+FLAGS = ("kernels.fused",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,19 @@ class KVConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Args:
+    fused: the small operations of a layer in one pass each (`engine/kernels/pieces.py`).
+    """
+
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fused, bool):
+            raise InputError(f"must be true or false, got {shown(self.fused)}", key="kernels.fused")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How to build one engine. The defaults are the unmodified configuration that every study measures first.
 
@@ -87,6 +102,7 @@ class EngineConfig:
     prune: Choice = Choice("none")
     kv: KVConfig = KVConfig()
     attention: Choice = Choice("sdpa")
+    kernels: KernelsConfig = KernelsConfig()
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -114,7 +130,7 @@ class EngineConfig:
 
         These are the names of a search space's parameters; unlike `to_dict` it keeps knobs of different members apart.
         """
-        values: dict[str, Scalar | None] = {name: getattr(self, name) for name in PLAIN_FIELDS}
+        values: dict[str, Scalar | None] = {name: operator.attrgetter(name)(self) for name in PLAIN_FIELDS}
         for key, (_, choice) in self.choices().items():
             values[key] = choice.name
             values.update({f"{key}.{choice.name}.{knob}": value for knob, value in choice.knobs})
@@ -128,6 +144,7 @@ class EngineConfig:
         for name in ("scheduler", "weights", "prune", "attention"):
             plain[name] = plain[name].to_dict()
         plain["kv"] = {"policy": self.kv.policy.to_dict(), "codec": self.kv.codec.to_dict()}
+        plain["kernels"] = dataclasses.asdict(self.kernels)
         return plain
 
     @classmethod
@@ -146,6 +163,9 @@ class EngineConfig:
             families = {"policy": KV_POLICIES, "codec": KV_CODECS}
             values["kv"] = KVConfig(**{k: _choice(v, f"kv.{k}", families[k], file) for k, v in kv.items()})
         try:
+            if "kernels" in values:
+                names = [field.name for field in dataclasses.fields(KernelsConfig)]
+                values["kernels"] = KernelsConfig(**_mapping(values["kernels"], "kernels", names, file))
             return cls(**values)
         except InputError as error:
             raise InputError(error.message, file=file, key=error.key) from None

@@ -1,10 +1,11 @@
 """Compiles every Triton kernel at every config that may run, for sm_80 and sm_90, without a GPU.
 
-    python tests/benchmarks/triton_compile.py [--only weights|attention] [--quick] [--out reports/benchmarks]
+    python tests/benchmarks/triton_compile.py [--only layers|attention] [--quick] [--out reports/benchmarks]
 
-Writes triton_kernels.json and .md (weights) and triton_attention.json and .md: registers a thread, bytes spilled,
-shared memory a block, and which instructions multiply. Registers and spills are what ptxas says (`-v`) of the PTX that
-Triton makes, with Triton's own flags; nothing is run. `--quick` takes one config a kernel, which is what the tests do.
+Writes triton_kernels.json and .md (layers: products and what lies between them) and triton_attention.json and .md:
+registers a thread, bytes spilled, shared memory a block, and which instructions multiply. Registers and spills are what
+ptxas says (`-v`) of the PTX that Triton makes, with Triton's own flags; nothing is run. `--quick` takes one config a
+kernel, which is what the tests do.
 """
 
 import argparse
@@ -28,6 +29,14 @@ from triton_case import Case
 
 from codesign.engine.kernels.triton.affine import affine_kernel
 from codesign.engine.kernels.triton.configs import ROW_BUCKETS, Config, Problem, candidates, default
+from codesign.engine.kernels.triton.fused import (
+    MAX_GATES,
+    norm_heads_kernel,
+    norm_kernel,
+    norm_options,
+    rotate_kernel,
+    silu_mul_kernel,
+)
 from codesign.engine.kernels.triton.launch import ADDED_OUTPUTS
 from codesign.engine.kernels.triton.nf4 import GROUP, SCALES_PER_STEP, nf4_kernel
 from codesign.engine.kernels.triton.tile import add_splits
@@ -36,6 +45,8 @@ from codesign.engine.kernels.triton.w8a16 import w8a16_kernel
 CAPABILITIES = (80, 90)
 DTYPES = ("bf16", "fp16", "fp32")
 SIZE = (4096, 4096)
+HIDDEN_SIZES = (896, 4096, 16384)
+HEAD_SIZES = (64, 128)
 MULTIPLIES = {"wgmma": "wgmma", "mma.sync": "mma.sync", "fma.rn.f32": "fma"}  # in the PTX, the first that is there
 
 
@@ -67,13 +78,28 @@ def work(*, is_quick: bool) -> list[tuple[Problem, Config]]:
     return [(problem, config) for (problem, _, _), config in found.items()]
 
 
-def weight_cases(*, is_quick: bool) -> Iterator[Case]:
+def layer_cases(*, is_quick: bool) -> Iterator[Case]:
     for problem, config in work(is_quick=is_quick):
         yield weight_case(problem, config)
     for dtype in DTYPES[:1] if is_quick else DTYPES:
         pointers = {"sums_ptr": "*fp32", "y_ptr": f"*{dtype}"}
         constants = {"SPLIT_K": 4, "BLOCK": ADDED_OUTPUTS}
         yield Case(f"add_splits {dtype}: 4 splits", add_splits, pointers, constants, {"num_warps": 4, "num_stages": 3})
+        yield from fused_cases(dtype, HIDDEN_SIZES[1:2] if is_quick else HIDDEN_SIZES)
+
+
+def fused_cases(dtype: str, hidden_sizes: tuple[int, ...]) -> Iterator[Case]:
+    """The small operations between products."""
+    names = ("x", "change", "weight", "sum", "y", "q", "k", "q_weight", "k_weight", "gate_up")
+    pointers = {**{f"{name}_ptr": f"*{dtype}" for name in names}, "cos_ptr": "*fp32", "sin_ptr": "*fp32", "eps": "fp32"}
+    for size in hidden_sizes:
+        options = norm_options(size)
+        constants = {"HAS_CHANGE": True, "BLOCK": options.pop("BLOCK")}
+        yield Case(f"norm {dtype}: {size}", norm_kernel, pointers, constants, options)
+    yield Case(f"silu_mul {dtype}: {MAX_GATES}", silu_mul_kernel, pointers, {"BLOCK": MAX_GATES}, {"num_warps": 4})
+    for size in HEAD_SIZES:
+        yield Case(f"norm_heads {dtype}: {size}", norm_heads_kernel, pointers, {"BLOCK": size}, {"num_warps": 1})
+        yield Case(f"rotate {dtype}: {size}", rotate_kernel, pointers, {"BLOCK": size // 2}, {"num_warps": 1})
 
 
 def weight_case(problem: Problem, config: Config) -> Case:
@@ -105,7 +131,7 @@ def compile_for(case: Case, capability: int) -> dict[str, Any]:
             continue
         signature[name] = case.pointers.get(name, "i32")
         # Sizes and addresses of real layers are multiples of 16.
-        if signature[name] != "fp32" and name not in case.kernel.do_not_specialize:
+        if signature[name] != "fp32" and name not in (*case.kernel.do_not_specialize, "num_q"):
             hints[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(case.kernel, signature, constants, hints),
@@ -142,10 +168,10 @@ def ptxas_figures(ptx: str, capability: int) -> dict[str, int]:
 
 
 WHAT = {
-    "weights": (
+    "layers": (
         "triton_kernels",
-        weight_cases,
-        "# Triton weight kernels as compiled",
+        layer_cases,
+        "# Triton kernels as compiled",
         "The first config of a kernel for each rows of a tile is the rule's, the others are tried on a device;\n"
         "every number of splits above 1 gives the same code.",
     ),

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from codesign.engine.build import build_engine
+from codesign.engine.kernels.pieces import choose
+from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.quantize.formats.fp8 import Fp8
 from codesign.engine.quantize.linear import Workspace
@@ -106,6 +108,41 @@ def test_fp8_runs_where_it_can_and_is_refused_elsewhere() -> None:
     else:
         with pytest.raises(Unsupported, match=r"compute capability 8\.9 and above"):
             build_engine(tiny_spec(**shape), wanted, device="cuda")
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_fused_pieces_give_the_tokens_of_plain_ones(architecture: str) -> None:
+    requests = [request(f"r{index}", 40 + 30 * index, 12, ignore_eos=True) for index in range(4)]
+    plain, fused = (
+        build_engine(tiny_spec(architecture), config(kernels={"fused": value}), device="cuda")
+        for value in (False, True)
+    )
+
+    assert "triton::fused" in fused.facts()["kernels"]["fused"]
+    assert generate(fused, *requests) == generate(plain, *requests)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_pieces_are_near_plain_ones(dtype: torch.dtype) -> None:
+    """Relative to all values of a result together, by the bounds of the products below."""
+    pieces = choose(True, dtype=dtype, device=torch.device("cuda"))
+    x, change = torch.randn(2, 33, 4096, device="cuda").to(dtype)
+    weight = torch.randn(4096, device="cuda").to(dtype)
+    q, k, _ = x.view(33, 32, 128).split((20, 6, 6), dim=1)
+    tables = torch.randn(2, 33, 1, 128, device="cuda").unbind()
+    ours, plain = (
+        [
+            *own.add_norm(x, change, weight, 1e-6),
+            *own.norm_heads(q, k, weight[:128], weight[128:256], 1e-6),
+            *own.rotate(q, k, *tables),
+            own.silu_mul(x),
+        ]
+        for own in (pieces, PLAIN)
+    )
+
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - theirs.double()).norm() / theirs.double().norm() <= EPS[dtype]
 
 
 KERNELS = {"int8": "w8a16", "int4": "w4a16", "int3": "w3a16", "int2": "w2a16", "nf4": "nf4"}

@@ -16,8 +16,10 @@ from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
 from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.ragged import attend_ragged
-from codesign.engine.attention.rope import Rope, rotate
+from codesign.engine.attention.rope import Rope
 from codesign.engine.batch import Batch
+from codesign.engine.kernels.pieces import Pieces
+from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policy import KVPolicy
@@ -82,11 +84,13 @@ class Attention:
         max_query_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        pieces: Pieces = PLAIN,
     ) -> None:
         missing = backend.missing(device)
         if missing is not None:
             name = type(backend).__name__.lower()
             raise Unsupported(f"attention {name!r} on {device}: {missing.reason}; use attention 'sdpa'")
+        self._pieces = pieces
         self.policy, self.codec, self.backend = policy, codec, backend
         self._cos, self._signed_sin = rope.tables(max_model_len, device)
         self.store = DenseStore(
@@ -228,9 +232,7 @@ class Attention:
                 group.sinks.store(index, part.new_sinks, k)
             if part.turn is not None:
                 group.sinks.apply(index, part.turn)
-        num_heads = q.shape[1]
-        rotated = rotate(torch.cat((q, k), dim=1), step.cos, step.signed_sin)
-        q, k = rotated[:, :num_heads], rotated[:, num_heads:]
+        q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
         if step.rows:
             tokens = step.output_tokens
             new_key, new_value = (k, v) if tokens is None else (k[tokens], v[tokens])
