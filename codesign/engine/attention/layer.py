@@ -121,12 +121,10 @@ class Attention:
                     device=device,
                 )
         self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
-        self.kernel = self._attend_slots.kernel
-        if is_bounded and policy.evidence == "column_sums":
-            self.kernel += f" + {backend.column_kernel}"
-        if is_bounded and policy.head_budgets == "ragged":
-            decoded = "" if codec.is_native else f" ragged heads {backend.kernel} over decoded rows,"
-            self.kernel += f",{decoded} a call per slot and KV head"
+        self.kernel = self._attend_slots.named(
+            has_weights=is_bounded and policy.evidence == "column_sums",
+            has_ragged=is_bounded and policy.head_budgets == "ragged",
+        )
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
         self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
         self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
@@ -261,7 +259,8 @@ class Attention:
         query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
         column = group.pending_column
         if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
-            out, mass = attend_ragged(self.backend, group, index, call, query, scale=self._scale), None
+            kernel, mass = self._attend_slots.native, None
+            out = attend_ragged(kernel, self.backend, group, index, call, query, scale=self._scale)
         else:
             out, mass = self._attend_slots(query, group, index, call, want_columns=column is not None)
         if column is not None and mass is not None:

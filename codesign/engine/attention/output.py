@@ -1,8 +1,9 @@
 """OutputAttention: output tokens over what the slots hold. B slots in one call, query groups folded into rows.
 
-A backend may read what is stored by itself. Otherwise rows that are stored as they are read are views; others are read
-by the codec's own kernel where there is one, or are decoded a slice of (slot, KV head) planes at a time: there is never
-a decoded copy of the cache.
+A backend may read what is stored by itself. Otherwise rows that are stored as they are read are views; where their
+weights are wanted, which fused backends do not show, the compiled kernel finds them in the same pass. Other rows are
+read by the codec's own kernel where there is one, or are decoded a slice of (slot, KV head) planes at a time: there is
+never a decoded copy of the cache.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call
+from codesign.engine.kernels import kv_attention
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.kv_attention import KVAttention, Queries
 from codesign.engine.kv.codec import KVCodec
@@ -23,7 +25,10 @@ _MAX_DECODED = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 class OutputAttention:
-    """`kernel` says what runs, for the record."""
+    """Attributes:
+    kernel: what runs, for the record.
+    native: what reads native rows where a backend cannot do it in one call, or why there is nothing.
+    """
 
     def __init__(
         self, codec: KVCodec, backend: AttentionBackend, *, scale: float, head_dim: int, device: torch.device
@@ -32,14 +37,39 @@ class OutputAttention:
         self._fused: KVAttention | None = None
         self._is_read = backend.reads(codec, head_dim=head_dim)
         self.kernel = backend.kernel
-        if self._is_read or codec.is_native:
+        self.native: KVAttention | Missing = Missing("plain")
+        if self._is_read:
+            self.native = Missing("the backend's own kernel reads heads of one length")
             return
+        if codec.is_native:
+            if not backend.is_plain:
+                self.native = kv_attention.usable(head_dim=head_dim, device=device)
+            return
+        self.native = Missing("encoded rows")
         found = Missing("plain") if backend.is_plain else codec.kernel(head_dim=head_dim, device=device)
         if isinstance(found, Missing):
             self.kernel += f" over decoded slices ({found.reason})"
             return
         self._fused = found
         self.kernel = f"codesign::attend_{type(codec).__name__.lower()}, prompts {backend.kernel}"
+
+    def named(self, *, has_weights: bool, has_ragged: bool) -> str:
+        """What runs for a policy that wants weights, or whose heads differ in length."""
+        name, reason = self.kernel, self.native.reason if isinstance(self.native, Missing) else None
+        if has_weights and self._is_read:
+            name += f" + {self._backend.column_kernel}"
+        elif has_weights and self._codec.is_native:
+            name = (
+                f"{name} + column pass ({reason})"
+                if reason
+                else f"codesign::attend_native, prompts {name} + column pass"
+            )
+        elif has_weights:
+            name += " + column pass"
+        if has_ragged:
+            calls = f"{self._backend.kernel}, a call per slot and KV head ({reason})"
+            name += f", ragged heads {calls if reason else 'codesign::attend_native'}"
+        return name
 
     def __call__(
         self, query: Tensor, group: LayerGroup, index: int, call: Call, *, want_columns: bool
@@ -53,6 +83,8 @@ class OutputAttention:
                 query, self._codec, group, index, call, scale=self._scale, want_columns=want_columns
             )
         if self._codec.is_native:
+            if want_columns and isinstance(self.native, KVAttention):
+                return self._weighted(self.native, query, group, index, call)
             where = (index, call.slots, slice(None), slice(call.num_rows))
             return self._over_rows(query, group.key[0][where], group.value[0][where], call, call.mask, want_columns)
         if self._fused is None:
@@ -66,10 +98,24 @@ class OutputAttention:
             want_weights=want_columns,
         )
         self._codec.attend(self._fused, queries, group, index, call.slots)
-        weight = queries.weights
-        if weight is None:
-            return queries.out, None
-        return queries.out, weight.view(*query.shape[:2], -1, call.num_queries, call.num_rows).mean(dim=2)
+        return queries.out, _columns(queries, call)
+
+    def _weighted(
+        self, kernel: KVAttention, query: Tensor, group: LayerGroup, index: int, call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        queries = Queries(
+            query,
+            [span.num_past for span in call.spans],
+            num_tokens=call.num_queries,
+            num_rows=call.num_rows,
+            scale=self._scale,
+            want_weights=True,
+        )
+        (key,), (value,) = group.stored(index, call.slots)
+        num_heads, capacity = key.shape[1:3]
+        first = [[(slot * num_heads + head) * capacity for head in range(num_heads)] for slot in range(len(call.spans))]
+        kernel.native(queries, first, key, value)
+        return queries.out, _columns(queries, call)
 
     def _over_slices(
         self, query: Tensor, group: LayerGroup, index: int, call: Call, want_columns: bool
@@ -97,6 +143,13 @@ class OutputAttention:
                 query, key, value, num_tokens=call.num_queries, mask=mask, scale=self._scale
             )
         return self._backend.attend(query, key, value, mask=mask, is_causal=False, scale=self._scale), None
+
+
+def _columns(queries: Queries, call: Call) -> Tensor | None:
+    weight = queries.weights
+    if weight is None:
+        return None
+    return weight.view(*weight.shape[:2], -1, call.num_queries, call.num_rows).mean(dim=2)
 
 
 def _slices(num_slots: int, num_heads: int, num_planes: int) -> Iterator[tuple[slice, slice]]:
