@@ -22,7 +22,7 @@ from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
 from codesign.engine.weights import build_decoder
 from codesign.errors import InputError, Unsupported
-from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, SCHEDULERS
+from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, SCHEDULERS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from codesign.spec.rules import senseless
@@ -76,6 +76,7 @@ def build_engine(
             eos_token_ids=eos,
             resolved={
                 "kv_budget_tokens": list(attention.kv_budget_tokens),
+                "kv_place": attention.kv_place,
                 "num_slots": num_slots,
                 "dtype": config.dtype,
                 "device": str(place),
@@ -157,6 +158,7 @@ def _allocate(
             rope=rope_of(shape.rope, shape.head_dim),
             policy=policy,
             codec=KV_CODECS.create(config.kv.codec.name, key="kv.codec", **config.kv.codec.knob_dict),
+            place=KV_PLACES.create(config.kv.place.name, key="kv.place", **config.kv.place.knob_dict),
             backend=ATTENTION.create(config.attention.name, key="attention", **config.attention.knob_dict),
             num_slots=num_slots,
             max_model_len=config.max_model_len,

@@ -6,7 +6,7 @@ The same document feeds `search`, `measure`, `serve` and `export`:
     max_batch_size: 8
     max_model_len: 2048
     weights: {name: int4, group_size: 64}
-    kv: {policy: {name: h2o, kv_budget: 0.2}, codec: native}
+    kv: {policy: {name: h2o, kv_budget: 0.2}, codec: native, place: device}
     kernels: {fused: true}
 
 A family choice is a name, or a mapping with `name` and the member's knobs. Knobs left out take the member's defaults
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
 from codesign.errors import InputError, shown
-from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, PRUNERS, SCHEDULERS, WEIGHT_FORMATS, Family
+from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, PRUNERS, SCHEDULERS, WEIGHT_FORMATS, Family
 from codesign.spec.yaml import load_yaml
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     "prune": PRUNERS,
     "kv.policy": KV_POLICIES,
     "kv.codec": KV_CODECS,
+    "kv.place": KV_PLACES,
     "attention": ATTENTION,
 }
 # Dotted keys of what holds a plain value, and those of them that are true or false.
@@ -65,6 +66,10 @@ class Choice:
 class KVConfig:
     policy: Choice = Choice("full")
     codec: Choice = Choice("native")
+    place: Choice = Choice("device")
+
+
+_KV_PARTS = tuple(field.name for field in dataclasses.fields(KVConfig))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +148,7 @@ class EngineConfig:
         }
         for name in ("scheduler", "weights", "prune", "attention"):
             plain[name] = plain[name].to_dict()
-        plain["kv"] = {"policy": self.kv.policy.to_dict(), "codec": self.kv.codec.to_dict()}
+        plain["kv"] = {part: getattr(self.kv, part).to_dict() for part in _KV_PARTS}
         plain["kernels"] = dataclasses.asdict(self.kernels)
         return plain
 
@@ -159,9 +164,8 @@ class EngineConfig:
             if key in values:
                 values[key] = _choice(values[key], key, FAMILIES[key], file)
         if "kv" in values:
-            kv = _mapping(values["kv"], "kv", ["policy", "codec"], file)
-            families = {"policy": KV_POLICIES, "codec": KV_CODECS}
-            values["kv"] = KVConfig(**{k: _choice(v, f"kv.{k}", families[k], file) for k, v in kv.items()})
+            kv = _mapping(values["kv"], "kv", list(_KV_PARTS), file)
+            values["kv"] = KVConfig(**{k: _choice(v, f"kv.{k}", FAMILIES[f"kv.{k}"], file) for k, v in kv.items()})
         try:
             if "kernels" in values:
                 names = [field.name for field in dataclasses.fields(KernelsConfig)]
@@ -183,7 +187,7 @@ class EngineConfig:
             member = family.create(choice.name, file=file, key=key, **choice.knob_dict)
             knobs = {f.name: getattr(member, f.name) for f in dataclasses.fields(member)}
             filled[key] = Choice.of(choice.name, **{name: v for name, v in knobs.items() if v is not None})
-        kv = KVConfig(policy=filled.pop("kv.policy"), codec=filled.pop("kv.codec"))
+        kv = KVConfig(**{part: filled.pop(f"kv.{part}") for part in _KV_PARTS})
         return dataclasses.replace(self, kv=kv, **cast(dict[str, Any], filled))
 
     @property

@@ -1,5 +1,6 @@
 """The same engine on a CUDA device: same logits, allocator bytes, NVML energy. Skipped where there is none."""
 
+import os
 import time
 from typing import Any
 
@@ -9,11 +10,15 @@ import torch
 from codesign.engine.build import build_engine
 from codesign.engine.kernels.pieces import choose
 from codesign.engine.kernels.plain import PLAIN
+from codesign.engine.kv.cuda_lanes import cuda_lanes
+from codesign.engine.kv.places.offload import Offload
+from codesign.engine.kv.stream import LayerStream
 from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.quantize.formats.fp8 import Fp8
 from codesign.engine.quantize.linear import Workspace
 from codesign.errors import Unsupported
 from codesign.measure.child_session import ChildSession
+from codesign.measure.memory import process_memory
 from codesign.measure.monitor import MIN_ENERGY_WINDOW_S, Monitor, energy_source, gpus, make_probe
 from codesign.measure.nursery import Nursery
 from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
@@ -52,6 +57,86 @@ def test_every_codec_generates_what_it_generates_on_the_cpu(codec: str) -> None:
 
     first = [(on_cpu[name][:3], on_gpu[name][:3]) for name in on_cpu]
     assert sum(cpu == gpu for cpu, gpu in first) >= 3
+
+
+OFFLOADED = [
+    (policy, codec)
+    for policy in KV_POLICIES.names()
+    for codec in ("native", "int8", "fp8")
+    if policy != "r_kv"  # refused: it scores the keys of all layers at once
+]
+
+
+@pytest.mark.parametrize(("policy", "codec"), OFFLOADED)
+def test_offloaded_rows_give_the_tokens_of_the_device(policy: str, codec: str) -> None:
+    budget = {} if policy == "full" else {"kv_budget": 64}
+    requests = [request(f"r{index}", 40 + 30 * index, 24, ignore_eos=True) for index in range(6)]
+
+    def tokens(place: str) -> dict[str, list[int]]:
+        kv = {"policy": {"name": policy, **budget}, "codec": codec, "place": place}
+        chosen = config(kv=kv, max_step_tokens=48)
+        return generate(build_engine(tiny_spec(num_hidden_layers=5), chosen, device="cuda"), *requests)
+
+    assert tokens("offload") == tokens("device")
+
+
+def test_offloaded_rows_leave_two_layers_on_the_device_and_count_as_memory_of_the_process() -> None:
+    """Pinned memory is not free: it is resident, all of it, and goes with the engine."""
+    spec = tiny_spec(num_hidden_layers=16, max_position_embeddings=8192)
+    chosen = config(kv={"place": "offload"}, max_batch_size=8, max_model_len=8192)
+    torch.cuda.init()
+    device_before, host_before = torch.cuda.memory_allocated(), process_memory(os.getpid())
+    engine = build_engine(spec, chosen, device="cuda")
+    facts, host = engine.facts(), process_memory(os.getpid())
+    kv_bytes, where = facts["bytes"]["kv"], facts["resolved"]["kv_place"]
+    on_device = torch.cuda.memory_allocated() - device_before - facts["bytes"]["weights"]
+
+    assert where["pinned host memory"] == kv_bytes - where["cuda memory"]
+    assert where["cuda memory, buffers"] == pytest.approx(kv_bytes / 8, rel=0.01)
+    assert on_device < kv_bytes / 6
+    assert host is not None and host_before is not None and host.rss_bytes - host_before.rss_bytes >= kv_bytes
+    engine.close()
+    host = process_memory(os.getpid())
+    assert host is not None and host.rss_bytes - host_before.rss_bytes < kv_bytes / 2
+
+
+def test_layers_are_copied_while_others_compute() -> None:
+    """By events: copies and products together take less than one after the other."""
+    device, num_layers, num_rows = torch.device("cuda"), 12, 1 << 16
+    far = (Offload().zeros(num_layers * num_rows, 256, dtype=torch.float32, device=device),)
+    strip = (Offload().zeros(num_layers, 1, 256, dtype=torch.float32, device=device),)
+    layer_rows = [range(layer * num_rows, (layer + 1) * num_rows) for layer in range(num_layers)]
+    stream = LayerStream(far, layer_rows, strip, cuda_lanes(device), device=device)
+    matrix = torch.randn(4096, 4096, device=device)
+
+    def pass_ms(*, with_rows: bool, num_products: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        stream.begin([[range(num_rows if with_rows else 0)]] * num_layers)
+        for layer in range(num_layers):
+            stream.enter(layer)
+            for _ in range(num_products):
+                matrix @ matrix
+            stream.leave(layer)
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    pass_ms(with_rows=True, num_products=1)
+    copies = pass_ms(with_rows=True, num_products=0)
+    num_products = max(1, round(copies / (pass_ms(with_rows=False, num_products=8) / 8)))
+    products = pass_ms(with_rows=False, num_products=num_products)
+
+    assert pass_ms(with_rows=True, num_products=num_products) < 0.75 * (copies + products)
+
+
+@pytest.mark.parametrize(
+    "kv", [{"codec": "int4"}, {"codec": "low_rank"}, {"policy": {"name": "r_kv", "kv_budget": 64}}]
+)
+def test_what_cannot_be_streamed_is_refused_by_name(kv: dict[str, Any]) -> None:
+    with pytest.raises(Unsupported, match=r"kv.place 'offload' on cuda brings one layer's rows at a time"):
+        build_engine(tiny_spec(head_dim=32), config(kv={**kv, "place": "offload"}, max_model_len=256), device="cuda")
 
 
 @pytest.mark.parametrize("weights", ["native", "int8", {"name": "int4", "group_size": 32}, "int3", "int2", "nf4"])

@@ -102,6 +102,12 @@ def test_share_of_a_bf16_cache_that_a_codec_needs_at_least(codec: Choice, share:
     assert estimate(SIZE, EngineConfig(kv=KVConfig(policy=Choice("full"), codec=codec))).kv_bytes == native * share
 
 
+def test_a_cache_that_does_not_lie_on_the_device_rules_nothing_out() -> None:
+    offloaded = EngineConfig(kv=KVConfig(place=Choice("offload")), max_model_len=2**20)
+
+    assert estimate(SIZE, offloaded).total_bytes == estimate(SIZE, offloaded).weights_bytes
+
+
 def test_what_is_not_known_counts_as_nothing_so_that_nothing_is_ruled_out_wrongly() -> None:
     config = EngineConfig(weights=Choice("unheard_of"), kv=KVConfig(policy=Choice("full"), codec=Choice("unheard_of")))
 

@@ -34,6 +34,7 @@ def test_a_name_is_a_choice_without_knobs() -> None:
     config = EngineConfig.from_dict({"weights": "int8", "kv": {"policy": "full"}, "attention": {"name": "eager"}})
 
     assert (config.weights, config.kv.policy, config.attention) == (Choice("int8"), Choice("full"), Choice("eager"))
+    assert (config.kv.codec, config.kv.place) == (Choice("native"), Choice("device"))
 
 
 def test_nothing_said_is_the_default() -> None:

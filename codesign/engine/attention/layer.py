@@ -22,6 +22,7 @@ from codesign.engine.kernels.pieces import Pieces
 from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
+from codesign.engine.kv.place import ON_DEVICE, KVPlace
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.kv.ragged import RaggedGroup
 from codesign.engine.kv.recent import RecentQueries
@@ -64,7 +65,8 @@ class Attention:
 
     Raises:
         ValueError: a KV budget too small for its policy.
-        Unsupported: a backend that cannot run on this device.
+        Unsupported: a backend that cannot run on this device, a codec that cannot overwrite rows with a policy that
+            evicts, or a place that has no room or does not go with them.
     """
 
     def __init__(
@@ -84,11 +86,12 @@ class Attention:
         max_query_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        place: KVPlace = ON_DEVICE,
         pieces: Pieces = PLAIN,
     ) -> None:
         missing = backend.missing(device)
         if missing is not None:
-            name = type(backend).__name__.lower()
+            name = type(backend).__module__.rpartition(".")[2]
             raise Unsupported(f"attention {name!r} on {device}: {missing.reason}; use attention 'sdpa'")
         self._pieces = pieces
         self.policy, self.codec, self.backend = policy, codec, backend
@@ -105,6 +108,7 @@ class Attention:
             rope_tables=(self._cos, self._signed_sin),
             dtype=dtype,
             device=device,
+            place=place,
         )
         is_bounded = any(group.is_bounded for group in self.store.groups)
         if is_bounded and policy.needs_keys:
@@ -147,6 +151,11 @@ class Attention:
         return self.store.num_bytes
 
     @property
+    def kv_place(self) -> dict[str, int]:
+        """Memory -> bytes of the slots that lie there; buffers, which `kv_bytes` leaves out, by name."""
+        return self.store.num_bytes_in
+
+    @property
     def staging_bytes(self) -> int:
         """Bytes of prompts that are still coming in."""
         storages = [tensor.untyped_storage() for prompt in self.staged_prompts.values() for tensor in prompt.tensors()]
@@ -164,6 +173,7 @@ class Attention:
         self._check(plan, starts)
         groups = tuple(self._group_step(group, plan, starts) for group in self.store.groups)
         output_tokens, rows = self._reserve(batch, starts)
+        self.store.fetch(plan.slots, plan.is_prompt)
         slots_positions = None
         if rows and any(group.recent is not None for group in self.store.groups):
             facts = zip(plan.slots, plan.query_lens, strict=True)
@@ -221,6 +231,15 @@ class Attention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """[N, H, D] from q [N, H, D] and k, v [N, H_kv, D], packed as in the batch, before RoPE."""
+        stream = self.store.stream
+        if stream is None:
+            return self._attend_layer(layer, q, k, v)
+        stream.enter(layer)
+        out = self._attend_layer(layer, q, k, v)
+        stream.leave(layer)
+        return out
+
+    def _attend_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         step = self._step
         assert step is not None, "begin(batch) comes first"
         number, index = self._where[layer]
@@ -234,7 +253,7 @@ class Attention:
         if step.rows:
             tokens = step.output_tokens
             new_key, new_value = (k, v) if tokens is None else (k[tokens], v[tokens])
-            self.store.write(step.rows[layer], new_key, new_value)
+            self.store.write(layer, step.rows[layer], new_key, new_value)
             if group.recent is not None and step.slots_positions is not None:
                 group.recent.write(index, *step.slots_positions, q if tokens is None else q[tokens])
         if len(part.calls) == 1:
@@ -276,10 +295,13 @@ class Attention:
         (span,) = call.spans
         query, new_key, new_value = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [H, n, D]
         if not group.is_staged:
-            group.key[0][index, span.slot, :, span.num_past : call.num_rows] = new_key
-            group.value[0][index, span.slot, :, span.num_past : call.num_rows] = new_value
-            key = group.key[0][index, span.slot, :, : call.num_rows]
-            value = group.value[0][index, span.slot, :, : call.num_rows]
+            slot_key, slot_value = group.near_key[index][0][span.slot], group.near_value[index][0][span.slot]
+            slot_key[:, span.num_past : call.num_rows] = new_key
+            slot_value[:, span.num_past : call.num_rows] = new_value
+            if self.store.stream is not None:
+                kept_rows = group.stretches(index, span.slot, call.num_rows, first=span.num_past)
+                self.store.stream.keep(layer, kept_rows)
+            key, value = slot_key[:, : call.num_rows], slot_value[:, : call.num_rows]
             return self._backend_prompt(call, query, key, value)
         where = (layer, span.slot)
         staged = self.staged_prompts.get(where)
@@ -302,6 +324,8 @@ class Attention:
             num_rows = group.rows_after(call.num_rows)
             kept = self.policy.select(prompt, num_rows) if num_rows < call.num_rows else None
             group.admit(index, span.slot, prompt, kept)
+            if self.store.stream is not None:
+                self.store.stream.keep(layer, group.stretches(index, span.slot, call.num_rows))
             del self.staged_prompts[where]
         return out
 

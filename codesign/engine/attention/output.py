@@ -85,8 +85,9 @@ class OutputAttention:
         if self._codec.is_native:
             if want_columns and isinstance(self.native, KVAttention):
                 return self._weighted(self.native, query, group, index, call)
-            where = (index, call.slots, slice(None), slice(call.num_rows))
-            return self._over_rows(query, group.key[0][where], group.value[0][where], call, call.mask, want_columns)
+            where = (call.slots, slice(None), slice(call.num_rows))
+            key, value = group.near_key[index][0][where], group.near_value[index][0][where]
+            return self._over_rows(query, key, value, call, call.mask, want_columns)
         if self._fused is None:
             return self._over_slices(query, group, index, call, want_columns)
         queries = Queries(

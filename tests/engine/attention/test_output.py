@@ -43,7 +43,7 @@ def filled(codec: str, lengths: list[int], *, num_queries: int, head_dim: int, d
             count = min(num_queries, length - first) if first < length else num_queries
             (rows,) = store.reserve([(slot, count)], [first], torch.arange(first, first + count)).values()
             key, value = torch.randn(2, count, NUM_KV_HEADS, head_dim, generator=generator).to(dtype)
-            store.write(rows, key, value)
+            store.write(0, rows, key, value)
             if first < length:
                 store.commit([(slot, count)])
     return store

@@ -115,4 +115,4 @@ class Triton(AttentionBackend):
 
 
 def _name(codec: KVCodec) -> str:
-    return type(codec).__name__.lower()
+    return type(codec).__module__.rpartition(".")[2]
