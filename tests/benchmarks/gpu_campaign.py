@@ -8,6 +8,7 @@ loses one part at most:
     tests      pytest -m gpu
     ceilings   read bandwidth and matrix products, as `codesign probe` measures them
     weights    every way to multiply with packed weights (gpu_weights.py), and the fastest configs of the Triton kernels
+    attention  decode attention over native and int8 rows beside SDPA and a device copy (gpu_attention.py)
     search     `codesign search` on a random-weights model of the shape of Llama-3.1-8B
 
 A new part is a function and a row of PARTS.
@@ -23,7 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_weights import weights  # beside this script
+from gpu_attention import attention  # beside this script, as is the next
+from gpu_weights import weights
 
 from codesign.measure.monitor import gpus
 from codesign.measure.probe import probe
@@ -107,6 +109,7 @@ PARTS: dict[str, tuple[Callable[[float], dict[str, Any]], float]] = {
     "tests": (tests, 180.0),
     "ceilings": (ceilings, 60.0),
     "weights": (weights, 150.0),
+    "attention": (attention, 90.0),
     "search": (search, 270.0),
 }
 

@@ -1,10 +1,11 @@
 """Compiles every Triton kernel at every config that may run, for sm_80 and sm_90, without a GPU.
 
-    python tests/benchmarks/triton_compile.py [--quick] [--out reports/benchmarks]
+    python tests/benchmarks/triton_compile.py [--only layers|attention] [--quick] [--out reports/benchmarks]
 
-Writes triton_kernels.json and triton_kernels.md: registers a thread, bytes spilled, shared memory a block, and which
-instructions multiply. Registers and spills are what ptxas says (`-v`) of the PTX that Triton makes, with Triton's own
-flags; nothing is run. `--quick` takes one config a kernel, which is what the tests do.
+Writes triton_kernels.json and .md (layers: products and what lies between them) and triton_attention.json and .md:
+registers a thread, bytes spilled, shared memory a block, and which instructions multiply. Registers and spills are what
+ptxas says (`-v`) of the PTX that Triton makes, with Triton's own flags; nothing is run. `--quick` takes one config a
+kernel, which is what the tests do.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_attention_cases import attention_cases  # beside this script
+from triton_case import Case
 
 from codesign.engine.kernels.triton.affine import affine_kernel
 from codesign.engine.kernels.triton.configs import ROW_BUCKETS, Config, Problem, candidates, default
@@ -45,23 +48,6 @@ SIZE = (4096, 4096)
 HIDDEN_SIZES = (896, 4096, 16384)
 HEAD_SIZES = (64, 128)
 MULTIPLIES = {"wgmma": "wgmma", "mma.sync": "mma.sync", "fma.rn.f32": "fma"}  # in the PTX, the first that is there
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One kernel to compile.
-
-    Attributes:
-        name: what it is, config included.
-        pointers: element type of each pointer argument, by name, and the type of what is no whole number.
-        constants: the constexpr arguments.
-    """
-
-    name: str
-    kernel: Any
-    pointers: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, int]
 
 
 def problems() -> list[Problem]:
@@ -92,7 +78,7 @@ def work(*, is_quick: bool) -> list[tuple[Problem, Config]]:
     return [(problem, config) for (problem, _, _), config in found.items()]
 
 
-def cases(*, is_quick: bool) -> Iterator[Case]:
+def layer_cases(*, is_quick: bool) -> Iterator[Case]:
     for problem, config in work(is_quick=is_quick):
         yield weight_case(problem, config)
     for dtype in DTYPES[:1] if is_quick else DTYPES:
@@ -144,7 +130,8 @@ def compile_for(case: Case, capability: int) -> dict[str, Any]:
             signature[name], constants[(index,)] = "constexpr", case.constants[name]
             continue
         signature[name] = case.pointers.get(name, "i32")
-        if name not in ("num_rows", "num_q", "eps"):  # sizes and addresses of real layers are multiples of 16
+        # Sizes and addresses of real layers are multiples of 16.
+        if signature[name] != "fp32" and name not in (*case.kernel.do_not_specialize, "num_q"):
             hints[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(case.kernel, signature, constants, hints),
@@ -180,16 +167,31 @@ def ptxas_figures(ptx: str, capability: int) -> dict[str, int]:
     }
 
 
-def table(document: dict[str, Any]) -> str:
-    lines = [
+WHAT = {
+    "layers": (
+        "triton_kernels",
+        layer_cases,
         "# Triton kernels as compiled",
+        "The first config of a kernel for each rows of a tile is the rule's, the others are tried on a device;\n"
+        "every number of splits above 1 gives the same code.",
+    ),
+    "attention": (
+        "triton_attention",
+        attention_cases,
+        "# Triton attention kernels as compiled",
+        "Blocks of the rule: queries x rows. How many splits there are changes nothing in the code.",
+    ),
+}
+
+
+def table(document: dict[str, Any], title: str, remark: str) -> str:
+    lines = [
+        title,
         "",
-        f"`python tests/benchmarks/triton_compile.py`, {document['date']}, triton {document['triton']}, "
-        f"{document['ptxas']}.",
+        f"`{document['command']}`, {document['date']}, triton {document['triton']}, {document['ptxas']}.",
         "Compiled for a device that was not there: these are registers and bytes, no speeds.",
         f"{len(document['kernels'])} compilations, {document['num_spilling']} of them spill registers.",
-        "The first config of a kernel for each rows of a tile is the rule's, the others are tried on a device;",
-        "every number of splits above 1 gives the same code.",
+        remark,
         "",
         "| kernel, config | target | registers | bytes spilled (stores / loads) | shared | products | async copies |",
         "|---|---|---|---|---|---|---|",
@@ -203,21 +205,17 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one config a kernel")
-    parser.add_argument("--out", type=Path, default=Path("reports/benchmarks"))
-    arguments = parser.parse_args()
-    if triton.knobs.runtime.interpret:
-        print("TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
-        return 2
+def compile_all(name: str, *, is_quick: bool, out: Path) -> None:
+    """Both files of one family of kernels."""
+    stem, cases, title, remark = WHAT[name]
     rows = []
-    for case in cases(is_quick=arguments.quick):
+    for case in cases(is_quick=is_quick):
         for capability in CAPABILITIES:
             rows.append({"name": case.name, "target": f"sm_{capability}", **compile_for(case, capability)})
             print(rows[-1], file=sys.stderr, flush=True)
     version = subprocess.run([triton.knobs.nvidia.ptxas.path, "--version"], capture_output=True, text=True, check=True)
     document = {
+        "command": f"python tests/benchmarks/triton_compile.py --only {name}{' --quick' if is_quick else ''}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "triton": triton.__version__,
         "torch": torch.__version__,
@@ -225,9 +223,22 @@ def main() -> int:
         "num_spilling": sum(row["spill_store_bytes"] + row["spill_load_bytes"] > 0 for row in rows),
         "kernels": rows,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "triton_kernels.json").write_text(json.dumps(document, indent=1) + "\n")
-    (arguments.out / "triton_kernels.md").write_text(table(document))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / f"{stem}.md").write_text(table(document, title, remark))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=WHAT, help="one family of kernels")
+    parser.add_argument("--quick", action="store_true", help="one config a kernel")
+    parser.add_argument("--out", type=Path, default=Path("reports/benchmarks"))
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
+        return 2
+    for name in WHAT if arguments.only is None else (arguments.only,):
+        compile_all(name, is_quick=arguments.quick, out=arguments.out)
     return 0
 
 

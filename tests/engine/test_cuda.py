@@ -277,6 +277,107 @@ def test_a_product_is_the_same_every_time(name: str) -> None:
     assert all(torch.equal(linear(x), first) for _ in range(20))
 
 
+@pytest.mark.parametrize("codec", ["native", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("policy", ["full", "h2o"])
+def test_triton_attention_generates_what_eager_does(policy: str, codec: str) -> None:
+    if policy == "h2o" and codec == "int4":
+        pytest.skip("rows in groups cannot be evicted")
+    budget = {} if policy == "full" else {"kv_budget": 64}
+    requests = [request(f"r{index}", 40 + 30 * index, 12, ignore_eos=True) for index in range(4)]
+    found = {}
+    for attention in ("triton", "eager"):
+        chosen = config(kv={"policy": {"name": policy, **budget}, "codec": codec}, attention=attention)
+        engine = build_engine(tiny_spec(), chosen, device="cuda")
+        found[attention] = generate(engine, *requests)
+        if attention == "triton" and codec != "int4":  # of the tiny model's heads no int4 group is read
+            assert "triton::attend, prompts aten::scaled_dot_product_attention" in str(engine.facts())
+            assert "decoded slices" not in str(engine.facts())
+
+    assert found["triton"] == found["eager"]
+
+
+# Outputs are rounded once to their dtype, and so are the softmax weights.
+ATTENTION_RTOL = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+ATTENTION_ATOL = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+COUNTS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 4096, 4097]
+
+
+def stored_rows(codec: str, dtype: torch.dtype, head_dim: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Parts [B, H_kv, R, X] as a codec stores rows, and what they mean in float64."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows = torch.randn(len(COUNTS), 2, max(COUNTS), head_dim, device="cuda", generator=generator).to(dtype)
+    member = KV_CODECS.create(codec)
+    parts = member.encode(rows)
+    return parts, rows.double() if member.is_native else member.decode(parts, torch.float32).double()
+
+
+@pytest.mark.parametrize("dtype", list(ATTENTION_ATOL), ids=str)
+@pytest.mark.parametrize("codec", ["native", "int8", "fp8"])
+@pytest.mark.parametrize(("num_groups", "num_tokens"), [(1, 1), (4, 1), (8, 1), (1, 4), (4, 4), (8, 4)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_triton_attention_equals_float64(
+    head_dim: int, num_groups: int, num_tokens: int, codec: str, dtype: torch.dtype
+) -> None:
+    from codesign.engine.kernels.triton.attend import attend
+
+    (key, key64), (value, value64) = (stored_rows(codec, dtype, head_dim) for _ in range(2))
+    counts = torch.tensor(COUNTS, dtype=torch.int32, device="cuda")
+    query = torch.randn(len(COUNTS), 2, num_groups * num_tokens, head_dim, device="cuda").to(dtype)
+    token = torch.arange(query.shape[2], device="cuda") % num_tokens
+    seen = torch.arange(max(COUNTS), device="cuda") < (counts[:, None] - (num_tokens - 1 - token))[..., None]
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        out, columns = attend(
+            query, key, value, codec=codec, counts=counts, num_tokens=num_tokens, scale=0.2, want_columns=True
+        )
+        assert columns is not None
+        return out, columns
+
+    out, columns = run()
+    score = (query.double() @ key64.mT * 0.2).masked_fill(~seen[:, None], float("-inf"))
+    weight = score.softmax(dim=-1).nan_to_num(0)
+    mean = weight.view(len(COUNTS), 2, num_groups, num_tokens, -1).mean(dim=2)
+    torch.testing.assert_close(out.double(), weight @ value64, rtol=ATTENTION_RTOL[dtype], atol=ATTENTION_ATOL[dtype])
+    torch.testing.assert_close(columns.double(), mean, rtol=0, atol=2e-6)
+    for again, first in zip(run(), (out, columns), strict=True):
+        assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("dtype", list(ATTENTION_ATOL), ids=str)
+@pytest.mark.parametrize("num_past", [0, 700])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_triton_column_sums_equal_the_plain_ones(head_dim: int, num_past: int, dtype: torch.dtype) -> None:
+    from codesign.engine.attention import weights
+    from codesign.engine.kernels.triton.column_sums import column_sums
+
+    query = torch.randn(1, 8, 1025, head_dim, device="cuda").to(dtype)
+    key = torch.randn(1, 2, num_past + 1025, head_dim, device="cuda").to(dtype)
+    row = torch.arange(key.shape[2], device="cuda")
+    hidden = row > row[num_past:, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device="cuda").masked_fill_(hidden, float("-inf"))[None, None]
+    seen = {"mask": mask if num_past else None, "is_causal": not num_past, "scale": 0.2, "decay": 0.999}
+
+    found = column_sums(query, key, **seen)
+
+    torch.testing.assert_close(found, weights.column_sums(query, key, **seen), rtol=2e-4, atol=2e-4)
+    assert torch.equal(column_sums(query, key, **seen), found)
+
+
+def test_triton_column_sums_need_memory_linear_in_the_prompt() -> None:
+    from codesign.engine.kernels.triton.column_sums import column_sums
+
+    peaks = []
+    for num_tokens in (4096, 8192):
+        query, key = (torch.randn(1, heads, num_tokens, 128, device="cuda").bfloat16() for heads in (8, 2))
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        column_sums(query, key, mask=None, is_causal=True, scale=0.1)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+
+    assert peaks[0] <= 2 * 4096 * (8 + 2) * 4 and peaks[1] <= 2.1 * peaks[0]
+
+
 def test_a_session_reports_the_allocators_peak() -> None:
     with Nursery() as nursery, ChildSession(nursery, model=tiny_spec(), device="cuda") as session:
         facts = session.build(config())

@@ -6,9 +6,18 @@ sequence, query heads as they are.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
+
+from codesign.engine.attention import weights
+from codesign.engine.attention.calls import Call
+from codesign.engine.kernels.compiled import Missing
+
+if TYPE_CHECKING:
+    from codesign.engine.kv.codec import KVCodec
+    from codesign.engine.kv.group import LayerGroup
 
 
 class AttentionBackend(ABC):
@@ -16,14 +25,20 @@ class AttentionBackend(ABC):
 
     Attributes:
         is_plain: the reference: no kernel that reads encoded rows may stand in for it.
+        column_kernel: what runs beside `kernel` where column sums are asked for, for the record.
     """
 
     is_plain: ClassVar[bool] = False
+    column_kernel: ClassVar[str] = "column pass"
 
     @property
     @abstractmethod
     def kernel(self) -> str:
         """What runs, for the record."""
+
+    def missing(self, device: torch.device) -> Missing | None:
+        """Why it cannot run on `device`; None where it can."""
+        return None
 
     @abstractmethod
     def attend(
@@ -37,3 +52,42 @@ class AttentionBackend(ABC):
             mask: additive, broadcasts to [B, H, M, R], dtype of the query; None sees every row.
             is_causal: M == R, and query i sees rows up to i; never together with a mask.
         """
+
+    def attend_columns(
+        self, query: Tensor, key: Tensor, value: Tensor, *, num_tokens: int, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` for output tokens, and the weight that each row received from each: [B, H_kv, num_tokens, R] fp32.
+
+        By itself a backend shows no weights: they cost a second q kᵀ.
+
+        Args:
+            query: [B, H_kv, M, D], M = query group x num_tokens, tokens last; weights are averaged over the group.
+        """
+        out = self.attend(query, key, value, mask=mask, is_causal=False, scale=scale)
+        whole = slice(0, query.shape[2])
+        weight = weights.weights(query, key, whole, mask=mask, is_causal=False, scale=scale)
+        return out, weight.view(*key.shape[:2], -1, num_tokens, key.shape[2]).mean(dim=2)
+
+    def column_sums(
+        self, query: Tensor, key: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float, decay: float
+    ) -> Tensor:
+        """[B, H_kv, R] fp32 of a prompt chunk, as `weights.column_sums`, in memory linear in R."""
+        return weights.column_sums(query, key, mask=mask, is_causal=is_causal, scale=scale, decay=decay)
+
+    def reads(self, codec: "KVCodec", *, head_dim: int) -> bool:
+        """Whether `attend_stored` takes what this codec stores."""
+        return False
+
+    def attend_stored(
+        self,
+        query: Tensor,
+        codec: "KVCodec",
+        group: "LayerGroup",
+        index: int,
+        call: Call,
+        *,
+        scale: float,
+        want_columns: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`attend`, or `attend_columns` if wanted, over what the slots of a call hold in `group.layers[index]`."""
+        raise NotImplementedError  # a backend that reads nothing stored is never asked

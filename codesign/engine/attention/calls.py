@@ -8,6 +8,7 @@ a sequence much longer or shorter than its neighbour starts a new one. Each prom
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,6 +63,12 @@ class Call:
     num_rows: int
     mask: Tensor | None
     is_causal: bool
+    device: torch.device
+
+    @functools.cached_property
+    def counts(self) -> Tensor:
+        """[B] int32 rows of each sequence: what its last token sees. Once a step, for kernels that need no mask."""
+        return torch.tensor([span.num_rows for span in self.spans], dtype=torch.int32, device=self.device)
 
     @property
     def is_prompt(self) -> bool:
@@ -120,4 +127,4 @@ def _call(run: list[Span], num_groups: int, dtype: torch.dtype, device: torch.de
         if not first.is_prompt and first.num_queries > 1:
             mask = mask.repeat(1, num_groups, 1)
         mask = mask[:, None]
-    return Call(spans=tuple(run), num_rows=num_rows, mask=mask, is_causal=is_causal)
+    return Call(spans=tuple(run), num_rows=num_rows, mask=mask, is_causal=is_causal, device=device)

@@ -17,7 +17,6 @@ from codesign.engine.attention.calls import Call, Span, cut
 from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.ragged import attend_ragged
 from codesign.engine.attention.rope import Rope
-from codesign.engine.attention.weights import column_sums
 from codesign.engine.batch import Batch
 from codesign.engine.kernels.pieces import Pieces
 from codesign.engine.kernels.plain import PLAIN
@@ -31,6 +30,7 @@ from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.kv.store import DenseStore
 from codesign.engine.step import StepPlan
+from codesign.errors import Unsupported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Attention:
 
     Raises:
         ValueError: a KV budget too small for its policy.
-        Unsupported: a codec that cannot overwrite rows with a policy that evicts, or a place that has no room or does
-            not go with them.
+        Unsupported: a backend that cannot run on this device, a codec that cannot overwrite rows with a policy that
+            evicts, or a place that has no room or does not go with them.
     """
 
     def __init__(
@@ -89,6 +89,10 @@ class Attention:
         place: KVPlace = ON_DEVICE,
         pieces: Pieces = PLAIN,
     ) -> None:
+        missing = backend.missing(device)
+        if missing is not None:
+            name = type(backend).__module__.rpartition(".")[2]
+            raise Unsupported(f"attention {name!r} on {device}: {missing.reason}; use attention 'sdpa'")
         self._pieces = pieces
         self.policy, self.codec, self.backend = policy, codec, backend
         self._cos, self._signed_sin = rope.tables(max_model_len, device)
@@ -274,12 +278,11 @@ class Attention:
         query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
         column = group.pending_column
         if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
-            kernel, weight = self._attend_slots.native, None
+            kernel, mass = self._attend_slots.native, None
             out = attend_ragged(kernel, self.backend, group, index, call, query, scale=self._scale)
         else:
-            out, weight = self._attend_slots(query, group, index, call, want_weights=column is not None)
-        if column is not None and weight is not None:
-            mass = weight.view(*weight.shape[:2], self._num_groups, call.num_queries, -1).mean(dim=2)  # [B, H_kv, Q, R]
+            out, mass = self._attend_slots(query, group, index, call, want_columns=column is not None)
+        if column is not None and mass is not None:
             column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
         if call.num_queries > 1:
             out = out.reshape(*out.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
@@ -306,7 +309,7 @@ class Attention:
             staged = self.staged_prompts[where] = StagedPrompt(self.policy, max_model_len=self._max_model_len)
         key, value = staged.append(new_key, new_value, query, is_last=span.is_prompt_end)
         if group.column is not None:
-            sums = column_sums(
+            sums = self.backend.column_sums(
                 query[None],
                 key[None],
                 mask=call.mask,

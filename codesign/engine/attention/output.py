@@ -1,8 +1,9 @@
 """OutputAttention: output tokens over what the slots hold. B slots in one call, query groups folded into rows.
 
-Rows that are stored as they are read are views; where their weights are wanted, which fused backends do not show, the
-compiled kernel finds them in the same pass. Others are read by the codec's own kernel where there is one, or are
-decoded a slice of (slot, KV head) planes at a time: there is never a decoded copy of the cache.
+A backend may read what is stored by itself. Otherwise rows that are stored as they are read are views; where their
+weights are wanted, which fused backends do not show, the compiled kernel finds them in the same pass. Other rows are
+read by the codec's own kernel where there is one, or are decoded a slice of (slot, KV head) planes at a time: there is
+never a decoded copy of the cache.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call
-from codesign.engine.attention.weights import weights
 from codesign.engine.kernels import kv_attention
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.kv_attention import KVAttention, Queries
@@ -35,8 +35,12 @@ class OutputAttention:
     ) -> None:
         self._codec, self._backend, self._scale = codec, backend, scale
         self._fused: KVAttention | None = None
+        self._is_read = backend.reads(codec, head_dim=head_dim)
         self.kernel = backend.kernel
         self.native: KVAttention | Missing = Missing("plain")
+        if self._is_read:
+            self.native = Missing("the backend's own kernel reads heads of one length")
+            return
         if codec.is_native:
             if not backend.is_plain:
                 self.native = kv_attention.usable(head_dim=head_dim, device=device)
@@ -52,7 +56,9 @@ class OutputAttention:
     def named(self, *, has_weights: bool, has_ragged: bool) -> str:
         """What runs for a policy that wants weights, or whose heads differ in length."""
         name, reason = self.kernel, self.native.reason if isinstance(self.native, Missing) else None
-        if has_weights and self._codec.is_native:
+        if has_weights and self._is_read:
+            name += f" + {self._backend.column_kernel}"
+        elif has_weights and self._codec.is_native:
             name = (
                 f"{name} + column pass ({reason})"
                 if reason
@@ -66,27 +72,34 @@ class OutputAttention:
         return name
 
     def __call__(
-        self, query: Tensor, group: LayerGroup, index: int, call: Call, *, want_weights: bool
+        self, query: Tensor, group: LayerGroup, index: int, call: Call, *, want_columns: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, H_kv, M, D] for the queries of a call, as large, and their weights [B, H_kv, M, R] fp32 if wanted."""
+        """[B, H_kv, M, D] for the queries of a call, as large.
+
+        If wanted also [B, H_kv, Q, R] fp32: the weight that each row received from each token, mean of the query group.
+        """
+        if self._is_read:
+            return self._backend.attend_stored(
+                query, self._codec, group, index, call, scale=self._scale, want_columns=want_columns
+            )
         if self._codec.is_native:
-            if want_weights and isinstance(self.native, KVAttention):
+            if want_columns and isinstance(self.native, KVAttention):
                 return self._weighted(self.native, query, group, index, call)
             where = (call.slots, slice(None), slice(call.num_rows))
             key, value = group.near_key[index][0][where], group.near_value[index][0][where]
-            return self._over_rows(query, key, value, call.mask, want_weights)
+            return self._over_rows(query, key, value, call, call.mask, want_columns)
         if self._fused is None:
-            return self._over_slices(query, group, index, call, want_weights)
+            return self._over_slices(query, group, index, call, want_columns)
         queries = Queries(
             query,
             [span.num_past for span in call.spans],
             num_tokens=call.num_queries,
             num_rows=call.num_rows,
             scale=self._scale,
-            want_weights=want_weights,
+            want_weights=want_columns,
         )
         self._codec.attend(self._fused, queries, group, index, call.slots)
-        return queries.out, queries.weights
+        return queries.out, _columns(queries, call)
 
     def _weighted(
         self, kernel: KVAttention, query: Tensor, group: LayerGroup, index: int, call: Call
@@ -103,34 +116,41 @@ class OutputAttention:
         num_heads, capacity = key.shape[1:3]
         first = [[(slot * num_heads + head) * capacity for head in range(num_heads)] for slot in range(len(call.spans))]
         kernel.native(queries, first, key, value)
-        return queries.out, queries.weights
+        return queries.out, _columns(queries, call)
 
     def _over_slices(
-        self, query: Tensor, group: LayerGroup, index: int, call: Call, want_weights: bool
+        self, query: Tensor, group: LayerGroup, index: int, call: Call, want_columns: bool
     ) -> tuple[Tensor, Tensor | None]:
-        num_slots, num_heads, num_queries, head_dim = query.shape
+        num_slots, num_heads, _, head_dim = query.shape
         out = torch.empty_like(query)
-        weight: Tensor | None = None
-        if want_weights:
-            weight = query.new_empty(num_slots, num_heads, num_queries, call.num_rows, dtype=torch.float32)
+        columns: Tensor | None = None
+        if want_columns:
+            columns = query.new_empty(num_slots, num_heads, call.num_queries, call.num_rows, dtype=torch.float32)
         num_planes = _MAX_DECODED[query.device.type] // (call.num_rows * head_dim)
         for own, heads in _slices(num_slots, num_heads, max(1, num_planes)):
             slots = slice(call.slots.start + own.start, call.slots.start + own.stop)
             key, value = group.read(index, slots, heads, call.num_rows)
             mask = None if call.mask is None else call.mask[own]
-            out[own, heads], part = self._over_rows(query[own, heads], key, value, mask, want_weights)
-            if weight is not None and part is not None:
-                weight[own, heads] = part
-        return out, weight
+            out[own, heads], part = self._over_rows(query[own, heads], key, value, call, mask, want_columns)
+            if columns is not None and part is not None:
+                columns[own, heads] = part
+        return out, columns
 
     def _over_rows(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, want_weights: bool
+        self, query: Tensor, key: Tensor, value: Tensor, call: Call, mask: Tensor | None, want_columns: bool
     ) -> tuple[Tensor, Tensor | None]:
-        out = self._backend.attend(query, key, value, mask=mask, is_causal=False, scale=self._scale)
-        if not want_weights:
-            return out, None
-        whole = slice(0, query.shape[2])
-        return out, weights(query, key, whole, mask=mask, is_causal=False, scale=self._scale)[:, :, 0]
+        if want_columns:
+            return self._backend.attend_columns(
+                query, key, value, num_tokens=call.num_queries, mask=mask, scale=self._scale
+            )
+        return self._backend.attend(query, key, value, mask=mask, is_causal=False, scale=self._scale), None
+
+
+def _columns(queries: Queries, call: Call) -> Tensor | None:
+    weight = queries.weights
+    if weight is None:
+        return None
+    return weight.view(*weight.shape[:2], -1, call.num_queries, call.num_rows).mean(dim=2)
 
 
 def _slices(num_slots: int, num_heads: int, num_planes: int) -> Iterator[tuple[slice, slice]]:

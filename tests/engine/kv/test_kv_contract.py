@@ -10,7 +10,8 @@ from codesign.engine.attention.switched import SwitchedAttention
 from codesign.engine.kv.place import ON_DEVICE, KVPlace
 from codesign.engine.kv.policy import KVPolicy
 from codesign.errors import Unsupported
-from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES
+from codesign.registry import KV_CODECS, KV_PLACES, KV_POLICIES
+from tests.engine.usable_backends import USABLE_BACKENDS
 
 # Knobs that make small traffic evict; a policy that is not listed runs with a budget of 16 where it has one.
 KNOBS: dict[str, list[dict[str, Any]]] = {
@@ -54,7 +55,7 @@ CASES = [
         KNOBS.get(policy, [{"kv_budget": 16} if "kv_budget" in KV_POLICIES.knobs(policy) else {}])
     )
     for codec in (KV_CODECS.names() if policy == "full" else MUTABLE)
-    for backend in ATTENTION.names()
+    for backend in USABLE_BACKENDS
 ]
 SWITCHING = {name for name in KNOBS if len(KV_POLICIES.create(name, **KNOBS[name][0]).slot_policies(NUM_SLOTS)) > 1}
 

@@ -21,6 +21,7 @@ from codesign.engine.kv.policies.streaming_llm import StreamingLLM
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.step import StepPlan, decode_plan
 from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES
+from tests.engine.usable_backends import USABLE_BACKENDS
 
 CPU = torch.device("cpu")
 NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, HEAD_DIM = 4, 2, 3, 16
@@ -106,7 +107,7 @@ def generate(attention: Attention, chunks: Sequence[int], num_output: int) -> to
     return torch.cat(outs, dim=1)
 
 
-@pytest.mark.parametrize("backend", ATTENTION.names())
+@pytest.mark.parametrize("backend", USABLE_BACKENDS)
 @pytest.mark.parametrize("codec", MUTABLE)
 @pytest.mark.parametrize("kv_budget", [64, 1.0, 60])
 @pytest.mark.parametrize(("name", "knobs"), BOUNDED)
@@ -128,7 +129,7 @@ def test_a_policy_that_keeps_everything_equals_full_bit_for_bit(
         assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("backend", ATTENTION.names())
+@pytest.mark.parametrize("backend", USABLE_BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.06), (torch.float16, 0.008)], ids=str)
 def test_half_precision_stays_near_fp32(dtype: torch.dtype, tolerance: float, backend: str) -> None:
     for policy in (Full(), StreamingLLM(kv_budget=12), PyramidKV(kv_budget=40, window_tokens=30, beta=1)):

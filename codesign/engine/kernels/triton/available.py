@@ -1,4 +1,4 @@
-"""Whether kernels written in Triton run on a device: asked once per process, answered by trying one out.
+"""Whether kernels written in Triton run on a device: asked once per process, answered by trying them out.
 
 With TRITON_INTERPRET=1 in the environment Triton interprets its kernels on the CPU, slowly: then CPU tensors take the
 way of CUDA tensors throughout, which is how that way is tested where there is no GPU.
@@ -31,6 +31,13 @@ def missing(device: torch.device) -> Missing | None:
     return _missing(device)
 
 
+def missing_attention(device: torch.device) -> Missing | None:
+    """The same for attention over a KV cache."""
+    if not is_target(device):
+        return Missing(f"its kernels are for CUDA, and here is {device.type} (TRITON_INTERPRET=1 interprets them)")
+    return _missing(device) or _missing_attention(device)
+
+
 @functools.cache
 def _missing(device: torch.device) -> Missing | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
@@ -50,4 +57,25 @@ def _missing(device: torch.device) -> Missing | None:
         return Missing(f"{type(error).__name__}: {str(error).strip()[:200]}")
     if not torch.allclose(y.double(), x.double() @ codes.double().t(), rtol=1e-5, atol=1e-3):
         return Missing("the kernel gives wrong products on this device")
+    return None
+
+
+@functools.cache
+def _missing_attention(device: torch.device) -> Missing | None:
+    import triton
+
+    from codesign.engine.kernels.triton.attend import attend
+
+    query = torch.arange(64.0, device=device).view(1, 2, 2, 16) / 64
+    rows = (torch.arange(2 * 40 * 16, device=device).view(1, 2, 40, 16) % 13 - 6) / 8
+    counts = torch.tensor([40], dtype=torch.int32, device=device)
+    try:
+        out, columns = attend(query, (rows,), (rows,), counts=counts, scale=0.5, want_columns=True)
+    except (triton.TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        return Missing(f"{type(error).__name__}: {str(error).strip()[:200]}")
+    weights = (query.double() @ rows.double().mT * 0.5).softmax(dim=-1)
+    is_right = torch.allclose(out.double(), weights @ rows.double(), rtol=1e-5, atol=1e-5)
+    assert columns is not None
+    if not is_right or not torch.allclose(columns.double(), weights.mean(2, keepdim=True), rtol=1e-5, atol=1e-6):
+        return Missing("the kernel attends wrongly on this device")
     return None

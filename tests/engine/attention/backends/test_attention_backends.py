@@ -1,4 +1,7 @@
-"""Every registered backend against a float64 softmax: shapes that decode, verification and prefill really ask for."""
+"""Every registered backend against a float64 softmax: shapes that decode, verification and prefill really ask for.
+
+A backend that cannot run on this device skips here; test_triton.py runs this file once more where it can.
+"""
 
 import math
 
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from codesign.engine.attention import weights as weights_module
 from codesign.registry import ATTENTION
+from tests.engine.usable_backends import backend_or_skip
 
 # Half precision: the inputs are exact, rounding of the softmax weights and of the output remains.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -48,7 +52,7 @@ def check(
 
 
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-BACKENDS = pytest.mark.parametrize("name", ATTENTION.names())
+BACKENDS = pytest.mark.parametrize("name", [backend_or_skip(name) for name in ATTENTION.names()])
 
 
 @BACKENDS
@@ -85,6 +89,37 @@ def test_later_chunk_sees_the_past_and_itself_causally(name: str, dtype: torch.d
     mask = torch.zeros(9, num_past + 9).masked_fill(rows > rows[num_past:, None], -math.inf)
 
     check(name, dtype, draw(1, 6, 2, 9, num_past + 9, 64), mask=mask[None, None])
+
+
+@BACKENDS
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_columns_of_output_tokens_are_their_weights(name: str, num_tokens: int) -> None:
+    query, key, value = draw(3, 2, 2, 4 * num_tokens, 40, 64)
+    seen = torch.tensor([1, 7, 40])[:, None] - (num_tokens - 1 - torch.arange(4 * num_tokens) % num_tokens)
+    mask = torch.zeros(3, 4 * num_tokens, 40).masked_fill(torch.arange(40) >= seen.clamp(min=1)[..., None], -math.inf)
+    out, columns = ATTENTION.create(name).attend_columns(
+        query, key, value, num_tokens=num_tokens, mask=mask[:, None], scale=0.2
+    )
+
+    weight = (query.double() @ key.double().mT * 0.2 + mask[:, None]).softmax(dim=-1)
+    assert (out.double() - weight @ value.double()).abs().max() < 1e-5
+    assert (columns.double() - weight.view(3, 2, 4, num_tokens, 40).mean(dim=2)).abs().max() < 1e-6
+
+
+@BACKENDS
+@pytest.mark.parametrize("num_past", [0, 64])
+def test_column_sums_of_a_prompt_chunk(name: str, num_past: int) -> None:
+    query, key, _ = draw(1, 6, 2, 40, num_past + 40, 64)
+    hidden = torch.arange(num_past + 40) > torch.arange(num_past, num_past + 40)[:, None]
+    mask = torch.zeros(40, num_past + 40).masked_fill(hidden, -math.inf)[None, None]
+    sums = ATTENTION.create(name).column_sums(
+        query, key, mask=mask if num_past else None, is_causal=not num_past, scale=0.2, decay=0.9
+    )
+
+    score = query.double() @ key.double().repeat_interleave(3, 1).mT * 0.2 + mask
+    share = 0.9 ** torch.arange(39, -1, -1, dtype=torch.float64)
+    expected = (share @ score.softmax(dim=-1)).view(1, 2, 3, -1).mean(dim=2)
+    assert (sums.double() - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

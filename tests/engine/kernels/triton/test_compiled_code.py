@@ -11,8 +11,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "triton_compile.py"
 MOST_SHARED_BYTES = 99 * 1024  # a block's on sm_86 and sm_89; sm_80 and sm_90 have more
-PRODUCTS = ("w8a16", "w4a16", "w3a16", "w2a16", "nf4")
-OTHERS = ("add_splits", "norm", "norm_heads", "silu_mul", "rotate")
+ATTENTION = ("decode_native", "decode_int8", "decode_fp8", "decode_int4", "prompt_lse", "prompt_sums")
+PRODUCTS = ("w8a16", "w4a16", "w3a16", "w2a16", "nf4", *ATTENTION)
+OTHERS = ("add_splits", "norm", "norm_heads", "silu_mul", "rotate", "combine", "columns")
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,11 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     command = [sys.executable, str(SCRIPT), "--quick", "--out", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads((folder / "triton_kernels.json").read_text())["kernels"]
-    return found
+    return [
+        kernel
+        for stem in ("triton_kernels", "triton_attention")
+        for kernel in json.loads((folder / f"{stem}.json").read_text())["kernels"]
+    ]
 
 
 def test_every_kernel_compiles_for_both_targets(kernels: list[dict[str, Any]]) -> None:

@@ -1,0 +1,118 @@
+"""triton: output tokens by our split-K kernels: K and V are read once for a query group, where and as they are stored.
+
+Codes of int8, fp8 and int4 caches become numbers in registers; what else a cache stores is decoded in slices. Weights
+for a policy that scores columns come out of the same pass, and of a prompt by two passes in O(n) memory. Prompt chunks
+attend through SDPA, whose kernels are made for many queries. Runs on CUDA, or anywhere in Triton's interpreter
+(TRITON_INTERPRET=1), which is for tests.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from codesign.engine.attention.backend import AttentionBackend
+from codesign.engine.attention.backends.sdpa import Sdpa
+from codesign.engine.attention.calls import Call
+from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kernels.triton import available
+from codesign.engine.kernels.triton.splits import int4_is_read
+from codesign.engine.kv.codec import KVCodec
+from codesign.engine.kv.group import LayerGroup
+
+_PROMPTS = Sdpa()
+_ROW_CODECS = ("native", "int8", "fp8")
+_MAX_QUERIES = 128  # of a KV head; more are a prompt chunk, and worth a kernel that reuses rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Triton(AttentionBackend):
+    column_kernel: ClassVar[str] = "triton::column_sums"
+
+    @property
+    def kernel(self) -> str:
+        return f"triton::attend, prompts {_PROMPTS.kernel}"
+
+    def missing(self, device: torch.device) -> Missing | None:
+        return available.missing_attention(device)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float
+    ) -> Tensor:
+        if is_causal or query.shape[1] != key.shape[1] or query.shape[2] > _MAX_QUERIES:
+            return _PROMPTS.attend(query, key, value, mask=mask, is_causal=is_causal, scale=scale)
+        from codesign.engine.kernels.triton.attend import attend  # triton is there only where `missing` is None
+
+        return attend(query, (key,), (value,), mask=mask, scale=scale)[0]
+
+    def attend_columns(
+        self, query: Tensor, key: Tensor, value: Tensor, *, num_tokens: int, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        from codesign.engine.kernels.triton.attend import attend
+
+        out, columns = attend(query, (key,), (value,), num_tokens=num_tokens, mask=mask, scale=scale, want_columns=True)
+        assert columns is not None
+        return out, columns
+
+    def column_sums(
+        self, query: Tensor, key: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float, decay: float
+    ) -> Tensor:
+        from codesign.engine.kernels.triton.column_sums import column_sums
+
+        return column_sums(query, key, mask=mask, is_causal=is_causal, scale=scale, decay=decay)
+
+    def reads(self, codec: KVCodec, *, head_dim: int) -> bool:
+        name = _name(codec)
+        if name != "int4":
+            return name in _ROW_CODECS
+        channels = math.gcd(codec.group_size, head_dim)
+        return int4_is_read(head_dim=head_dim, group_size=codec.group_size, channels=channels)
+
+    def attend_stored(
+        self,
+        query: Tensor,
+        codec: KVCodec,
+        group: LayerGroup,
+        index: int,
+        call: Call,
+        *,
+        scale: float,
+        want_columns: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        from codesign.engine.kernels.triton.attend import attend, attend_int4
+
+        name = _name(codec)
+        key, value = (tuple(part[:, :, : call.num_rows] for part in parts) for parts in group.stored(index, call.slots))
+        if name in _ROW_CODECS:
+            return attend(
+                query,
+                key,
+                value,
+                codec=name,
+                counts=call.counts,
+                num_tokens=call.num_queries,
+                scale=scale,
+                want_columns=want_columns,
+            )
+        assert group.encoded is not None and not want_columns, "rows in groups are never evicted, whatever their scores"
+        num_encoded = group.encoded_tokens(call.slots)
+        in_groups = torch.tensor(num_encoded, dtype=torch.int32, device=query.device)
+        out = attend_int4(
+            query,
+            [part[index, call.slots] for part in group.encoded.tensors],
+            in_groups,
+            key[0],
+            value[0],
+            call.counts - in_groups,
+            group_size=codec.group_size,
+            most_encoded=max(num_encoded),
+            num_tokens=call.num_queries,
+            scale=scale,
+        )
+        return out, None
+
+
+def _name(codec: KVCodec) -> str:
+    return type(codec).__module__.rpartition(".")[2]
