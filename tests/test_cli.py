@@ -176,6 +176,22 @@ def test_a_search_of_a_real_engine_from_profile_to_report_and_export(
     assert json.loads(stdout)["metrics"]["throughput_tokens_per_s"]["unit"] == "tokens/s"
 
 
+def test_a_search_says_before_its_first_trial_what_it_leaves_out_and_why(
+    capfd: pytest.CaptureFixture[str], tiny: Path
+) -> None:
+    text = "max_batch_size: [8]\nprune: {none: {}, wanda: {pattern: two_of_four}}\nweights: {native: {}, fp8: {}}\n"
+    (tiny.parent / "space.yaml").write_text(text)
+
+    status, _, stderr = run(capfd, "search", tiny, "--out", tiny.parent / "reports", "--name", "t")
+
+    assert status == 0, stderr
+    assert "ruled out, 1 of 4 points: prune.pattern two_of_four with max_batch_size below 64" in stderr
+    assert "ruled out, 1 of 4 points: prune.pattern two_of_four with packed weights" in stderr
+    assert "ruled out, 1 of 4 points: fp8 is multiplied by CUDA devices of compute capability 8.9" in stderr
+    assert stderr.index("ruled out") < stderr.index("trial 0")
+    assert "trial 1" not in stderr
+
+
 def test_front_shows_the_front_and_the_picks(capfd: pytest.CaptureFixture[str], study: Path) -> None:
     status, out, _ = run(capfd, "front", study)
     assert status == 0

@@ -1,5 +1,6 @@
 """build_engine: from a model and one EngineConfig to a running Engine. What cannot be built is refused by name here."""
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import torch
 
 from codesign.engine.attention.layer import Attention
+from codesign.engine.attention.switched import SwitchedAttention, make_attention
 from codesign.engine.engine import Engine, EngineParts
+from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.assemble import PackClock
 from codesign.engine.models.load import read_config
@@ -21,6 +24,7 @@ from codesign.errors import InputError, Unsupported
 from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, SCHEDULERS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
+from codesign.spec.rules import senseless
 from codesign.units import format_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,11 +128,9 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
             f"max_model_len {length} is longer than the model's sliding window of {shape.sliding_window} tokens, which "
             f"this engine does not mask; use at most {shape.sliding_window}"
         )
-    if config.prune.name != "none" and config.weights.knob_dict.get("method") == "gptq":
-        raise Unsupported(
-            f"prune {config.prune.name!r} with weights.method 'gptq': gptq pushes rounding errors into pruned weights; "
-            "use method rtn, hqq or awq"
-        )
+    reason = senseless(config)
+    if reason is not None:
+        raise Unsupported(reason)
     if config.max_step_tokens < config.max_batch_size:
         raise Unsupported(
             f"max_step_tokens {config.max_step_tokens} cannot hold one token of each of max_batch_size "
@@ -138,18 +140,19 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
 
 def _allocate(
     shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[Attention, int]:
+) -> tuple[Attention | SwitchedAttention, int]:
     """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number."""
+    policy: KVPolicy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
 
-    def attention(num_slots: int) -> Attention:
-        return Attention(
+    def attention(policy: KVPolicy, num_slots: int) -> Attention | SwitchedAttention:
+        return make_attention(
             num_layers=shape.num_layers,
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             scale=shape.head_dim**-0.5,
             rope=rope_of(shape.rope, shape.head_dim),
-            policy=KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict),
+            policy=policy,
             codec=KV_CODECS.create(config.kv.codec.name, key="kv.codec", **config.kv.codec.knob_dict),
             backend=ATTENTION.create(config.attention.name, key="attention", **config.attention.knob_dict),
             num_slots=num_slots,
@@ -159,17 +162,23 @@ def _allocate(
             device=device,
         )
 
+    @functools.cache
+    def slot_bytes(policy: KVPolicy) -> int:
+        return attention(policy, 1).kv_bytes  # asked of a real one: only it knows what policy and codec add up to
+
+    def num_bytes(num_slots: int) -> int:
+        return sum(count * slot_bytes(own) for count, own in policy.slot_policies(num_slots))
+
     try:
-        limit = config.kv_memory_bytes
-        if limit is None:
-            return attention(config.max_batch_size), config.max_batch_size
-        bytes_per_slot = attention(1).kv_bytes  # asked of a real one: only it knows what policy and codec add up to
-        if bytes_per_slot > limit:
-            raise Unsupported(
-                f"kv_memory_bytes {limit} ({format_bytes(limit)}): one sequence of max_model_len "
-                f"{config.max_model_len} needs {bytes_per_slot} ({format_bytes(bytes_per_slot)})"
-            )
-        num_slots = min(config.max_batch_size, limit // bytes_per_slot)
-        return attention(num_slots), num_slots
+        num_slots, limit = config.max_batch_size, config.kv_memory_bytes
+        if limit is not None:
+            while num_slots and num_bytes(num_slots) > limit:
+                num_slots -= 1
+            if not num_slots:
+                raise Unsupported(
+                    f"kv_memory_bytes {limit} ({format_bytes(limit)}): one sequence of max_model_len "
+                    f"{config.max_model_len} needs {num_bytes(1)} ({format_bytes(num_bytes(1))})"
+                )
+        return attention(policy, num_slots), num_slots
     except ValueError as error:
         raise Unsupported(f"kv.policy {config.kv.policy.name!r}: {error}") from error

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from codesign.engine.attention.layer import Attention
+from codesign.engine.attention.switched import SwitchedAttention
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.runner import SingleRunner
@@ -45,7 +46,7 @@ class EngineParts:
 
     config: EngineConfig
     model: Decoder
-    attention: Attention
+    attention: Attention | SwitchedAttention
     scheduler: Scheduler
     runner: SingleRunner
     workspace: Workspace
@@ -160,5 +161,5 @@ def check_tokens(token_ids: tuple[int, ...] | list[int], vocab_size: int, what: 
         raise InputError(f"{what}: token {bad} is outside the vocabulary of {vocab_size}")
 
 
-def _linears(module: nn.Module) -> list[Linear]:
-    return [part for part in module.modules() if isinstance(part, Linear)]
+def _linears(layer: nn.Module) -> list[Linear]:
+    return [part for part in layer.children() if isinstance(part, Linear)]

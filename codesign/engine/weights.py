@@ -27,6 +27,7 @@ from codesign.engine.quantize.format import WeightFormat
 from codesign.engine.quantize.formats.mixed import Mixed
 from codesign.engine.quantize.formats.native import Native
 from codesign.engine.quantize.linear import Workspace
+from codesign.engine.quantize.packed_linear import PackedFormat
 from codesign.engine.quantize.plan import Plan, planned
 from codesign.engine.quantize.sensitivity import NUM_SEQUENCES, NUM_TOKENS
 from codesign.errors import Unsupported
@@ -49,9 +50,14 @@ def build_decoder(
         clock: takes the seconds spent on packing and what the cache did.
     Raises:
         InputError: a file or tensor of the model is wrong.
-        Unsupported: a format that cannot hold a weight, or a method that cannot see text.
+        Unsupported: a format that this device cannot multiply or that cannot hold a weight, or a method that cannot
+            see text.
     """
     weight_format: WeightFormat = WEIGHT_FORMATS.create(config.weights.name, key="weights", **config.weights.knob_dict)
+    try:
+        weight_format.check_device(device, dtype)
+    except ValueError as error:
+        raise Unsupported(f"weights {config.weights.name}: {error}") from error
     pruner: Pruner = PRUNERS.create(config.prune.name, key="prune", **config.prune.knob_dict)
     source = _source(model, shape, config, dtype)
     files = source.files if isinstance(source, Checkpoint) else []
@@ -77,6 +83,8 @@ def build_decoder(
         weight_format = _plan(weight_format, assembler, source, text(NUM_SEQUENCES, NUM_TOKENS), model, files)
         assembler = dataclasses.replace(assembler, weight_format=weight_format)
     if weight_format.method_member is not None:
+        if isinstance(weight_format, PackedFormat):  # a shadow is made anew at each build: what is kept is packed
+            weight_format = dataclasses.replace(weight_format, shadow=False)
         assembler = dataclasses.replace(
             assembler,
             cache=WeightCache(cache_folder("weights")),
@@ -117,8 +125,8 @@ def _plan(
     """A format for every linear, from what rounding it costs."""
     started = time.perf_counter()
     dense = dataclasses.replace(assembler, weight_format=Native(), pruner=NoPruning(), clock=PackClock())
-    # What sensitivities depend on: neither the budget nor the method that will choose the codes.
-    asked = dataclasses.replace(mixed, bits=16, method="rtn")
+    # What sensitivities depend on: neither the budgets nor the method that will choose the codes.
+    asked = Mixed(group_size=mixed.group_size)
     key = weights_key(
         model, files, asked, NoPruning(), dtype=assembler.dtype, device=assembler.device, is_calibrated=True
     )

@@ -34,10 +34,11 @@ from codesign.measure.session import BuildFacts, TrialFailed
 from codesign.measure.summary import Readings, metrics, unsupported_objectives, violations
 from codesign.measure.tier import RULES, TierRule
 from codesign.results.measurement import percentile_supported
-from codesign.results.record import Outcome, Tier, TrialIdentity, TrialRecord
+from codesign.results.record import MetricValue, Outcome, Tier, TrialIdentity, TrialRecord
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import METRICS
 from codesign.spec.profile import Profile
+from codesign.spec.rules import unjudged
 
 OnPhase = Callable[[str, float | None], None]
 FOREIGN_CPU_LIMIT = 0.10
@@ -127,10 +128,8 @@ class TrialRunner:
 
     def _check_retrieval(self) -> None:
         """Raises InputError when retrieval is asked for and the workload is too short to plant a fact in."""
-        wanted = {objective.metric for objective in self._profile.objectives}
-        wanted |= {limit.metric for limit in self._profile.slo.limits()}
         length, least = self._baseline.max_model_len, suites.LEAST_RETRIEVAL_TOKENS
-        if "retrieval_accuracy" in wanted and length < least:
+        if "retrieval_accuracy" in self._profile.asked_metrics and length < least:
             raise InputError(
                 f"retrieval needs at least {least} tokens of prompt and output, the workload has {length}",
                 file=self._profile.path,
@@ -204,6 +203,9 @@ class _Trial:
 
     def run(self) -> None:
         runner, phases = self._runner, self._phases
+        refusal = unjudged(self._config, runner.profile.asked_metrics)
+        if refusal is not None:
+            raise TrialFailed(Outcome(kind="unsupported", detail=refusal))
         with phases("spawn"):
             session = runner.open()
         with session:
@@ -251,8 +253,17 @@ class _Trial:
                 "quality": readings.quality or {},
                 "monitor": readings.monitor,
             }
+            if self._config.is_emulated:
+                found |= self._without_times(values)
         found["warnings"] = tuple(self._warnings)
         return found
+
+    def _without_times(self, values: Mapping[str, MetricValue]) -> dict[str, Any]:
+        """What takes the place of fields that hold times, or what goes with them: an emulation's say nothing."""
+        kept = {name: value for name, value in values.items() if not METRICS[name].is_timed}
+        dropped = ", ".join(name for name in values if name not in kept)
+        self._warnings.append(f"emulated, so nothing that depends on speed is kept: {dropped}, requests, monitor")
+        return {"metrics": kept, "requests": (), "monitor": {}}
 
     def _warm_up(self, session: ChildSession, tokens: TokenSource) -> None:
         """Loads of the same lengths until two in a row take the same time, within the tier's bounds."""
@@ -335,5 +346,4 @@ def _is_disturbed(reading: Mapping[str, Any]) -> bool:
 
 def wants_energy(profile: Profile) -> bool:
     """Whether an objective or a limit needs the energy counter, which is too coarse for a short window."""
-    named = {objective.metric for objective in profile.objectives} | {limit.metric for limit in profile.slo.limits()}
-    return any(METRICS[name].needs == "energy" for name in named)
+    return any(METRICS[name].needs == "energy" for name in profile.asked_metrics)

@@ -1,7 +1,7 @@
 """What a configuration needs in memory at the very least, from its shape alone.
 
     weights   linear layers at the format's bits, embeddings and head at the dtype's
-    KV cache  2 x layers x KV heads x head_dim x rows kept x sequences, at the dtype's bytes
+    KV cache  2 x layers x KV heads x head_dim x rows kept x sequences, at the codec's bytes
 
 A lower bound on purpose: workspaces, staging and the allocator's slack are left out, and what is not known counts as
 nothing. So a configuration that this calls too large cannot run, and can be ruled out without building it; one that it
@@ -17,8 +17,19 @@ from codesign.spec.kv_budget import kv_budget_tokens
 from codesign.units import format_bytes
 
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Bits per weight of linear layers, without scales. A format that is not listed counts as nothing.
-_WEIGHT_BITS = {"int8": 8.0, "int4": 4.0}
+# Bits per weight of linear layers, without scales (mixed: the smallest). A format that is not listed counts as nothing.
+_WEIGHT_BITS = {
+    "int8": 8.0,
+    "w8a8": 8.0,
+    "fp8": 8.0,
+    "int4": 4.0,
+    "nf4": 4.0,
+    "int3": 3.0,
+    "int2": 2.0,
+    "mixed": 2.0,
+}
+# Bytes per value of the cache, without scales. A codec that is not listed, and not in `_kv_value_bytes`, likewise.
+_KV_VALUE_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +94,7 @@ class MemoryEstimate:
 def estimate(size: ModelSize, config: EngineConfig) -> MemoryEstimate:
     """The least that `config` needs with a model of this size."""
     dtype_bytes = _DTYPE_BYTES[config.dtype]
-    row_bytes = 2 * size.num_kv_heads * size.head_dim * _kv_value_bytes(config.kv.codec, dtype_bytes)
+    row_bytes = 2 * size.num_kv_heads * size.head_dim * _kv_value_bytes(config.kv.codec, dtype_bytes, size.head_dim)
     rows = kept_tokens(config.kv.policy, config.max_model_len) * config.max_batch_size
     kv_bytes = int(size.num_layers * rows * row_bytes)
     if config.kv_memory_bytes is not None:
@@ -110,5 +121,17 @@ def _weight_bits(weights: Choice, dtype_bytes: int) -> float:
     return 8.0 * dtype_bytes if weights.name == "native" else _WEIGHT_BITS.get(weights.name, 0.0)
 
 
-def _kv_value_bytes(codec: Choice, dtype_bytes: int) -> float:
-    return dtype_bytes if codec.name == "native" else 0.0
+def _kv_value_bytes(codec: Choice, dtype_bytes: int, head_dim: int) -> float:
+    if codec.name == "native":
+        return dtype_bytes
+    if codec.name == "low_rank":
+        ranks = [codec.knob_dict.get("rank"), codec.knob_dict.get("value_rank")]
+        return dtype_bytes * sum(_rank(rank, head_dim) for rank in ranks) / (2 * head_dim)
+    return _KV_VALUE_BYTES.get(codec.name, 0.0)
+
+
+def _rank(rank: object, head_dim: int) -> int:
+    """A number of directions, or a fraction of head_dim rounded down; what is neither counts as nothing."""
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
+        return 0
+    return rank if isinstance(rank, int) else int(rank * head_dim)

@@ -17,7 +17,7 @@ from codesign.search.inputs import inputs_of
 from codesign.search.interrupt import Interrupt
 from codesign.search.ledger import load
 from codesign.search.limits import Limits
-from codesign.search.preflight import check_device, memory_check, usable_objectives
+from codesign.search.preflight import check_device, memory_check, say_ruled_out, study_rules, usable_objectives
 from codesign.search.progress import ConsoleProgress
 from codesign.search.study import Study, StudyResult
 from codesign.search.suggest import Points
@@ -63,20 +63,22 @@ def run_search(request: SearchRequest, console: Console, interrupt: Interrupt) -
     TARGETS.check(request.target, key="--target")
     profile = load_profile(request.profile, model_override=request.model, fetch=resolve)
     check_device(profile)
-    points = Points(load_space(_space_path(profile, request)), profile.workload.max_model_len)
-    baseline = points.baseline().config
+    space = load_space(_space_path(profile, request))
     notes: list[str] = []
     objectives = usable_objectives(profile, notes.append)
+    measured = dataclasses.replace(profile, objectives=objectives)
+    points = Points(space, profile.workload.max_model_len, refuse=study_rules(measured))
+    baseline = points.baseline().config
     inputs = inputs_of(profile, points.space, objectives, target=request.target, seed=request.seed)
     progress = ConsoleProgress(console, objectives, baseline)
     with open_study(request.out, request.name, inputs) as folder, progress.shown():
         for note in notes:
             progress.say(note)
         progress.say(f"study {folder.path}: {_described(profile, points)}")
+        say_ruled_out(points, progress.say)
         records = load(folder.trials, progress.say)
         if records:
             check_same_world(records, provenance(profile.model_spec, profile.device), folder.path)
-        measured = dataclasses.replace(profile, objectives=objectives)
         with TrialRunner(measured, baseline=baseline) as runner:
             study = Study(
                 folder,

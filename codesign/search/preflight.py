@@ -15,10 +15,12 @@ from codesign.measure.monitor import energy_source, gpus
 from codesign.measure.provenance import machine
 from codesign.predict.memory import ModelSize, estimate
 from codesign.search.study import Misfit
+from codesign.search.suggest import Points
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import METRICS, Objective
 from codesign.spec.model import ModelSpec
 from codesign.spec.profile import Profile
+from codesign.spec.rules import lacking, unjudged
 from codesign.units import GIB, format_bytes
 
 _WAYS_ON = (
@@ -93,6 +95,23 @@ def _missing(objective: Objective, profile: Profile) -> str | None:
             return None if profile.slo.limits() else "the profile has no slo"
         case _:
             return None
+
+
+def study_rules(profile: Profile) -> Callable[[EngineConfig], str | None]:
+    """Says of a resolved configuration why no trial of this profile should be spent on it, or None."""
+
+    def refuse(config: EngineConfig) -> str | None:
+        return lacking(config, profile.hardware) or unjudged(config, profile.asked_metrics)
+
+    return refuse
+
+
+def say_ruled_out(points: Points, say: Callable[[str], None]) -> None:
+    """Says what part of the space no trial will be spent on, reason by reason."""
+    looked_at, reasons = points.ruled_out()
+    whole = "" if looked_at == points.space.size else " drawn at random"
+    for reason, count in reasons.items():
+        say(f"ruled out, {count} of {looked_at} points{whole}: {reason}")
 
 
 def memory_check(profile: Profile) -> Callable[[EngineConfig], Misfit | None]:

@@ -7,9 +7,10 @@ A list of numbers is an ordered scale, and Optuna is told so: it sees the place 
 category, and can learn that 16 lies between 8 and 32.
 """
 
+import collections
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import optuna
@@ -24,6 +25,8 @@ from codesign.errors import InputError
 from codesign.spec.domain import Domain, Values
 from codesign.spec.engine_config import EngineConfig, Scalar
 from codesign.spec.space import Pick, SearchSpace
+
+_LOOKED_AT = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +52,12 @@ class Points:
 
     Args:
         max_model_len: what the workload needs, where the space itself does not say.
+        refuse: why a resolved configuration makes no sense in this study, beside what the space itself rules out.
     """
 
     space: SearchSpace
     max_model_len: int | None = None
+    refuse: Callable[[EngineConfig], str | None] = lambda config: None
 
     def suggested(self, trial: optuna.Trial) -> Point:
         """The point that Optuna suggests for `trial`."""
@@ -123,6 +128,17 @@ class Points:
                 return
             wheels[-1] += 1
 
+    def ruled_out(self) -> tuple[int, dict[str, int]]:
+        """(how many points were looked at, reason -> how many of them it rules out), the most frequent reason first.
+
+        A small space is looked at whole, of another a sample.
+        """
+        size, rng = self.space.size, random.Random(0)
+        is_small = size is not None and size <= _LOOKED_AT
+        looked_at = list(self.all()) if is_small else [self.drawn(rng) for _ in range(_LOOKED_AT)]
+        reasons = collections.Counter(point.refusal for point in looked_at if point.refusal is not None)
+        return len(looked_at), dict(reasons.most_common())
+
     def _point(self, pick: Pick) -> Point:
         params: dict[str, Any] = {}
         distributions: dict[str, BaseDistribution] = {}
@@ -137,7 +153,7 @@ class Points:
             config = config.resolve()
         except InputError as error:  # knobs that their member refuses only together
             return Point(config, params, distributions, str(error))
-        return Point(config, params, distributions, self.space.refusal(config))
+        return Point(config, params, distributions, self.space.refusal(config) or self.refuse(config))
 
 
 def distribution_of(domain: Domain) -> BaseDistribution:

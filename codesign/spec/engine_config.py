@@ -104,6 +104,11 @@ class EngineConfig:
         """Dotted key -> (family, choice), for everything that is chosen from a family."""
         return {key: (family, operator.attrgetter(key)(self)) for key, family in FAMILIES.items()}
 
+    @property
+    def is_emulated(self) -> bool:
+        """Whether a choice stands for arithmetic that the machine does not have; for resolved configurations."""
+        return any(choice.knob_dict.get("emulated") is True for _, choice in self.choices().values())
+
     def flat(self) -> dict[str, Scalar | None]:
         """Every value under one dotted name: `weights` -> "int4", `weights.int4.group_size` -> 64.
 
@@ -148,6 +153,8 @@ class EngineConfig:
     def resolve(self, *, file: object = None) -> Self:
         """The same configuration with every member's default knobs filled in. Imports the chosen members.
 
+        A knob that is None is absent, and stays so: plain data has no other way to say it.
+
         Raises:
             InputError: a knob that its member does not know or refuses.
         """
@@ -155,7 +162,7 @@ class EngineConfig:
         for key, (family, choice) in self.choices().items():
             member = family.create(choice.name, file=file, key=key, **choice.knob_dict)
             knobs = {f.name: getattr(member, f.name) for f in dataclasses.fields(member)}
-            filled[key] = Choice.of(choice.name, **knobs)
+            filled[key] = Choice.of(choice.name, **{name: v for name, v in knobs.items() if v is not None})
         kv = KVConfig(policy=filled.pop("kv.policy"), codec=filled.pop("kv.codec"))
         return dataclasses.replace(self, kv=kv, **cast(dict[str, Any], filled))
 

@@ -28,6 +28,11 @@ class Metric:
     title: str
     resolution: float = 0.0
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether it is about time, or the energy and money that go with it: what an emulation cannot tell."""
+        return self.needs != "quality" and self.unit != "bytes"
+
 
 # The unmodified engine measured against itself shows 8e-15 nat (Zen 3, 2026-11-23), and an allocator grows in arenas.
 _RESOLUTION = {"kl_divergence": 1e-6, "perplexity": 1e-3, "peak_memory_bytes": float(MIB)}

@@ -57,6 +57,12 @@ class Profile:
         return self.hardware.device
 
     @property
+    def asked_metrics(self) -> frozenset[str]:
+        """Metrics that are optimised or limited."""
+        named = [objective.metric for objective in self.objectives] + [limit.metric for limit in self.slo.limits()]
+        return frozenset(named)
+
+    @property
     def digest(self) -> str:
         """Sixteen hex digits of everything above but the file's own place and the search space."""
         text = json.dumps(self.sections, sort_keys=True, separators=(",", ":"))

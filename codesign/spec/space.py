@@ -11,7 +11,8 @@
       reason: why not
 
 A family maps members to their own knobs, so a knob exists only where its member is chosen. What is not mentioned keeps
-its default. Values are lists or ranges (`spec/domain.py`); constraints are in `spec/constraint.py`.
+its default. Values are lists or ranges (`spec/domain.py`); constraints are in `spec/constraint.py`, and what makes no
+sense in any space is in `spec/rules.py`.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from codesign.registry import Family
 from codesign.spec.constraint import Constraint, read_constraints
 from codesign.spec.domain import Domain, Range, Values, read_domain
 from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, Choice, EngineConfig, KVConfig, Scalar
+from codesign.spec.rules import senseless, unpaid
 from codesign.spec.yaml import Document, Key, load_yaml
 
 Pick = Callable[[str, Domain], Scalar]
@@ -87,12 +89,13 @@ class SearchSpace:
         return _config(values)
 
     def refusal(self, config: EngineConfig) -> str | None:
-        """Why a constraint rules this configuration out, or None. Knobs left out count with their defaults."""
-        values = config.resolve().flat()
+        """Why a constraint or a rule of all spaces excludes this configuration, or None. Defaults count too."""
+        config = config.resolve()
+        values = config.flat()
         for constraint in self.constraints:
             if constraint.rules_out(values):
                 return constraint.reason
-        return None
+        return senseless(config) or unpaid(config)
 
     def default(self, max_model_len: int | None = None) -> EngineConfig:
         """The unmodified configuration that every study measures first: neutral members, EngineConfig's defaults.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from codesign.engine.kernels.triton import available
 from codesign.engine.quantize.format import GridFormat
+from codesign.engine.quantize.formats.fp8 import Fp8
 from codesign.engine.quantize.formats.int2 import Int2
 from codesign.engine.quantize.formats.int3 import Int3
 from codesign.engine.quantize.formats.int4 import Int4
@@ -184,29 +185,11 @@ def tinygemm(linear: PackedLinear, held: Tensor) -> Way:
 
 
 def scaled_mm(weight: Tensor) -> Way:
-    """fp8 weights, one scale a row, times activations rounded to fp8, one scale a token."""
-    name = "fp8: aten::_scaled_mm (activations rounded per token)"
-    if weight.device.type != "cuda":
-        return Way(name, "a kernel of CUDA")
-    if torch.cuda.get_device_capability(weight.device) < (8, 9):
-        return Way(name, "needs compute capability 8.9")
-
-    def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-        scale = values.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-        return (values.float() / scale).to(torch.float8_e4m3fn), scale
-
-    codes, scale = quantize(weight)
-    scale_row = scale.t().contiguous()
-
-    def multiply(x: Tensor) -> Tensor:
-        own, own_scale = quantize(x)
-        return torch._scaled_mm(own, codes.t(), own_scale, scale_row, out_dtype=torch.bfloat16)
-
-    def rounded(x: Tensor) -> Tensor:
-        own, own_scale = quantize(x)
-        return own.double() * own_scale.double()
-
-    return Way(name, multiply, weight.numel(), codes.double() * scale.double(), rounded)
+    try:
+        linear = Fp8().pack(weight, None, dtype=torch.bfloat16, workspace=Workspace())
+    except ValueError as error:  # this device does not multiply fp8
+        return Way("fp8: aten::_scaled_mm", str(error))
+    return Way(f"fp8: {linear.kernel}", linear, weight_bytes(linear), linear.dequantize().double(), linear.rounded)
 
 
 def tune(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codesign.engine.quantize.format import GridFormat, WeightFormat
 from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.measure.provenance import code_state, machine
 from codesign.registry import WEIGHT_FORMATS
@@ -47,10 +48,16 @@ def linears(shape: tuple[int, int], workspace: Workspace) -> dict[str, list[Line
         member = WEIGHT_FORMATS.create(name)
         first = member.pack(weight, None, dtype=torch.bfloat16, workspace=workspace)
         count = -(-_COLD_BYTES // first.num_bytes)
-        found[name] = [first] + [
-            member.pack(weight, None, dtype=torch.bfloat16, workspace=workspace) for _ in range(count - 1)
-        ]
+        found[name] = [first] + [copied(first, member, weight, workspace) for _ in range(count - 1)]
     return found
+
+
+def copied(linear: Linear, member: WeightFormat, weight: Tensor, workspace: Workspace) -> Linear:
+    """The same weight in memory of its own."""
+    if not isinstance(member, GridFormat):
+        return member.pack(weight, None, dtype=torch.bfloat16, workspace=workspace)
+    tensors = {name: tensor.clone() for name, tensor in linear.named_buffers()}
+    return member.restore(tensors, dtype=torch.bfloat16, workspace=workspace)
 
 
 def milliseconds(copies: list[Linear], x: Tensor) -> float:

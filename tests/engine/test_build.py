@@ -8,7 +8,9 @@ from codesign.engine.build import build_engine
 from codesign.engine.models.shape import ARCHITECTURES
 from codesign.engine.models.tiny import tiny_spec
 from codesign.errors import InputError, Unsupported
-from codesign.spec.engine_config import EngineConfig
+from codesign.predict.memory import ModelSize, estimate
+from codesign.registry import KV_CODECS
+from codesign.spec.engine_config import Choice, EngineConfig
 from codesign.spec.model import ModelSpec
 from tests.engine.driving import generate, request, tiny_engine
 from tests.engine.models.transformers_peer import peer, save
@@ -50,6 +52,34 @@ def test_facts_hold_the_bytes_that_theory_gives(dtype: str, size: int) -> None:
     assert all(facts["kernels"].values())
 
 
+@pytest.mark.parametrize(
+    ("name", "knobs", "bits"),
+    [
+        ("native", {}, 16),
+        ("int8", {}, 8),
+        ("w8a8", {}, 8),
+        ("fp8", {"emulated": True}, 8),
+        ("int4", {}, 4 + 32 / 64),
+        ("int4", {"group_size": 128, "symmetric": True}, 4 + 32 / 128),
+        ("nf4", {}, 4 + 8 / 64 + 32 / 256 / 64),
+        ("int3", {}, 3 + 32 / 64),
+        ("int3", {"group_size": 128, "symmetric": True}, 3 + 16 / 128),
+        ("int2", {}, 2 + 32 / 32),
+    ],
+)
+def test_a_built_model_holds_the_bits_that_its_format_promises(name: str, knobs: dict[str, Any], bits: float) -> None:
+    """Within 3 %: scales per row, norms and what kernel libraries pad are in it."""
+    spec = tiny_spec(hidden_size=512, intermediate_size=1536, num_attention_heads=8, head_dim=64)
+    config = EngineConfig(max_batch_size=1, max_model_len=64, weights=Choice.of(name, **knobs))
+    engine = build_engine(spec, config)
+    facts, shape = engine.facts(), engine.parts.model.shape
+    outside = 2 * shape.vocab_size * shape.hidden_size
+
+    theory = (facts["resolved"]["num_parameters"] - outside) * bits / 8 + outside * 2
+
+    assert facts["bytes"]["weights"] == pytest.approx(theory, rel=0.03)
+
+
 def test_tied_embeddings_are_counted_once() -> None:
     facts = tiny_engine(shape={"tie_word_embeddings": True}).facts()
 
@@ -85,6 +115,30 @@ def test_kv_memory_bounds_the_number_of_slots() -> None:
     assert bounded.facts()["bytes"]["kv"] <= whole * 5 // 8
     requests = [request(str(index), 20, 10) for index in range(5)]
     assert generate(bounded, *requests) == generate(tiny_engine(), *requests)
+
+
+@pytest.mark.parametrize("codec", KV_CODECS.names())
+def test_every_codec_fills_the_memory_it_is_given_and_generates(codec: str) -> None:
+    """Head size 32 so that every knob's default fits; half of what four native sequences need."""
+    shape, config = {"head_dim": 32}, {"kv": {"codec": codec}, "max_model_len": 512}
+    native = tiny_engine(shape=shape, max_model_len=512).facts()["bytes"]["kv"]
+    engine = tiny_engine(shape=shape, kv_memory_bytes=native // 2, **config)
+    single = tiny_engine(shape=shape, max_batch_size=1, **config)
+    facts, one = engine.facts(), single.facts()["bytes"]["kv"]
+    size = ModelSize(linear_params=0, other_params=0, num_layers=2, num_kv_heads=2, head_dim=32)
+
+    assert facts["bytes"]["kv"] == one * engine.num_slots <= native // 2
+    assert engine.num_slots == min(4, native // 2 // one)
+    assert (engine.num_slots > 2) == (codec in ("int8", "int4", "fp8"))
+    assert 0 < estimate(size, single.parts.config).kv_bytes <= one
+    out = generate(engine, *[request(str(index), 150, 20, ignore_eos=True) for index in range(5)])
+    assert all(len(tokens) == 20 for tokens in out.values())
+    assert engine.facts()["bytes"]["kv_staging"] == 0
+
+
+def test_a_codec_of_groups_with_a_policy_that_evicts_is_refused_by_name() -> None:
+    with pytest.raises(Unsupported, match=r"kv.codec 'int4' encodes groups of 32 tokens, of which kv.policy 'h2o'"):
+        tiny_engine(kv={"policy": {"name": "h2o", "kv_budget": 64}, "codec": "int4"})
 
 
 def test_kv_memory_too_small_for_one_sequence_says_the_need() -> None:

@@ -8,11 +8,13 @@ import torch
 
 from codesign.engine.build import build_engine
 from codesign.engine.models.tiny import tiny_spec
+from codesign.engine.quantize.formats.fp8 import Fp8
 from codesign.engine.quantize.linear import Workspace
+from codesign.errors import Unsupported
 from codesign.measure.child_session import ChildSession
 from codesign.measure.monitor import MIN_ENERGY_WINDOW_S, Monitor, energy_source, gpus, make_probe
 from codesign.measure.nursery import Nursery
-from codesign.registry import KV_POLICIES, WEIGHT_FORMATS
+from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.request import Request, SamplingParams
 from tests.engine.driving import generate, request
@@ -38,12 +40,72 @@ def test_greedy_tokens_equal_those_of_the_cpu(policy: str) -> None:
     assert on_gpu == on_cpu
 
 
+@pytest.mark.parametrize("codec", KV_CODECS.names())
+def test_every_codec_generates_what_it_generates_on_the_cpu(codec: str) -> None:
+    """Two greedy tokens may differ where rounding falls the other way; most do not."""
+    chosen = config(kv={"codec": codec})
+    requests = [request(f"r{index}", 100 + 20 * index, 12, ignore_eos=True) for index in range(4)]
+    on_cpu = generate(build_engine(tiny_spec(), chosen), *requests)
+    on_gpu = generate(build_engine(tiny_spec(), chosen, device="cuda"), *requests)
+
+    first = [(on_cpu[name][:3], on_gpu[name][:3]) for name in on_cpu]
+    assert sum(cpu == gpu for cpu, gpu in first) >= 3
+
+
 @pytest.mark.parametrize("weights", ["native", "int8", {"name": "int4", "group_size": 32}, "int3", "int2", "nf4"])
 def test_every_weight_format_runs(weights: Any) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     engine = build_engine(tiny_spec(**shape), config(dtype="bf16", weights=weights), device="cuda")
 
     assert len(generate(engine, request("r", 32, 8, ignore_eos=True))["r"]) == 8
+
+
+def has_fp8() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 9)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 16, 300])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_fp8_tensor_cores_multiply_what_the_weights_say(num_rows: int, has_bias: bool) -> None:
+    if not has_fp8():
+        pytest.skip("needs compute capability 8.9")
+    weight, bias = torch.randn(336, 512, device="cuda") * 0.05, torch.randn(336, device="cuda")
+    linear = Fp8().pack(weight, bias if has_bias else None, dtype=torch.bfloat16, workspace=Workspace())
+    x = torch.randn(num_rows, 512, device="cuda").bfloat16()
+    x[0] = 0
+
+    found = linear(x)
+
+    wanted = linear.rounded(x).double() @ linear.dequantize().double().t()
+    if has_bias:
+        wanted += bias.bfloat16().double()
+    assert "aten::_scaled_mm" in linear.kernel
+    assert linear.num_bytes == 336 * 512 + 336 * 4 + (336 * 2 if has_bias else 0)
+    assert float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)) < 8e-3
+
+
+def test_fp8_rounds_on_the_gpu_as_its_emulation_does_on_the_cpu() -> None:
+    if not has_fp8():
+        pytest.skip("needs compute capability 8.9")
+    weight, x = torch.randn(64, 128) * 0.05, torch.randn(9, 128).bfloat16()
+    here = Fp8(emulated=True).pack(weight, None, dtype=torch.bfloat16, workspace=Workspace())
+    there = Fp8().pack(weight.cuda(), None, dtype=torch.bfloat16, workspace=Workspace())
+
+    # A scale may differ in its last bit, which moves the rare weight that lies between two values.
+    for found, wanted in ((there.dequantize(), here.dequantize()), (there.rounded(x.cuda()), here.rounded(x))):
+        assert float((found.cpu() - wanted).norm() / wanted.norm()) < 2e-3
+
+
+def test_fp8_runs_where_it_can_and_is_refused_elsewhere() -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    wanted = config(dtype="bf16", weights="fp8")
+    if has_fp8():
+        engine = build_engine(tiny_spec(**shape), wanted, device="cuda")
+        assert "_scaled_mm" in engine.facts()["kernels"]["weights"]
+        assert len(generate(engine, request("r", 32, 8, ignore_eos=True))["r"]) == 8
+    else:
+        with pytest.raises(Unsupported, match=r"compute capability 8\.9 and above"):
+            build_engine(tiny_spec(**shape), wanted, device="cuda")
 
 
 KERNELS = {"int8": "w8a16", "int4": "w4a16", "int3": "w3a16", "int2": "w2a16", "nf4": "nf4"}

@@ -70,6 +70,17 @@ def test_a_policy_that_keeps_eight_rows_shows_it(suite: dict[str, Any], referenc
     assert min(scores["kl"]) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("codec", "most"), [("int8", 1e-4), ("fp8", 5e-3), ({"name": "int4", "residual_tokens": 0}, 5e-3)], ids=str
+)
+def test_a_codec_costs_little_and_what_it_costs_is_seen(
+    codec: Any, most: float, suite: dict[str, Any], reference: Path
+) -> None:
+    scores = judged(suite, reference, kv={"codec": codec})
+
+    assert 1e-6 < max(scores["kl"]) < most
+
+
 def test_one_plain_forward_pass_would_have_seen_no_eviction(suite: dict[str, Any]) -> None:
     """The whole text as one prompt: the policy acts after it, so its logits are those of the full cache."""
     tokens = tuple(suite["text"]["sequences"][0])

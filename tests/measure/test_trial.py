@@ -15,9 +15,12 @@ from codesign.measure.suite import SuiteSize
 from codesign.measure.tier import RULES
 from codesign.measure.trial import TrialRunner
 from codesign.results.record import TrialIdentity, TrialRecord
-from codesign.spec.engine_config import EngineConfig
+from codesign.spec.engine_config import Choice, EngineConfig
+from codesign.spec.metrics import METRICS, Objective
 from codesign.spec.model import ModelSpec
 from codesign.spec.profile import Profile, load_profile
+from codesign.spec.rules import unjudged
+from codesign.spec.slo import Slo
 
 PROFILE = """
 hardware: {name: here, device: cpu, cores: 1}
@@ -115,6 +118,42 @@ def test_a_configuration_that_cannot_be_built_is_a_typed_result(runner: TrialRun
     assert record.outcome.kind == "unsupported"
     assert "positions" in record.outcome.detail
     assert record.metrics == {}
+
+
+EMULATED = {"name": "fp8", "emulated": True}
+
+
+def test_an_emulation_is_not_measured_where_speed_is_asked_for(runner: TrialRunner) -> None:
+    record = measured(runner, 1, weights=EMULATED)
+
+    assert record.outcome.kind == "unsupported"
+    assert "no speed, and the profile asks for throughput_tokens_per_s, tpot_ms" in record.outcome.detail
+    assert record.metrics == record.phases == {}
+    assert not record.is_feasible
+
+
+@pytest.mark.parametrize("asked", ["slo", "objectives"])
+def test_a_limit_on_speed_asks_for_it_as_much_as_an_objective(profile: Profile, asked: str) -> None:
+    only = dataclasses.replace(
+        profile, **{asked: {"slo": Slo(), "objectives": (Objective.of("kl_divergence"),)}[asked]}
+    )
+
+    assert unjudged(EngineConfig(weights=Choice.of("fp8", emulated=True)), only.asked_metrics)
+
+
+def test_an_emulation_leaves_quality_and_bytes_and_no_time_in_its_record(profile: Profile, folder: Path) -> None:
+    objectives = (Objective.of("kl_divergence"), Objective.of("weights_bytes"))
+    quality = dataclasses.replace(profile, objectives=objectives, slo=Slo())
+    with TrialRunner(quality, baseline=BASELINE, cache_dir=folder / "cache") as runner:
+        record = measured(runner, 1, weights=EMULATED)
+
+    assert record.outcome.kind == "ok"
+    assert {"kl_divergence", "top1_agreement", "perplexity", "weights_bytes", "kv_bytes"} <= set(record.metrics)
+    assert not [name for name in record.metrics if METRICS[name].is_timed]
+    assert not record.requests and not record.monitor
+    assert 0 < record.metrics["kl_divergence"].value < 0.1
+    assert record.kernels["weights"].startswith("emulation of fp8")
+    assert any("throughput_tokens_per_s" in warning for warning in record.warnings)
 
 
 @pytest.mark.usefixtures("baseline")

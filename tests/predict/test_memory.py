@@ -3,11 +3,14 @@
 import dataclasses
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from codesign.engine.kv.policies.streaming_llm import StreamingLLM
+from codesign.engine.quantize.linear import Workspace
 from codesign.predict.memory import ModelSize, estimate, kept_tokens
+from codesign.registry import WEIGHT_FORMATS
 from codesign.spec.engine_config import Choice, EngineConfig, KVConfig
 from codesign.units import GIB
 
@@ -41,6 +44,18 @@ def test_four_bits_take_a_quarter_of_the_linear_layers() -> None:
     assert native.weights_bytes - int4.weights_bytes == SIZE.linear_params * 3 // 2
 
 
+@pytest.mark.parametrize("name", [name for name in WEIGHT_FORMATS.names() if name != "native"])
+def test_every_format_is_counted_and_never_above_what_it_holds(name: str) -> None:
+    """The bits of a weight as packed, scales included, are the upper bound."""
+    knobs = {"emulated": True} if "emulated" in WEIGHT_FORMATS.knobs(name) else {}
+    linear = WEIGHT_FORMATS.create(name, **knobs).pack(
+        torch.randn(128, 256), None, dtype=torch.bfloat16, workspace=Workspace()
+    )
+    size = ModelSize(linear_params=128 * 256, other_params=0, num_layers=1, num_kv_heads=1, head_dim=1)
+
+    assert 0 < estimate(size, EngineConfig(weights=Choice(name))).weights_bytes <= linear.num_bytes
+
+
 def test_tied_embeddings_count_once() -> None:
     tied = ModelSize.of({**LLAMA_8B, "tie_word_embeddings": True})
 
@@ -60,6 +75,23 @@ def test_tied_embeddings_count_once() -> None:
 )
 def test_rows_kept_by_a_policy(policy: Choice, kept: int) -> None:
     assert kept_tokens(policy, 1000) == kept
+
+
+@pytest.mark.parametrize(
+    ("codec", "share"),
+    [
+        (Choice("int8"), 1 / 2),
+        (Choice("fp8"), 1 / 2),
+        (Choice.of("int4", group_size=32), 1 / 4),
+        (Choice.of("low_rank", rank=0.25, value_rank=96), 1 / 2),
+        (Choice.of("low_rank", rank=0.25), 1 / 8),
+    ],
+    ids=str,
+)
+def test_share_of_a_bf16_cache_that_a_codec_needs_at_least(codec: Choice, share: float) -> None:
+    native = estimate(SIZE, EngineConfig()).kv_bytes
+
+    assert estimate(SIZE, EngineConfig(kv=KVConfig(policy=Choice("full"), codec=codec))).kv_bytes == native * share
 
 
 def test_what_is_not_known_counts_as_nothing_so_that_nothing_is_ruled_out_wrongly() -> None:

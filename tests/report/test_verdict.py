@@ -3,12 +3,13 @@ import random
 from pathlib import Path
 
 from codesign.report.compare import change
-from codesign.report.payoff import payoffs
+from codesign.report.page import write_report
+from codesign.report.payoff import payoffs, summary
 from codesign.report.study import Study
 from codesign.report.verdict import Verdict, pick_tie, verdict
 from codesign.results.record import TrialRecord
-from codesign.spec.metrics import Objective
-from tests.report.recorded import config, failed_record, interval, ok_record, records, write_study
+from codesign.spec.metrics import METRICS, Objective
+from tests.report.recorded import config, failed_record, inputs, interval, ok_record, records, write_study
 
 
 def said(folder: Path, made: list[TrialRecord]) -> Verdict:
@@ -124,3 +125,21 @@ def test_a_pick_says_whom_it_is_tied_with(tmp_path: Path) -> None:
 
     assert text.startswith("No measurable difference in throughput to #")
     assert f"#{fastest.number}" not in text
+
+
+def test_a_trial_without_speed_gets_no_claim_of_speed(tmp_path: Path) -> None:
+    """As an emulation leaves it: on the front for its bytes, and nowhere said to be fast or slow."""
+    made = [ok_record(0, config(), random.Random(1)), ok_record(1, config("int8"), random.Random(2))]
+    kept = {name: value for name, value in made[1].metrics.items() if not METRICS[name].is_timed}
+    made[1] = dataclasses.replace(made[1], metrics=kept, requests=(), monitor={}, violations={})
+    objectives = [item for item in inputs()["objectives"] if not METRICS[item["metric"]].is_timed]
+    study = Study.load(write_study(tmp_path, made, inputs(objectives=objectives)))
+
+    found = payoffs(study)
+
+    assert {record.number for record in study.front} == {0, 1}
+    assert "fastest" not in study.picks
+    assert verdict(study, found).headline.endswith("no fastest configuration could be named.")
+    assert [payoff.verdict for payoff in found] == ["unknown"]
+    assert "speed not measured" in summary(found)
+    assert write_report(tmp_path).exists()

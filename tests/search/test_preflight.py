@@ -8,11 +8,13 @@ import pytest
 from codesign.errors import InputError, Unsupported
 from codesign.measure.monitor import EnergySource
 from codesign.search import preflight
-from codesign.search.preflight import check_device, memory_check, usable_objectives
+from codesign.search.preflight import check_device, memory_check, study_rules, usable_objectives
+from codesign.search.suggest import Points
 from codesign.search.world import check_same_world
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.profile import Profile, load_profile
 from tests.search.fake_measure import record_of
+from tests.search.studies import space_of
 from tests.search.test_objective import identity
 
 MODEL = (
@@ -114,6 +116,55 @@ def test_memory_is_checked_against_the_smaller_of_profile_and_machine(
     assert small is not None and "has 12 GiB" in small.detail and small.excess > 0
     assert large is None
     assert memory_check(profile(tmp_path, hardware % 200))(EngineConfig(max_batch_size=4096)) is not None
+
+
+FP8 = "weights: {native: {}, fp8: {}, w8a8: {}}"
+GPU = "{name: x, device: cuda, compute_capability: '%s'}"
+
+
+@pytest.mark.parametrize(
+    ("hardware", "space", "left"),
+    [
+        (GPU % "8.0", FP8, {"native", "w8a8"}),
+        (GPU % "8.9", FP8, {"native", "w8a8", "fp8"}),
+        (GPU % "10.0", FP8, {"native", "w8a8", "fp8"}),
+        ("{name: x, device: cuda}", FP8, {"native", "w8a8", "fp8"}),
+        ("{name: x, device: cpu}", FP8, {"native", "w8a8"}),
+        ("{name: x, device: cpu}", "weights: {native: {}, fp8: {emulated: true}}", {"native", "fp8"}),
+        (GPU % "9.0", "weights: {native: {}, fp8: {emulated: true}}", {"native"}),
+    ],
+)
+def test_no_trial_is_spent_on_a_format_that_the_hardware_cannot_multiply(
+    tmp_path: Path, hardware: str, space: str, left: set[str]
+) -> None:
+    """A capability that the profile does not say rules nothing out: the build will tell."""
+    points = Points(space_of(tmp_path, space), refuse=study_rules(profile(tmp_path, hardware)))
+
+    assert {point.config.weights.name for point in points.all() if point.refusal is None} == left
+
+
+@pytest.mark.parametrize(
+    ("objectives", "more", "is_refused"),
+    [
+        ("[kv_bytes]", "", False),
+        ("[kv_bytes, kl_divergence]", "slo: {quality: {max_kl: 1}, memory_gib: 2}", False),
+        ("[kv_bytes, tpot_ms]", "", True),
+        ("[energy_per_token_j]", "", True),
+        ("[cost_per_mtok]", "", True),
+        ("[goodput_requests_per_s]", "", True),
+        ("[kv_bytes]", "slo: {e2e_ms: {p99: 1000}}", True),
+        ("[kv_bytes]", "slo: {power_w: 100}", True),
+    ],
+)
+def test_an_emulation_is_proposed_only_where_nobody_asks_for_speed(
+    tmp_path: Path, objectives: str, more: str, is_refused: bool
+) -> None:
+    refuse = study_rules(profile(tmp_path, "{name: x, device: cpu}", objectives, more))
+
+    found = refuse(EngineConfig.from_dict({"weights": {"name": "fp8", "emulated": True}}).resolve())
+
+    assert (found is not None and "no speed" in found) == is_refused
+    assert refuse(EngineConfig()) is None
 
 
 def test_a_study_does_not_go_on_in_another_world() -> None:

@@ -47,6 +47,17 @@ def test_no_configuration_is_measured_twice_and_an_exhausted_space_is_said(tmp_p
     assert "every configuration" in result.stopped
 
 
+def test_two_of_four_at_a_small_batch_is_never_tried(tmp_path: Path) -> None:
+    text = "max_batch_size: [8, 64]\nprune: {none: {}, wanda: {pattern: [two_of_four]}}\n"
+    space, measure = space_of(tmp_path, text), FakeMeasure()
+
+    result = run_study(tmp_path, space, measure=measure, limits=Limits(trials=50))
+
+    tried = {(config.max_batch_size, config.prune.name) for _, config in measure.calls}
+    assert tried == {(8, "none"), (64, "none"), (64, "wanda")}
+    assert "every configuration that the search space allows" in result.stopped
+
+
 def test_an_interrupted_study_draws_what_an_uninterrupted_one_draws(tmp_path: Path) -> None:
     space = space_of(tmp_path)
     whole = run_study(tmp_path / "a", space, limits=Limits(trials=14))

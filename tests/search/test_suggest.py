@@ -12,6 +12,7 @@ from codesign.search.objective import FAILURE, Told
 from codesign.search.suggest import Points, decode, distribution_of, encode
 from codesign.spec.domain import Domain, Range, Values
 from codesign.spec.metrics import Objective
+from codesign.spec.space import load_space
 from tests.search.studies import space_of
 
 CONDITIONAL = """
@@ -79,6 +80,50 @@ def test_a_value_that_the_space_does_not_offer_has_no_place(points: Points) -> N
 
     assert place.params["weights"] == "native"
     assert "max_batch_size" in offered.params
+
+
+SPARSE = """
+max_batch_size: [8, 64]
+weights: {native: {}, int4: {}}
+prune: {none: {}, wanda: {pattern: [unstructured, two_of_four]}}
+"""
+
+
+def test_two_of_four_is_proposed_only_where_it_can_pay(tmp_path: Path) -> None:
+    points = Points(space_of(tmp_path, SPARSE))
+
+    offered = {
+        (point.config.weights.name, point.config.max_batch_size)
+        for point in points.all()
+        if point.refusal is None and point.config.prune.knob_dict.get("pattern") == "two_of_four"
+    }
+
+    assert offered == {("native", 64)}
+
+
+def test_what_is_ruled_out_is_counted_by_its_reason(tmp_path: Path) -> None:
+    looked_at, reasons = Points(space_of(tmp_path, SPARSE)).ruled_out()
+
+    assert looked_at == 12
+    assert {reason.partition(":")[0]: count for reason, count in reasons.items()} == {
+        "prune.pattern two_of_four with packed weights": 2,
+        "prune.pattern two_of_four with max_batch_size below 64": 1,
+    }
+
+
+def test_of_a_large_space_a_sample_is_looked_at(tmp_path: Path) -> None:
+    looked_at, reasons = Points(space_of(tmp_path, SPARSE + "max_step_tokens: {low: 256, high: 4096}")).ruled_out()
+
+    assert 100 <= looked_at <= 1000
+    assert 0 < sum(reasons.values()) < looked_at / 2
+
+
+def test_the_shipped_space_of_weights_never_prunes_before_gptq() -> None:
+    points = list(Points(load_space(Path(__file__).parents[2] / "search_spaces/weights.yaml")).all())
+    both = [p for p in points if p.config.prune.name != "none" and p.config.weights.knob_dict.get("method") == "gptq"]
+
+    assert both and all(point.refusal is not None for point in both)
+    assert sum(point.refusal is not None for point in points) == len(both)
 
 
 def test_a_list_of_numbers_is_an_ordered_scale() -> None:

@@ -40,7 +40,7 @@ def test_every_default_choice_is_a_neutral_member_that_exists() -> None:
 def test_resolving_fills_in_every_knob_and_keeps_what_was_said() -> None:
     config = EngineConfig.from_dict({"weights": "int4", "kv": {"policy": {"name": "h2o", "kv_budget": 100}}}).resolve()
 
-    assert config.weights == Choice.of("int4", group_size=64, method="rtn", symmetric=False)
+    assert config.weights == Choice.of("int4", group_size=64, method="rtn", shadow=False, symmetric=False)
     assert config.kv.policy.knob_dict["kv_budget"] == 100
     assert set(config.kv.policy.knob_dict) == set(FAMILIES["kv.policy"].knobs("h2o"))
     assert config.resolve() == config
@@ -52,6 +52,27 @@ def test_one_engine_has_one_digest_however_it_is_written() -> None:
 
     assert short.digest == long.digest
     assert short.digest != EngineConfig.from_dict({"weights": {"name": "int4", "group_size": 32}}).resolve().digest
+
+
+@pytest.mark.parametrize(
+    ("written", "resolved"),
+    [
+        ({}, {"bits": 4.5}),
+        ({"bits": 4.5}, {"bits": 4.5}),
+        ({"bits": 3}, {"bits": 3}),
+        ({"max_kl": 0.1}, {"max_kl": 0.1}),
+    ],
+)
+def test_a_knob_that_is_absent_stays_out_of_the_document(
+    written: dict[str, float], resolved: dict[str, float], tmp_path: Path
+) -> None:
+    config = EngineConfig.from_dict({"weights": {"name": "mixed", **written}}).resolve()
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_yaml(config.to_dict()))
+
+    assert config.to_dict()["weights"] == {"name": "mixed", "method": "rtn", "group_size": 64, **resolved}
+    assert config.resolve() == EngineConfig.from_dict(config.to_dict()) == load_config(path) == config
+    assert load_config(path).digest == config.digest
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,19 @@ sequence, query heads as they are.
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
 
 class AttentionBackend(ABC):
-    """The protocol. Members are frozen dataclasses of knobs."""
+    """The protocol. Members are frozen dataclasses of knobs.
+
+    Attributes:
+        is_plain: the reference: no kernel that reads encoded rows may stand in for it.
+    """
+
+    is_plain: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -14,17 +14,20 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
+from codesign.engine.attention.output import OutputAttention
+from codesign.engine.attention.ragged import attend_ragged
 from codesign.engine.attention.rope import Rope, rotate
-from codesign.engine.attention.weights import column_sums, weights
+from codesign.engine.attention.weights import column_sums
 from codesign.engine.batch import Batch
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policy import KVPolicy
+from codesign.engine.kv.ragged import RaggedGroup
+from codesign.engine.kv.recent import RecentQueries
 from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.kv.store import DenseStore
 from codesign.engine.step import StepPlan
-from codesign.errors import Unsupported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +44,14 @@ class _Step:
     """Attributes:
     output_tokens: which packed tokens are output tokens; None means all of them.
     rows: layer -> where those go.
+    slots_positions: of each of those, two tensors, for a policy that looks at recent queries.
     """
 
     cos: Tensor
     signed_sin: Tensor
     output_tokens: Tensor | None
     rows: dict[int, Tensor]
+    slots_positions: tuple[Tensor, Tensor] | None
     groups: tuple[_GroupStep, ...]
 
 
@@ -79,6 +84,7 @@ class Attention:
         device: torch.device,
     ) -> None:
         self.policy, self.codec, self.backend = policy, codec, backend
+        self._cos, self._signed_sin = rope.tables(max_model_len, device)
         self.store = DenseStore(
             num_layers=num_layers,
             num_slots=num_slots,
@@ -87,20 +93,36 @@ class Attention:
             max_model_len=max_model_len,
             max_query_len=max_query_len,
             policy=policy,
+            codec=codec,
+            rope_tables=(self._cos, self._signed_sin),
             dtype=dtype,
             device=device,
         )
         is_bounded = any(group.is_bounded for group in self.store.groups)
-        if is_bounded and not codec.rows_mutable:
-            raise Unsupported("a KV policy that evicts needs a codec whose rows can be overwritten: use codec native")
-        self.kernel = backend.kernel
+        if is_bounded and policy.needs_keys:
+            for group in self.store.groups:
+                group.recent = RecentQueries(
+                    len(group.layers),
+                    num_slots,
+                    num_heads,
+                    head_dim,
+                    window_tokens=policy.window_tokens,
+                    max_query_len=max_query_len,
+                    scale=scale,
+                    dtype=dtype,
+                    device=device,
+                )
+        self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
+        self.kernel = self._attend_slots.kernel
         if is_bounded and policy.evidence == "column_sums":
             self.kernel += " + column pass"
+        if is_bounded and policy.head_budgets == "ragged":
+            decoded = "" if codec.is_native else f" ragged heads {backend.kernel} over decoded rows,"
+            self.kernel += f",{decoded} a call per slot and KV head"
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
         self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
         self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
         self._dtype, self._device = dtype, device
-        self._cos, self._signed_sin = rope.tables(max_model_len, device)
         self._where = {
             layer: (number, index)
             for number, group in enumerate(self.store.groups)
@@ -136,8 +158,14 @@ class Attention:
         self._check(plan, starts)
         groups = tuple(self._group_step(group, plan, starts) for group in self.store.groups)
         output_tokens, rows = self._reserve(batch, starts)
+        slots_positions = None
+        if rows and any(group.recent is not None for group in self.store.groups):
+            facts = zip(plan.slots, plan.query_lens, strict=True)
+            token_slots = torch.tensor([own for own, length in facts for _ in range(length)], device=self._device)
+            output = slice(None) if output_tokens is None else output_tokens
+            slots_positions = token_slots[output], batch.positions[output]
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
-        self._step = _Step(cos[:, None], signed_sin[:, None], output_tokens, rows, groups)
+        self._step = _Step(cos[:, None], signed_sin[:, None], output_tokens, rows, slots_positions, groups)
 
     def _check(self, plan: StepPlan, starts: tuple[int, ...]) -> None:
         for index, slot in enumerate(plan.slots):
@@ -203,6 +231,8 @@ class Attention:
             tokens = step.output_tokens
             new_key, new_value = (k, v) if tokens is None else (k[tokens], v[tokens])
             self.store.write(step.rows[layer], new_key, new_value)
+            if group.recent is not None and step.slots_positions is not None:
+                group.recent.write(index, *step.slots_positions, q if tokens is None else q[tokens])
         if len(part.calls) == 1:
             return self._attend(part.calls[0], layer, group, index, q, k, v)
         out = q.new_empty(q.shape)
@@ -223,37 +253,44 @@ class Attention:
         query = q.view(shape)
         # [B, H_kv, G * Q, D]; with one query each nothing has to move
         query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        key = group.key[index, call.slots, :, : call.num_rows]
-        value = group.value[index, call.slots, :, : call.num_rows]
-        out = self.backend.attend(query, key, value, mask=call.mask, is_causal=False, scale=self._scale)
-        if group.pending_column is not None:
-            whole = slice(0, query.shape[2])
-            weight = weights(query, key, whole, mask=call.mask, is_causal=False, scale=self._scale)
-            mass = weight.view(*key.shape[:2], self._num_groups, call.num_queries, -1).mean(dim=2)  # [B, H_kv, Q, R]
-            group.pending_column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
+        column = group.pending_column
+        if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
+            out, weight = attend_ragged(self.backend, group, index, call, query, scale=self._scale), None
+        else:
+            out, weight = self._attend_slots(query, group, index, call, want_weights=column is not None)
+        if column is not None and weight is not None:
+            mass = weight.view(*weight.shape[:2], self._num_groups, call.num_queries, -1).mean(dim=2)  # [B, H_kv, Q, R]
+            column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
         if call.num_queries > 1:
-            out = out.reshape(*key.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
+            out = out.reshape(*out.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
         return out.reshape(q.shape)
 
     def _attend_prompt(
         self, call: Call, layer: int, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """A prompt chunk; when it is the last one of a bounded layer, its rows are selected and admitted here."""
+        """A prompt chunk; when it is the last one of a staged layer, its rows are selected and admitted here."""
         (span,) = call.spans
         query, new_key, new_value = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [H, n, D]
-        if not group.is_bounded:
-            group.key[index, span.slot, :, span.num_past : call.num_rows] = new_key
-            group.value[index, span.slot, :, span.num_past : call.num_rows] = new_value
-            key = group.key[index, span.slot, :, : call.num_rows]
-            value = group.value[index, span.slot, :, : call.num_rows]
+        if not group.is_staged:
+            group.key[0][index, span.slot, :, span.num_past : call.num_rows] = new_key
+            group.value[0][index, span.slot, :, span.num_past : call.num_rows] = new_value
+            key = group.key[0][index, span.slot, :, : call.num_rows]
+            value = group.value[0][index, span.slot, :, : call.num_rows]
             return self._backend_prompt(call, query, key, value)
         where = (layer, span.slot)
         staged = self.staged_prompts.get(where)
         if staged is None:
             staged = self.staged_prompts[where] = StagedPrompt(self.policy, max_model_len=self._max_model_len)
         key, value = staged.append(new_key, new_value, query, is_last=span.is_prompt_end)
-        if self.policy.evidence == "column_sums":
-            sums = column_sums(query[None], key[None], mask=call.mask, is_causal=call.is_causal, scale=self._scale)
+        if group.column is not None:
+            sums = column_sums(
+                query[None],
+                key[None],
+                mask=call.mask,
+                is_causal=call.is_causal,
+                scale=self._scale,
+                decay=self.policy.column_decay,
+            )
             staged.add_column_sums(sums[0])
         out = self._backend_prompt(call, query, key, value)
         if span.is_prompt_end:

@@ -37,10 +37,20 @@ def weights(query: Tensor, key: Tensor, tile: slice, *, mask: Tensor | None, is_
     return score.softmax(dim=-1)
 
 
-def column_sums(query: Tensor, key: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    """[B, H_kv, R] fp32: weight each row received, summed over query rows, averaged over the query group."""
+def column_sums(
+    query: Tensor, key: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float, decay: float = 1.0
+) -> Tensor:
+    """[B, H_kv, R] fp32: weight each row received, summed over query rows, averaged over the query group.
+
+    Each tile recomputes its rows' log-sum-exp, so that nothing is asked of the backend and no M x R matrix exists.
+    Query i of M counts decay ** (M - 1 - i).
+    """
+    num_queries, num_rows = query.shape[2], key.shape[2]
+    age = torch.arange(num_queries - 1, -1, -1, dtype=torch.float32, device=key.device)
+    share = torch.pow(decay, age)
     total = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
-    for tile in query_tiles(query, key.shape[2]):
-        weight = weights(query, key, tile, mask=mask, is_causal=is_causal, scale=scale)
-        total += weight.sum(dim=3).mean(dim=2)
+    for tile in query_tiles(query, num_rows):
+        visible = tile.stop if is_causal else num_rows
+        weight = weights(query, key[:, :, :visible], tile, mask=mask, is_causal=is_causal, scale=scale)
+        total[:, :, :visible] += (share[tile] @ weight).mean(dim=2)
     return total

@@ -1,27 +1,36 @@
 """LayerGroup: the layers of a store that keep equally many rows, as views [L, S, H_kv, C] of its tensors."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from codesign.engine.kv.codec import KVCodec, Parts
+from codesign.engine.kv.encoded import EncodedTokens
 from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
+from codesign.engine.kv.recent import RecentQueries, VictimQueue
 from codesign.engine.kv.sinks import SinkKeys
 
 
 class LayerGroup:
     """Attributes:
     layers: which layers, in the order of the first dimension.
-    budget: rows kept per KV head; `is_bounded` when prompts are staged and rows are overwritten in place.
-    key, value: [L, S, H_kv, C, D].
+    budget: rows kept per KV head; `is_bounded` when rows are overwritten in place.
+    is_staged: whether a prompt waits in native precision until its end.
+    key, value: what the codec stores of rows, parts [L, S, H_kv, C, X].
+    encoded: tokens before those rows, where the codec encodes groups.
     position: [L, S, H_kv, C] int32.
     column: [L, S, H_kv, C] fp32, or None.
     pending_column: [L, S, H_kv, Q, C] fp32: what each pending query looked at, kept apart until it is accepted.
     row_start: [L, S, H_kv] first row in the store's tensors.
+    recent: newest queries, or None; attention brings them for a policy that `needs_keys`.
+    queue: victims named ahead, or None unless the policy looks ahead.
     """
 
     def __init__(
         self,
-        key: Tensor,
-        value: Tensor,
+        key: Parts,
+        value: Parts,
         position: Tensor | None,
         column: Tensor | None,
         *,
@@ -29,54 +38,148 @@ class LayerGroup:
         budget: int,
         start: int,
         shape: tuple[int, int, int, int],
+        head_dim: int,
         max_query_len: int,
         policy: KVPolicy,
+        codec: KVCodec,
+        encoded: EncodedTokens | None,
+        num_tokens: Sequence[int],
+        dtype: torch.dtype,
     ) -> None:
         self.layers, self.budget, self.is_bounded = layers, budget, position is not None
+        self.is_staged = self.is_bounded or not codec.is_native
+        self._codec, self._dtype, self._device = codec, dtype, key[0].device
+        self.encoded, self._num_tokens = encoded, num_tokens
         num_layers, num_slots, num_kv_heads, capacity = shape
         self.num_rows = num_layers * num_slots * num_kv_heads * capacity
         own = slice(start, start + self.num_rows)
-        device, head_dim = key.device, key.shape[1]
-        self.key, self.value = key[own].view(*shape, head_dim), value[own].view(*shape, head_dim)
+        device = self._device
+        self.key, self.value = (tuple(part[own].view(*shape, -1) for part in parts) for parts in (key, value))
         self.row_start = start + capacity * torch.arange(self.num_rows // capacity, device=device).view(shape[:3])
-        row_is_position = torch.arange(capacity, dtype=torch.int32, device=device).expand(shape)
+        row_is_position = torch.arange(budget, dtype=torch.int32, device=device).expand(*shape[:3], -1)
         self.position = row_is_position if position is None else position[own].view(shape)
         self.column = None if column is None else column[own].view(shape)
         self.pending_column: Tensor | None = None
+        self.column_decay = policy.column_decay
         if self.column is not None:
             self.pending_column = torch.zeros(*shape[:3], max_query_len, capacity, device=device)
         self.sinks: SinkKeys | None = None
         if self.is_bounded and policy.key_space == "pre_rope":
-            self.sinks = SinkKeys(self.key, policy.num_sink_tokens)
+            self.sinks = SinkKeys(self.key, policy.num_sink_tokens, codec, head_dim=head_dim, dtype=dtype)
+        self.recent: RecentQueries | None = None
+        self.queue: VictimQueue | None = None
+        if self.is_bounded and policy.lookahead(budget) > 1:
+            length = max(policy.lookahead(budget), max_query_len)
+            self.queue = VictimQueue(num_layers, num_slots, num_kv_heads, length, device)
 
     @property
-    def sink_key(self) -> Tensor | None:
-        return None if self.sinks is None else self.sinks.key
+    def beside(self) -> tuple[Tensor | None, ...]:
+        """What the policy keeps beside the rows."""
+        return (
+            self.pending_column,
+            None if self.sinks is None else self.sinks.key,
+            None if self.recent is None else self.recent.query,
+            None if self.queue is None else self.queue.named,
+        )
 
     def rows_after(self, num_tokens: int) -> int:
         """Rows that exist per KV head once `num_tokens` tokens are committed."""
         return min(num_tokens, self.budget)
 
+    def stored(self, index: int, slots: slice) -> tuple[Parts, Parts]:
+        """Parts of key and value of neighbouring slots, [B, H_kv, C, X] views."""
+        key, value = (tuple(part[index, slots] for part in parts) for parts in (self.key, self.value))
+        return key, value
+
+    def encoded_tokens(self, slots: slice) -> list[int]:
+        """How many tokens of each of these slots lie in groups."""
+        return [self._codec.encoded_tokens(self._num_tokens[slot]) for slot in range(slots.start, slots.stop)]
+
+    def read(self, index: int, slots: slice, heads: slice, num_rows: int) -> tuple[Tensor, Tensor]:
+        """key, value [B, H', num_rows, D] as attention reads them, pending rows included.
+
+        Views where they are stored so. What a slot does not have is anything finite.
+        """
+        if self.encoded is not None:
+            return self._read_groups(self.encoded, index, slots, heads, num_rows)
+        where = (index, slots, heads, slice(num_rows))
+        key, value = (
+            self._codec.decode(tuple(part[where] for part in parts), self._dtype) for parts in (self.key, self.value)
+        )
+        return key, value
+
+    def _read_groups(
+        self, encoded: EncodedTokens, index: int, slots: slice, heads: slice, num_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        num_encoded = self.encoded_tokens(slots)
+        decoded = encoded.decode(index, slots, heads, max(num_encoded))
+        for_each = []
+        for (rows,), groups in zip((self.key, self.value), decoded, strict=True):
+            out = groups.new_zeros(*groups.shape[:2], num_rows, groups.shape[3])
+            out[:, :, : groups.shape[2]] = groups
+            for slot, first in enumerate(num_encoded):
+                count = min(num_rows - first, rows.shape[3])
+                out[slot, :, first : first + count] = rows[index, slots.start + slot, heads, :count]
+            for_each.append(out)
+        return for_each[0], for_each[1]
+
+    def heads(self, index: int, slot: int, num_tokens: int) -> list[tuple[int, int]]:
+        """(first row, number of rows) of each KV head once `num_tokens` are committed, within the rows of the slot."""
+        num_kv_heads, width = self.position.shape[2:]
+        return [(head * width, self.rows_after(num_tokens)) for head in range(num_kv_heads)]
+
     def admit(self, index: int, slot: int, prompt: Prompt, kept: Tensor | None) -> None:
         """Moves a finished prompt into the slot: the rows `kept` [H_kv, K], or all of them."""
         num_heads, num_tokens, head_dim = prompt.key.shape
+        first = self._codec.encoded_tokens(num_tokens)
+        if self.encoded is not None and first:
+            self.encoded.encode(
+                slice(index, index + 1), slot, 0, prompt.key[None, :, :first], prompt.value[None, :, :first]
+            )
         if kept is None:
-            kept = torch.arange(num_tokens, device=self.key.device).expand(num_heads, -1)
+            kept = torch.arange(first, num_tokens, device=self._device).expand(num_heads, -1)
         num_rows = kept.shape[1]
         wide = kept[:, :, None].expand(-1, -1, head_dim)
-        self.key[index, slot, :, :num_rows] = prompt.key.gather(1, wide)
-        self.value[index, slot, :, :num_rows] = prompt.value.gather(1, wide)
+        for parts, rows in ((self.key, prompt.key), (self.value, prompt.value)):
+            for part, new in zip(parts, self._codec.encode(rows.gather(1, wide)), strict=True):
+                part[index, slot, :, :num_rows] = new
+        if not self.is_bounded:
+            return  # there rows stand in the order of positions
         self.position[index, slot, :, :num_rows] = kept
         if self.column is not None:
             assert prompt.column_sums is not None
             self.column[index, slot, :, :num_rows] = prompt.column_sums.gather(1, kept)
+        if self.recent is not None:
+            assert prompt.window_query is not None
+            seen = prompt.window_query.transpose(0, 1)
+            position = torch.arange(num_tokens - len(seen), num_tokens, device=self._device)
+            self.recent.write(index, slot, position, seen)
+
+    def release(self, slot: int) -> None:
+        """Forgets what was decided for the sequence in this slot."""
+        if self.queue is not None:
+            self.queue.clear(slot)
+
+    def flush(self, slot: int, num_tokens: int, count: int) -> None:
+        """Encodes the groups that `count` more committed tokens complete; the rows after them move up."""
+        first, last = self._codec.encoded_tokens(num_tokens), self._codec.encoded_tokens(num_tokens + count)
+        if self.encoded is None or first == last:
+            return
+        (key,), (value,) = self.key, self.value
+        num_done, num_left = last - first, num_tokens + count - last
+        self.encoded.encode(slice(None), slot, first, key[:, slot, :, :num_done], value[:, slot, :, :num_done])
+        for rows in (key[:, slot], value[:, slot]):
+            rows[:, :, :num_left] = rows[:, :, num_done : num_done + num_left].clone()
 
     def credit(self, slots: list[int], count: int) -> None:
         """Adds the attention mass of the first `count` pending queries of each slot to the rows they looked at."""
         if self.column is None or self.pending_column is None:
             return
-        index = _index(slots, self.key.device)
-        self.column[:, index] += self.pending_column[:, index, :, :count].sum(dim=3)
+        index, decay = _index(slots, self._device), self.column_decay
+        for query in range(count):
+            if decay != 1:
+                self.column[:, index] *= decay
+            self.column[:, index] += self.pending_column[:, index, :, query]
 
     def replace(self, policy: KVPolicy, slots: list[tuple[int, int]], num_new: int) -> tuple[Tensor, Tensor]:
         """Lets the policy name `num_new` rows per KV head of each full (slot, position of its first new row).
@@ -84,19 +187,42 @@ class LayerGroup:
         Returns:
             rows to overwrite and the pending rows that go there, as rows of the store.
         """
-        device, num_layers = self.key.device, len(self.layers)
+        start = self.row_start[:, _index([slot for slot, _ in slots], self._device)]
+        target = start[..., None] + self._victims(policy, slots, num_new)
+        source = start[..., None] + torch.arange(self.budget, self.budget + num_new, device=self._device)
+        return target.flatten(), source.flatten()
+
+    def _victims(self, policy: KVPolicy, slots: list[tuple[int, int]], num_new: int) -> Tensor:
+        """[L, B, H_kv, num_new] of each (slot, position of its first new row)."""
+        if self.queue is None:
+            return self._ask(policy, slots, num_new)
+        stale = [item for item in slots if self.queue.needs(item[0], num_new)]
+        if stale:
+            self.queue.fill([slot for slot, _ in stale], self._ask(policy, stale, self.queue.length))
+        return self.queue.take([slot for slot, _ in slots], num_new)
+
+    def _committed_keys(self, index: slice | Tensor) -> Tensor:
+        """[L * B, H_kv, budget, D] of full slots."""
+        parts = tuple(part[:, index, :, : self.budget].flatten(0, 1) for part in self.key)
+        return self._codec.decode(parts, self._dtype)
+
+    def _ask(self, policy: KVPolicy, slots: list[tuple[int, int]], num_victims: int) -> Tensor:
+        device, num_layers = self._device, len(self.layers)
         index = _index([slot for slot, _ in slots], device)
         next_position = torch.tensor([position for _, position in slots], device=device)
-        column = None if self.column is None else self.column[:, index, :, : self.budget].flatten(0, 1)
+        window_query = None
+        if self.recent is not None:
+            slot = torch.tensor([slot for slot, _ in slots], device=device)
+            window_query = self.recent.before(slot, next_position).flatten(0, 1)
         rows = Rows(
             position=self.position[:, index, :, : self.budget].flatten(0, 1),
-            column=column,
+            column=None if self.column is None else self.column[:, index, :, : self.budget].flatten(0, 1),
             next_position=next_position.repeat(num_layers),
+            key=None if window_query is None else self._committed_keys(index),
+            window_query=window_query,
+            scale=None if self.recent is None else self.recent.scale,
         )
-        start = self.row_start[:, index].flatten(0, 1)[..., None]
-        target = start + policy.victims(rows, num_new)
-        source = start + torch.arange(self.budget, self.budget + num_new, device=device)
-        return target.flatten(), source.flatten()
+        return policy.victims(rows, num_victims).view(num_layers, len(slots), -1, num_victims)
 
 
 def _index(slots: list[int], device: torch.device) -> slice | Tensor:

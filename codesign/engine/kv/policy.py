@@ -18,6 +18,7 @@ from torch import Tensor
 
 KeySpace = Literal["rotated", "pre_rope"]
 Evidence = Literal["none", "window_queries", "column_sums"]
+HeadBudgets = Literal["equal", "ragged"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class Prompt:
         window_query: [H, W, D] rotated queries of the last W = min(window, T) prompt tokens, or None
             (only with `evidence = "window_queries"`).
         column_sums: [H_kv, T] fp32, attention mass each row received from all prompt queries, summed over the queries
-            and averaged over the GQA group, or None (only with `evidence = "column_sums"`).
+            (query i of T counts `column_decay` ** (T - 1 - i)) and averaged over the GQA group, or None (only with
+            `evidence = "column_sums"`).
         scale: softmax scale of the attention.
     """
 
@@ -49,11 +51,17 @@ class Rows:
         position: [B, H_kv, R] int32 logical positions, unordered.
         column: [B, H_kv, R] fp32 accumulated attention mass, or None unless `evidence = "column_sums"`.
         next_position: [B] position of the first row about to be committed.
+        key: [B, H_kv, R, D] as they are stored, or None unless `needs_keys`; so are the next two.
+        window_query: [B, H, W, D] rotated queries of the W = window_tokens positions before `next_position`.
+        scale: softmax scale of the attention.
     """
 
     position: Tensor
     column: Tensor | None
     next_position: Tensor
+    key: Tensor | None = None
+    window_query: Tensor | None = None
+    scale: float | None = None
 
 
 class KVPolicy(ABC):
@@ -61,16 +69,29 @@ class KVPolicy(ABC):
 
     key_space: ClassVar[KeySpace] = "rotated"
     evidence: ClassVar[Evidence] = "none"
+    needs_keys: ClassVar[bool] = False  # `victims` looks at keys and recent queries; with evidence "window_queries"
+
+    head_budgets: ClassVar[HeadBudgets] = "equal"  # "ragged": a prompt's rows are split over the KV heads by values
 
     @property
     def window_tokens(self) -> int:
-        """How many trailing prompt queries `select` wants to see (with `evidence = "window_queries"`)."""
+        """How many of the newest queries are shown: to `select` with `evidence = "window_queries"`, to `victims` with
+        `needs_keys`."""
         return 0
+
+    @property
+    def column_decay(self) -> float:
+        """What is left of all attention mass so far when one more query is accepted (`evidence = "column_sums"`)."""
+        return 1.0
 
     @property
     def num_sink_tokens(self) -> int:
         """How many first tokens are never evicted; with `key_space = "pre_rope"` their keys are turned at each step."""
         return 0
+
+    def slot_policies(self, num_slots: int) -> "tuple[tuple[int, KVPolicy], ...]":
+        """(how many slots, their policy), slot after slot, from the first; this one for all of them by default."""
+        return ((num_slots, self),)
 
     @abstractmethod
     def budgets(self, *, num_layers: int, max_model_len: int) -> tuple[int, ...]:
@@ -87,13 +108,22 @@ class KVPolicy(ABC):
         """How many of `budget` rows `victims` may name at once: those outside sinks and the protected window."""
         raise NotImplementedError  # an unbounded policy is never asked
 
+    def lookahead(self, budget: int) -> int:
+        """How many victims to name at once, at most `evictable(budget)`; 1: as many as each commit overwrites."""
+        return 1
+
     def select(self, prompt: Prompt, num_rows: int) -> Tensor:
-        """[H_kv, num_rows] int64 row indices to keep, ascending and distinct; called only when num_rows < T."""
+        """[H_kv, num_rows] int64 row indices to keep, ascending and distinct; called only when num_rows < T.
+
+        With `head_budgets = "ragged"`: [H_kv * num_rows] indices into the flattened [H_kv, T], ascending and distinct;
+        of each head at least the newest `evictable(num_rows)` rows, in which its output tokens will live.
+        """
         raise NotImplementedError  # an unbounded policy is never asked
 
     def victims(self, rows: Rows, num_victims: int) -> Tensor:
         """[B, H_kv, num_victims] int64 indices into R, distinct per head; called only when the budget is full.
 
-        Never names a row newer than the protected recent window of the policy.
+        Never names a row newer than the protected recent window of the policy. With `head_budgets = "ragged"` only the
+        newest `evictable` rows of each head are shown: R is their number.
         """
         raise NotImplementedError  # an unbounded policy is never asked

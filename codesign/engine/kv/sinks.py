@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from codesign.engine.attention.rope import rotate
+from codesign.engine.kv.codec import KVCodec, Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +35,19 @@ class Turn:
 
 
 class SinkKeys:
-    """key [L, S, H_kv, num_sinks, D], beside the slots [L, S, H_kv, C, D] of one layer group."""
+    """key [L, S, H_kv, num_sinks, D] in native precision, beside the parts [L, S, H_kv, C, X] of one layer group."""
 
-    def __init__(self, slots: Tensor, num_sinks: int) -> None:
-        num_layers, num_slots, num_kv_heads, num_rows, head_dim = slots.shape
-        self.key = slots.new_zeros(num_layers, num_slots, num_kv_heads, num_sinks, head_dim)
+    def __init__(self, slots: Parts, num_sinks: int, codec: KVCodec, *, head_dim: int, dtype: torch.dtype) -> None:
+        num_layers, num_slots, num_kv_heads, num_rows, _ = slots[0].shape
+        device = slots[0].device
+        self._codec = codec
+        self.key = torch.zeros(num_layers, num_slots, num_kv_heads, num_sinks, head_dim, dtype=dtype, device=device)
         self._flat_key = [self.key[index].view(-1, head_dim) for index in range(num_layers)]
-        self._flat_slots = [slots[index].view(-1, head_dim) for index in range(num_layers)]
-        plane = torch.arange(num_slots * num_kv_heads, device=slots.device).view(num_slots, num_kv_heads)
+        self._flat_slots = [[part[index].flatten(0, 2) for part in slots] for index in range(num_layers)]
+        plane = torch.arange(num_slots * num_kv_heads, device=device).view(num_slots, num_kv_heads)
         self._copy_start = plane * num_sinks
         self._row_start = plane * num_rows
-        self._rank = torch.arange(num_sinks, device=slots.device)
+        self._rank = torch.arange(num_sinks, device=device)
 
     @property
     def num_sinks(self) -> int:
@@ -78,6 +81,7 @@ class SinkKeys:
         self._flat_key[index].index_copy_(0, new.copies, key[new.tokens].flatten(0, 1))
 
     def apply(self, index: int, turn: Turn) -> None:
-        """Writes the turned keys into the slots of layer `layers[index]`."""
+        """Writes the turned keys into the slots of layer `layers[index]`, always from the native copies."""
         key = rotate(self._flat_key[index][turn.copies], turn.cos, turn.signed_sin)
-        self._flat_slots[index].index_copy_(0, turn.rows, key)
+        for part, encoded in zip(self._flat_slots[index], self._codec.encode(key), strict=True):
+            part.index_copy_(0, turn.rows, encoded)

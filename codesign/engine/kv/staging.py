@@ -44,7 +44,8 @@ class StagedPrompt:
     def add_column_sums(self, sums: Tensor) -> None:
         """sums [H_kv, T]: attention mass that the newest chunk gave to every row so far."""
         if self._column is not None:
-            sums[:, : self._column.shape[1]] += self._column
+            num_before = self._column.shape[1]
+            sums[:, :num_before] += self._column * self._policy.column_decay ** (sums.shape[1] - num_before)
         self._column = sums
 
     def finish(self, scale: float) -> Prompt:

@@ -3,8 +3,10 @@
 A slot's rows are `[committed | pending | unused]`. All layers lie in one tensor of rows, layers with equal budgets
 side by side, so that a step's bookkeeping and its evictions are a few operations for all layers together:
 
-    key, value [rows, D]        layer by layer [S, H_kv, C]; C = budget + max_query_len, or max_model_len where nothing
-                                is ever evicted: there row == position, and a pending row is written where it stays
+    key, value [rows, X]        parts that the codec stores, layer by layer [S, H_kv, C]; C = budget + max_query_len, or
+                                max_model_len where nothing is ever evicted: there row == position, and a pending row is
+                                written where it stays. A codec of groups has these rows for the newest tokens only, in
+                                order, and the tokens before them in storage of its own
     position   [rows] int32     of bounded layers
     column     [rows] fp32      attention mass, only for a policy that asks (evidence "column_sums")
 
@@ -17,8 +19,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from codesign.engine.kv.codec import KVCodec
+from codesign.engine.kv.encoded import EncodedShape, EncodedTokens
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policy import KVPolicy
+from codesign.engine.kv.ragged import RaggedGroup
+from codesign.errors import Unsupported
 
 
 class DenseStore:
@@ -29,6 +35,7 @@ class DenseStore:
 
     Raises:
         ValueError: a budget that leaves too few rows to evict for what one step can commit.
+        Unsupported: a codec whose rows cannot be overwritten with a policy that evicts, or heads that it cannot encode.
     """
 
     def __init__(
@@ -41,10 +48,13 @@ class DenseStore:
         max_model_len: int,
         max_query_len: int,
         policy: KVPolicy,
+        codec: KVCodec,
+        rope_tables: tuple[Tensor, Tensor],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.policy, self.device = policy, device
+        self.policy, self.codec, self.device = policy, codec, device
+        self.head_dim, self.dtype = head_dim, dtype
         self.budgets = policy.budgets(num_layers=num_layers, max_model_len=max_model_len)
         bounded = sorted({budget for budget in self.budgets if budget < max_model_len})
         for budget in bounded:
@@ -53,21 +63,46 @@ class DenseStore:
                     f"kv_budget gives a layer {budget} rows, of which {policy.evictable(budget)} can be evicted; "
                     f"a step can commit {max_query_len} at once and needs as many"
                 )
-        capacity = {budget: budget + max_query_len for budget in bounded} | {max_model_len: max_model_len}
+        if bounded and not codec.rows_mutable:
+            raise Unsupported(
+                f"kv.codec {_name(codec)!r} encodes groups of {codec.group_size} tokens, of which kv.policy "
+                f"{_name(policy)!r} cannot evict single ones; use kv.policy 'full', or kv.codec 'int8' or 'fp8'"
+            )
+        capacity = {budget: budget + max_query_len for budget in bounded} | {
+            max_model_len: codec.num_rows(max_model_len, max_query_len)
+        }
         num_planes = num_slots * num_kv_heads
         num_rows = num_planes * sum(capacity[budget] for budget in self.budgets)
         num_bounded = num_planes * sum(capacity[budget] for budget in self.budgets if budget in bounded)
         # Zeros, not empty: masked rows are multiplied by 0, and 0 * NaN would reach a result.
-        self.key = torch.zeros(num_rows, head_dim, dtype=dtype, device=device)
-        self.value = torch.zeros(num_rows, head_dim, dtype=dtype, device=device)
+        like = codec.encode(torch.zeros(1, head_dim, dtype=dtype, device=device))
+        self.key, self.value = (
+            tuple(part.new_zeros(num_rows, part.shape[1]) for part in like) for _ in ("key", "value")
+        )
         self.position = torch.zeros(num_bounded, dtype=torch.int32, device=device)
         self.column: Tensor | None = None
         if bounded and policy.evidence == "column_sums":
             self.column = torch.zeros(num_bounded, dtype=torch.float32, device=device)
+        encoded: EncodedTokens | None = None
+        if codec.group_size:
+            encoded = codec.groups(
+                EncodedShape(
+                    num_layers=num_layers,
+                    num_slots=num_slots,
+                    num_kv_heads=num_kv_heads,
+                    num_tokens=codec.encoded_tokens(max_model_len),
+                    head_dim=head_dim,
+                    dtype=dtype,
+                    device=device,
+                    rope_tables=rope_tables,
+                )
+            )
+        self.num_tokens = [0] * num_slots
         groups, start = [], 0
         for budget in (*bounded, *({max_model_len} & set(self.budgets))):
             layers = tuple(layer for layer, own in enumerate(self.budgets) if own == budget)
-            group = LayerGroup(
+            make = RaggedGroup if policy.head_budgets == "ragged" and budget in bounded else LayerGroup
+            group = make(
                 self.key,
                 self.value,
                 self.position if budget in bounded else None,
@@ -76,8 +111,13 @@ class DenseStore:
                 budget=budget,
                 start=start,
                 shape=(len(layers), num_slots, num_kv_heads, capacity[budget]),
+                head_dim=head_dim,
                 max_query_len=max_query_len,
                 policy=policy,
+                codec=codec,
+                encoded=encoded,
+                num_tokens=self.num_tokens,
+                dtype=dtype,
             )
             groups.append(group)
             start += group.num_rows
@@ -86,8 +126,10 @@ class DenseStore:
         self._layer_order = [layer for group in self.groups for layer in group.layers]
         self._num_bounded_layers = sum(len(group.layers) for group in self.groups if group.is_bounded)
         self._row_start = torch.cat([group.row_start for group in self.groups])
+        own_layers = [len(group.layers) for group in self.groups]
+        for group, row_start in zip(self.groups, torch.split(self._row_start, own_layers), strict=True):
+            group.row_start = row_start  # a view: ragged heads move theirs
         self._budget = torch.tensor([self.budgets[layer] for layer in self._layer_order], device=device)[:, None]
-        self.num_tokens = [0] * num_slots
         self.num_pending = [0] * num_slots
         self.next_position = [0] * num_slots
 
@@ -106,9 +148,12 @@ class DenseStore:
         Returns:
             layer -> [N * H_kv] rows for `write`. Labels them with their positions; they have no attention mass yet.
         """
-        facts = [(slot, self.num_tokens[slot], row) for slot, count in pending for row in range(count)]
-        slot, num_tokens, row = torch.tensor(facts, device=self.device).unbind(1)
-        past = torch.minimum(num_tokens, self._budget) + row  # [L, N]
+        existing = self.num_tokens
+        if self.codec.group_size:
+            existing = [num_tokens - self.codec.encoded_tokens(num_tokens) for num_tokens in self.num_tokens]
+        facts = [(slot, existing[slot], row) for slot, count in pending for row in range(count)]
+        slot, num_rows, row = torch.tensor(facts, device=self.device).unbind(1)
+        past = torch.minimum(num_rows, self._budget) + row  # [L, N]
         rows = self._row_start[:, slot] + past[..., None]  # [L, N, H_kv]
         if self._num_bounded_layers:
             bounded = rows[: self._num_bounded_layers]
@@ -121,8 +166,9 @@ class DenseStore:
 
     def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
         """key, value [N, H_kv, D] into the rows that `reserve` named."""
-        self.key.index_copy_(0, rows, key.reshape(-1, key.shape[-1]))
-        self.value.index_copy_(0, rows, value.reshape(-1, value.shape[-1]))
+        for parts, new in ((self.key, key), (self.value, value)):
+            for part, encoded in zip(parts, self.codec.encode(new.reshape(-1, new.shape[-1])), strict=True):
+                part.index_copy_(0, rows, encoded)
 
     def commit(self, commits: Sequence[tuple[int, int]]) -> None:
         """Accepts the first n pending rows of each (slot, n) and drops its others.
@@ -140,9 +186,12 @@ class DenseStore:
         if moves:
             target = torch.cat([move[0] for move in moves])
             source = torch.cat([move[1] for move in moves])
-            for tensor in (self.key, self.value, self.position, self.column):
+            for tensor in (*self.key, *self.value, self.position, self.column):
                 if tensor is not None:
                     tensor.index_copy_(0, target, tensor[source])
+        if self.codec.group_size:
+            for slot, count in accepted:
+                self.groups[0].flush(slot, self.num_tokens[slot], count)
         for slot, count in commits:
             self.num_tokens[slot] += count
             self.num_pending[slot] = 0
@@ -162,11 +211,18 @@ class DenseStore:
 
     def release(self, slot: int) -> None:
         self.num_tokens[slot] = self.num_pending[slot] = 0
+        for group in self.groups:
+            group.release(slot)
 
     @property
     def num_bytes(self) -> int:
         """Sum of unique storages of what holds rows and their scores."""
-        tensors = [self.key, self.value, self.position, self.column]
-        tensors += [tensor for group in self.groups for tensor in (group.pending_column, group.sink_key)]
+        tensors = [*self.key, *self.value, self.position, self.column]
+        tensors += self.groups[0].encoded.tensors if self.groups[0].encoded is not None else ()
+        tensors += [tensor for group in self.groups for tensor in group.beside]
         storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _name(member: KVCodec | KVPolicy) -> str:
+    return type(member).__module__.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""How much the end of a prompt looks at each of its rows: the score behind SnapKV and PyramidKV."""
+"""How much the end of a prompt looks at each of its rows: the score behind SnapKV and its kin."""
 
 import torch
 from torch import Tensor

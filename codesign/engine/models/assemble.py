@@ -25,6 +25,8 @@ from codesign.engine.quantize.format import GridFormat, WeightFormat
 from codesign.engine.quantize.formats.native import Native
 from codesign.engine.quantize.inputs import InputStats
 from codesign.engine.quantize.linear import Linear, Workspace
+from codesign.engine.quantize.packed_linear import PackedFormat, PackedLinear
+from codesign.engine.quantize.shadow import ShadowedLinear
 from codesign.errors import Unsupported
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -91,7 +93,7 @@ class Assembler:
 
     def build(self, source: TensorSource) -> Decoder:
         """The whole model. Raises what `source` raises, and Unsupported for shapes that the format cannot hold."""
-        layers = list(self._layers(source))
+        layers = [self._shadowed(layer) for layer in self._layers(source)]
         tensors = source.read(outer_shapes(self.shape))
         embedding = self._own(tensors["model.embed_tokens.weight"])
         if self.shape.ties_embeddings:
@@ -123,6 +125,18 @@ class Assembler:
             new.notes += self.clock.notes
         if new.problem:
             self.clock.cache = f"off: {new.problem}"
+
+    def _shadowed(self, layer: DecoderLayer) -> DecoderLayer:
+        """The layer with dense copies beside its packed weights, where the format asks for them."""
+        if not isinstance(self.weight_format, PackedFormat) or not self.weight_format.shadow:
+            return layer
+        for name in LINEARS:
+            packed: PackedLinear = getattr(layer, name)
+            try:
+                setattr(layer, name, ShadowedLinear(packed, dtype=self.dtype, workspace=self.workspace))
+            except ValueError as error:
+                raise Unsupported(f"weights.shadow: {error}") from error
+        return layer
 
     def _new_layers(self, source: TensorSource) -> Iterator[DecoderLayer]:
         calibration = self._calibration(source)

@@ -1,7 +1,8 @@
 """Pruner: which weights become 0 before the rest is packed. Members live in `pruners/`; `none` keeps them all.
 
 A zero takes as many bytes as any other weight in every format here, and no CPU kernel skips it: pruning changes quality
-at once, and speed only where a kernel for its pattern is named in the record.
+at once, and speed only where a kernel for its pattern is named in the record. Where two_of_four cannot pay, no search
+offers it (`spec/rules.py`).
 """
 
 import dataclasses

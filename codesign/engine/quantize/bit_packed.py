@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from codesign.engine.quantize.few_rows import choose_triton
-from codesign.engine.quantize.format import GridFormat, check_group_size
+from codesign.engine.quantize.format import check_group_size
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
-from codesign.engine.quantize.packed_linear import PackedLinear
+from codesign.engine.quantize.packed_linear import PackedFormat, PackedLinear
 
 _IN_MULTIPLE = 8
 
@@ -135,7 +135,7 @@ class BitPackedLinear(PackedLinear):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BitPackedFormat(GridFormat):
+class BitPackedFormat(PackedFormat):
     """What int2 and int3 share.
 
     Args:

@@ -28,6 +28,7 @@ from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 
 _COPIED = ("tokenizer*.json", "special_tokens_map.json", "generation_config.json", "vocab.json", "merges.txt")
+_FORMATS = ("native", "int8", "int4", "int3", "int2", "mixed", "w8a8")
 _MAX_OFF_GRID = 0.1
 """Of a step: how far a stored offset may lie from a whole number of steps, which 16-bit rounding explains."""
 
@@ -43,6 +44,10 @@ def export_checkpoint(model: ModelSpec, config: EngineConfig, folder: Path, *, d
         Unsupported: random weights, or a format or method that the layout cannot hold.
         OSError: it cannot be written.
     """
+    if config.weights.name not in _FORMATS:
+        raise Unsupported(
+            f"weights {config.weights.name!r} have no layout in compressed-tensors here; choose {', '.join(_FORMATS)}"
+        )
     if model.path is None:
         raise Unsupported("random weights are for measuring speed; there is nothing to export")
     source, config = Path(model.path), config.resolve()
@@ -94,8 +99,6 @@ def _linear(
     """The tensors of a fused linear's parts."""
     bias: Tensor | None = getattr(linear, "bias", None)
     stored, found, start = linear.stored(), dict[str, Tensor](), 0
-    if stored is None and format_name != "native":
-        raise Unsupported(f"weights {format_name!r} have no layout in compressed-tensors; take native or an int format")
     dense = linear.dequantize().to(dtype) if stored is None else None
     for part, count in rows.items():
         own, stem = slice(start, start + count), f"{prefix}{part}."

@@ -26,22 +26,23 @@ if TYPE_CHECKING:
 
 _ATEN_NAMES = {"int8": "aten::_weight_int8pack_mm", "int4": "aten::_weight_int4pack_mm_for_cpu"}
 
-# (format, whose kernel, on what) -> largest M that the kernel should get; beyond, unpacking is as fast or faster at one
-# of two shapes, [9728, 896] and [896, 4864]. One core's own time, `python tests/benchmarks/weight_kernels.py`.
+# (format, whose kernel, on what) -> largest M that the kernel should get beside unpacking, and beside a dense copy of
+# the weight; beyond, the other is as fast or faster at one of two shapes, [9728, 896] and [896, 4864]. One core's own
+# time, `python tests/benchmarks/weight_kernels.py`.
 # AVX2: AMD Zen 3, torch 2.13.0, 2026-11-23. AVX512 (x in fp32) and bf16 (AVX512 with products in bf16): AMD Zen 4,
-# torch 2.13.0, 2026-11-25; at [9728, 896] kernel / unpacking, ms: int8 M = 16: 1.93 / 3.33, M = 32: 5.53 / 4.88; int4
-# M = 256: 22.3 / 23.9, M = 1024: 94.0 / 88.5.
-_MAX_ROWS: dict[tuple[str, str, str], int] = {
-    ("int8", "codesign", "AVX2"): 128,
-    ("int4", "codesign", "AVX2"): 1024,
-    ("int8", "codesign", "AVX512"): 256,
-    ("int4", "codesign", "AVX512"): 128,
-    ("int8", "codesign", "bf16"): 16,
-    ("int4", "codesign", "bf16"): 256,
-    ("int8", "aten", "AVX2"): 12,
-    ("int4", "aten", "AVX2"): 64,
-    ("int8", "aten", "AVX512"): 16,
-    ("int4", "aten", "AVX512"): 128,
+# torch 2.13.0, 2026-11-25; at [9728, 896] kernel / unpacking / dense, ms: int8 M = 16: 1.93 / 3.33 / 1.80, M = 32:
+# 5.53 / 4.88 / 3.02; int4 M = 16: 1.42 / 7.58 / 1.80, M = 256: 22.3 / 23.9 / 20.7, M = 1024: 94.0 / 88.5 / 84.3.
+_MAX_ROWS: dict[tuple[str, str, str], tuple[int, int]] = {
+    ("int8", "codesign", "AVX2"): (128, 1),
+    ("int4", "codesign", "AVX2"): (1024, 16),
+    ("int8", "codesign", "AVX512"): (256, 256),
+    ("int4", "codesign", "AVX512"): (128, 128),
+    ("int8", "codesign", "bf16"): (16, 1),
+    ("int4", "codesign", "bf16"): (256, 16),
+    ("int8", "aten", "AVX2"): (12, 1),
+    ("int4", "aten", "AVX2"): (64, 2),
+    ("int8", "aten", "AVX512"): (16, 0),
+    ("int4", "aten", "AVX512"): (128, 1),
 }
 _TRITON_NAMES = {"int8": "w8a16", "int4": "w4a16", "int3": "w3a16", "int2": "w2a16", "nf4": "nf4"}
 _TRITON_MAX_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}  # not measured
@@ -53,11 +54,13 @@ _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f
 class FewRows:
     """Attributes:
     max_rows: largest M for the kernel; 0 where there is none that beats unpacking at M = 1.
+    max_rows_beside_dense: the same where a dense copy of the weight is held too.
     compiled: our compiled kernel, triton: our Triton kernels; both None for ATen's.
     """
 
     name: str
     max_rows: int
+    max_rows_beside_dense: int = 0
     compiled: PackedMatmul | None = None
     triton: "TritonMatmul | None" = None
     note: str = ""
@@ -87,9 +90,9 @@ def choose_cpu(name: str, *, dtype: torch.dtype, out_features: int) -> FewRows:
         is_bf16 = kernel.bf16_library is not None and dtype == torch.bfloat16
         where = "bf16" if is_bf16 else cpu.capability()
         suffix = "_bf16" if is_bf16 else ""
-        return FewRows(f"codesign::{name}_matmul{suffix}", _MAX_ROWS[name, "codesign", where], kernel)
-    most = _MAX_ROWS.get((name, "aten", cpu.capability()), 0) if dtype == torch.bfloat16 else 0
-    return FewRows(_ATEN_NAMES[name], most, note=note)
+        return FewRows(f"codesign::{name}_matmul{suffix}", *_MAX_ROWS[name, "codesign", where], kernel)
+    most = _MAX_ROWS.get((name, "aten", cpu.capability()), (0, 0)) if dtype == torch.bfloat16 else (0, 0)
+    return FewRows(_ATEN_NAMES[name], *most, note=note)
 
 
 def choose_triton(
@@ -124,4 +127,4 @@ def choose_triton(
     most = _TRITON_MAX_ROWS[dtype]
     planned = plan(problem, max_rows=most, device_name=where)
     note = f", a guess; {planned.note}"
-    return FewRows(f"triton::{problem.kernel}", most, triton=TritonMatmul(planned), note=note)
+    return FewRows(f"triton::{problem.kernel}", most, most, triton=TritonMatmul(planned), note=note)

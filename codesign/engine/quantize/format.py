@@ -41,6 +41,9 @@ class WeightFormat(ABC):
                 finite, or one whose scale does not fit `dtype`.
         """
 
+    def check_device(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027  # most run anywhere
+        """Raises ValueError where this device cannot multiply the format with activations of `dtype`."""
+
     @property
     def method_member(self) -> Method | None:
         """How codes are chosen; None where there is nothing to choose."""

@@ -79,10 +79,10 @@ class Linear(nn.Module, ABC):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held: unique storages of the tensors, and what is opaque."""
+        """Bytes held: unique storages of the tensors, and what is opaque, in parts too."""
         tensors = (*self.buffers(), *self.parameters())
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(storages.values()) + self.opaque_bytes
+        return sum(storages.values()) + sum(part.opaque_bytes for part in self.modules() if isinstance(part, Linear))
 
 
 def weight_bytes(linear: Linear) -> int:

@@ -4,6 +4,7 @@ M <= kernel_max_rows    a kernel that reads the packed weight       (which one, 
 M >  kernel_max_rows    slices of the weight, unpacked into the workspace, times x     (widened.py)
 """
 
+import dataclasses
 from abc import abstractmethod
 
 import torch
@@ -13,6 +14,7 @@ from codesign.engine.kernels import unpack as unpacking
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.unpack import Unpack
 from codesign.engine.quantize.few_rows import NO_KERNEL, FewRows
+from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
 
@@ -85,3 +87,14 @@ class PackedLinear(Linear):
             is_transposed=self._is_transposed,
             workspace=self._workspace,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedFormat(GridFormat):
+    """A format of PackedLinear.
+
+    Args:
+        shadow: keep a dense copy of every weight beside the packed one, for products of many rows (`shadow.py`).
+    """
+
+    shadow: bool = False

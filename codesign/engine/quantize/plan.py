@@ -62,7 +62,7 @@ def planned(
         calibrate: embedding -> a few texts.
         key: names everything that sensitivities depend on.
     Raises:
-        ValueError: even the smallest formats exceed the budget.
+        ValueError: no plan keeps the budget.
     """
     file = cache_folder("sensitivity") / f"{key}.json"
     found: Sensitivity | None = None
@@ -81,12 +81,16 @@ def planned(
 
 
 def make_plan(mixed: Mixed, sensitivity: Sensitivity) -> Plan:
-    """Spends the budget where it saves most. Raises ValueError when even the smallest formats exceed it."""
+    """Spends bits where they save most, or takes the fewest bytes within a KL.
+
+    Raises:
+        ValueError: even the smallest formats exceed the bits, or even the largest lose more than the KL.
+    """
     options = {
         linear: [Option(name, num_bytes, loss) for name, (num_bytes, loss) in own.items()]
         for linear, own in sensitivity.losses.items()
     }
-    max_bytes = int(mixed.bits * sensitivity.num_weights / 8)
-    chosen = allocate(options, max_bytes=max_bytes)
+    max_bytes = None if mixed.bits is None else int(mixed.bits * sensitivity.num_weights / 8)
+    chosen = allocate(options, max_bytes=max_bytes, max_loss=mixed.max_kl)
     names = tuple((layer, linear, chosen[layer, linear].name) for layer, linear in sensitivity.losses)
     return Plan(mixed, names)

@@ -5,8 +5,9 @@ import torch
 
 from codesign.engine.kernels import w8a8
 from codesign.engine.kernels.compiled import Missing
-from codesign.engine.kernels.w8a8 import W8A8Kernel
-from codesign.engine.quantize.formats.w8a8 import quantize_tokens
+from codesign.engine.kernels.w8a8 import W8A8Kernel, from_blocks, to_blocks
+from codesign.engine.quantize.formats.w8a8 import W8A8, quantize_tokens
+from codesign.engine.quantize.linear import Workspace
 
 found = w8a8.load()
 pytestmark = pytest.mark.skipif(isinstance(found, Missing), reason=str(found))
@@ -22,31 +23,61 @@ def test_tokens_are_rounded_as_the_plain_path_rounds_them(
     x = (torch.randn(size, generator=torch.Generator().manual_seed(0)) * spread).to(dtype)
     x[0] = 0  # a row without any value
 
-    codes, scale = kernel.quantize(x)
+    codes, scale, sums = kernel.quantize(x)
 
     plain_codes, plain_scale = quantize_tokens(x)
     assert torch.equal(codes, plain_codes)
     assert torch.equal(scale, plain_scale)
+    assert torch.equal(sums.long(), plain_codes.long().sum(1))
 
 
 def test_halves_round_to_even_and_the_largest_value_is_127() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0, 126.5]])
 
-    codes, _ = kernel.quantize(x)
+    codes, _, _ = kernel.quantize(x)
 
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2, -127, 126]]
 
 
-@pytest.mark.skipif(not isinstance(found, Missing) and found.max_rows(64) == 0, reason="no VNNI instructions here")
-@pytest.mark.parametrize("num_in", [8, 64, 72, 136, 1024])
-@pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 9, 16])
+@pytest.mark.skipif(not isinstance(found, Missing) and not found.has_products, reason="no VNNI instructions here")
+@pytest.mark.parametrize("num_in", [8, 72, 1024, 4096])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 8, 9, 16, 133])
 def test_sums_are_exact_at_any_length_and_at_the_extremes(num_rows: int, num_in: int) -> None:
     generator = torch.Generator().manual_seed(num_in)
-    codes = torch.randint(-127, 128, (num_rows, num_in), dtype=torch.int8, generator=generator)
-    weight = torch.randint(-128, 128, (24, num_in), dtype=torch.int8, generator=generator)
-    codes[0], weight[0], weight[1] = 127, 127, -128
+    x = torch.randn(num_rows, num_in, generator=generator)
+    x[0] = 1.0
+    weight = torch.randint(-127, 128, (48, num_in), dtype=torch.int8, generator=generator)
+    weight[0], weight[1] = 127, -127
+    codes, _, code_sums = kernel.quantize(x, is_padded=True)
 
-    assert torch.equal(kernel.sums(codes, weight).long(), codes.long() @ weight.long().t())
+    found = kernel.sums(codes, code_sums, to_blocks(weight))
+
+    assert torch.equal(found.long(), codes.long() @ weight.long().t())
+
+
+def test_blocks_are_another_order_of_the_same_codes() -> None:
+    codes = torch.randint(-127, 128, (32, 24), dtype=torch.int8)
+
+    blocks = to_blocks(codes)
+
+    assert blocks.shape == (2, 6, 16, 4)
+    assert int(blocks[1, 2, 3, 1]) == int(codes[16 + 3, 4 * 2 + 1]) + 128
+    assert torch.equal(from_blocks(blocks), codes)
+
+
+@pytest.mark.parametrize("is_blocked", [False, True])
+def test_codes_kept_in_either_order_give_the_same_linear(is_blocked: bool) -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
+    linear = W8A8().pack(weight, None, dtype=torch.bfloat16, workspace=Workspace())
+    tensors = dict(linear.named_buffers())
+    plain = tensors["codes"] if tensors["codes"].dim() == 2 else from_blocks(tensors["codes"])
+    tensors["codes"] = to_blocks(plain) if is_blocked else plain
+
+    restored = W8A8().restore(tensors, dtype=torch.bfloat16, workspace=Workspace())
+
+    x = torch.randn(5, 64).bfloat16()
+    assert torch.equal(restored(x), linear(x))
+    assert torch.equal(restored.dequantize(), linear.dequantize())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

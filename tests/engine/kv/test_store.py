@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from replay import CODEC_KNOBS
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.rope import Rope
 from codesign.engine.batch import Batch
+from codesign.engine.kv.policies.ada_kv import AdaKV
 from codesign.engine.kv.policies.full import Full
 from codesign.engine.kv.policies.h2o import H2O
 from codesign.engine.kv.policies.pyramidkv import PyramidKV
+from codesign.engine.kv.policies.r_kv import RKV
 from codesign.engine.kv.policies.streaming_llm import StreamingLLM
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.step import StepPlan, decode_plan
@@ -19,12 +22,20 @@ from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES
 
 CPU = torch.device("cpu")
 NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, HEAD_DIM = 4, 2, 3, 16
-BOUNDED = [name for name in KV_POLICIES.names() if "kv_budget" in KV_POLICIES.knobs(name)]
+MUTABLE = [name for name in KV_CODECS.names() if KV_CODECS.create(name).rows_mutable]
+ALONE = [name for name in KV_POLICIES.names() if len(KV_POLICIES.create(name).slot_policies(8)) == 1]
+BOUNDED: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in ALONE if "kv_budget" in KV_POLICIES.knobs(name) and name != "pyramidkv"),
+    ("pyramidkv", {"beta": 1}),
+    ("h2o", {"score_norm": "decayed", "decay": 0.9}),
+]
+ADA_KV = AdaKV(kv_budget=9, window_tokens=3, num_sink_tokens=1)
 
 
 def make(
     policy: KVPolicy,
     *,
+    codec: str = "native",
     backend: str = "sdpa",
     num_slots: int = 2,
     max_model_len: int = 64,
@@ -40,7 +51,7 @@ def make(
         scale=head_dim**-0.5,
         rope=Rope(1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)),
         policy=policy,
-        codec=KV_CODECS.create("native"),
+        codec=KV_CODECS.create(codec, **CODEC_KNOBS.get(codec, {})),
         backend=ATTENTION.create(backend),
         num_slots=num_slots,
         max_model_len=max_model_len,
@@ -76,8 +87,7 @@ def run(attention: Attention, plan: StepPlan, seed: int = 0) -> torch.Tensor:
 
 def tokens(layer: int, position: int, seed: int, attention: Attention) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer * 10_007 + position)
-    group = attention.store.groups[0]
-    head_dim, dtype = group.key.shape[-1], group.key.dtype
+    head_dim, dtype = attention.store.head_dim, attention.store.dtype
     both = torch.randn(NUM_HEADS + 2 * NUM_KV_HEADS, head_dim, generator=generator).to(dtype)
     return both[:NUM_HEADS], both[NUM_HEADS:-NUM_KV_HEADS], both[-NUM_KV_HEADS:]
 
@@ -94,15 +104,15 @@ def generate(attention: Attention, chunks: Sequence[int], num_output: int) -> to
 
 
 @pytest.mark.parametrize("backend", ATTENTION.names())
+@pytest.mark.parametrize("codec", MUTABLE)
 @pytest.mark.parametrize("kv_budget", [64, 1.0, 60])
-@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize(("name", "knobs"), BOUNDED)
 def test_a_policy_that_keeps_everything_equals_full_bit_for_bit(
-    name: str, kv_budget: int | float, backend: str
+    name: str, knobs: dict[str, Any], kv_budget: int | float, codec: str, backend: str
 ) -> None:
     """Also where it would evict later: at 60 of 64 tokens the prompt is staged, admitted and never cut."""
-    knobs: dict[str, Any] = {"beta": 1} if name == "pyramidkv" else {}
-    keep_all = make(KV_POLICIES.create(name, kv_budget=kv_budget, **knobs), backend=backend)
-    full = make(Full(), backend=backend)
+    keep_all = make(KV_POLICIES.create(name, kv_budget=kv_budget, **knobs), codec=codec, backend=backend)
+    full = make(Full(), codec=codec, backend=backend)
 
     assert torch.equal(generate(keep_all, [20, 17], 20), generate(full, [20, 17], 20))
 
@@ -122,6 +132,10 @@ def test_the_kernel_name_says_what_runs() -> None:
     assert make(Full()).kernel == "aten::scaled_dot_product_attention"
     assert make(H2O(kv_budget=12)).kernel == "aten::scaled_dot_product_attention + column pass"
     assert make(H2O(kv_budget=1.0)).kernel == "aten::scaled_dot_product_attention"
+    assert make(ADA_KV).kernel == "aten::scaled_dot_product_attention, a call per slot and KV head"
+    assert make(ADA_KV, codec="int8").kernel.endswith(
+        ", ragged heads aten::scaled_dot_product_attention over decoded rows, a call per slot and KV head"
+    )
 
 
 @pytest.mark.parametrize("chunks", [[50], [49, 1], [1] * 50, [20, 3, 27], [7] * 7 + [1]])
@@ -131,6 +145,8 @@ def test_the_kernel_name_says_what_runs() -> None:
         StreamingLLM(kv_budget=12),
         H2O(kv_budget=12, num_sink_tokens=1),
         PyramidKV(kv_budget=20, window_tokens=8, num_sink_tokens=1, beta=3),
+        RKV(kv_budget=20, window_tokens=8, num_sink_tokens=1, buffer_tokens=4),
+        AdaKV(kv_budget=20, window_tokens=8, num_sink_tokens=1),
     ],
     ids=lambda policy: type(policy).__name__,
 )
@@ -144,9 +160,34 @@ def test_any_chunking_of_the_prompt_keeps_the_same_rows(policy: KVPolicy, chunks
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("codec", [name for name in KV_CODECS.names() if name != "native"])
+@pytest.mark.parametrize("chunks", [[37], [36, 1], [1] * 37, [20, 3, 14]], ids=str)
+def test_any_chunking_of_the_prompt_is_encoded_alike(codec: str, chunks: list[int]) -> None:
+    """Prompts attend in native precision whatever the codec, and are encoded once, when they end."""
+    native, whole, parts = make(Full()), make(Full(), codec=codec), make(Full(), codec=codec)
+    expected, out = generate(whole, [37], 20), generate(parts, chunks, 20)
+
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(out[:, :37], generate(native, [37], 20)[:, :37], rtol=0, atol=1e-5)
+    assert parts.staging_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_rows_take_one_byte_a_value_and_two_a_row(dtype: torch.dtype) -> None:
+    attention = make(Full(), codec="int8", max_model_len=256, head_dim=64, dtype=dtype)
+
+    assert attention.kv_bytes == 2 * NUM_LAYERS * 2 * NUM_KV_HEADS * 256 * (64 + 2)
+
+
 @pytest.mark.parametrize(
     "policy",
-    [StreamingLLM(kv_budget=0.1), H2O(kv_budget=0.1), PyramidKV(kv_budget=0.1)],
+    [
+        StreamingLLM(kv_budget=0.1),
+        H2O(kv_budget=0.1),
+        PyramidKV(kv_budget=0.1),
+        RKV(kv_budget=0.1),
+        AdaKV(kv_budget=0.1),
+    ],
     ids=lambda policy: type(policy).__name__,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -186,7 +227,7 @@ def test_an_unbounded_layer_stages_nothing() -> None:
 
 
 def test_a_reused_slot_shows_nothing_of_the_sequence_before() -> None:
-    for policy in (Full(), StreamingLLM(kv_budget=9), H2O(kv_budget=9, num_sink_tokens=0)):
+    for policy in (Full(), StreamingLLM(kv_budget=9), H2O(kv_budget=9, num_sink_tokens=0), RKV(kv_budget=16), ADA_KV):
         used, fresh = make(policy), make(policy)
         generate(used, [40], 12)
         run(used, chunk(1, 0, 3, is_end=True, frees=[0]))

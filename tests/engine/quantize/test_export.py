@@ -107,7 +107,12 @@ def test_mixed_formats_become_groups_that_name_their_layers(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [(Choice("nf4"), "no layout in compressed-tensors"), (Choice.of("int4", group_size=32, method="hqq"), "hqq")],
+    [
+        (Choice("nf4"), "'nf4' have no layout in compressed-tensors"),
+        (Choice("fp8"), "'fp8' have no layout in compressed-tensors"),
+        (Choice.of("fp8", emulated=True), "'fp8' have no layout in compressed-tensors"),
+        (Choice.of("int4", group_size=32, method="hqq"), "hqq"),
+    ],
     ids=str,
 )
 def test_what_the_layout_cannot_hold_is_refused(tmp_path: Path, weights: Choice, message: str) -> None:

@@ -4,6 +4,7 @@ Query rows are taken in tiles, so that scores never need more than O(tile · R) 
 """
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from codesign.engine.attention.weights import query_tiles, weights
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eager(AttentionBackend):
+    is_plain: ClassVar[bool] = True
+
     @property
     def kernel(self) -> str:
         return "eager matmul-softmax-matmul, in fp32"

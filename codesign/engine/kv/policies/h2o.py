@@ -6,8 +6,16 @@
 Without the protected window a new token, whose sum is still small, would be evicted at once and the cache would freeze
 on the prompt.
 
-H2O (Zhang et al., 2023), https://arxiv.org/abs/2306.14048. Departs from the paper: the prompt attends in full and is
-cut when it ends; sinks can be pinned. Cost: fused attention shows no weights, so every query pays a second q kᵀ.
+A plain sum favours old tokens: they were there to be looked at more often. `score_norm` says what is compared:
+
+    none          S_j
+    query_count   S_j / (queries that could see row j)
+    decayed       Σ_i decay^(n - i) P_ij after n accepted queries: S_j is multiplied by `decay` as each query, prompt or
+                  output, is accepted, then the query's own weights are added
+
+H2O (Zhang et al., 2023), https://arxiv.org/abs/2306.14048; decayed: A2SF (Jo and Shin, 2024),
+https://arxiv.org/abs/2407.20485. Departs from the papers: the prompt attends in full and is cut when it ends; sinks can
+be pinned; mean over the query group. Cost: fused attention shows no weights, so every query pays a second q kᵀ.
 """
 
 import dataclasses
@@ -20,7 +28,7 @@ from codesign.engine.kv.budget import check_kv_budget, check_room, check_tokens
 from codesign.engine.kv.policy import Evidence, KVPolicy, Prompt, Rows
 from codesign.spec.kv_budget import kv_budget_tokens
 
-ScoreNorm = Literal["none", "query_count"]
+ScoreNorm = Literal["none", "query_count", "decayed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +37,9 @@ class H2O(KVPolicy):
     kv_budget: tokens kept per layer and head, or a fraction of max_model_len.
     recent_fraction: share of the budget that the newest tokens hold for sure, in (0, 1).
     num_sink_tokens: first tokens that are never evicted (the paper pins none).
-    score_norm: "none" is the paper's sum, which favours old tokens; "query_count" divides by the queries that could
-        see the row.
+    score_norm: "none" is the paper's sum, "query_count" a mean, "decayed" forgets.
+    decay: share of the sums that is left after one more query: in (0, 1) with "decayed", 1 otherwise. Half is
+        forgotten after log(1/2) / log(decay) tokens: 69 at 0.99.
     """
 
     evidence: ClassVar[Evidence] = "column_sums"
@@ -39,6 +48,7 @@ class H2O(KVPolicy):
     recent_fraction: float = 0.5
     num_sink_tokens: int = 4
     score_norm: ScoreNorm = "none"
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
         check_kv_budget(self.kv_budget)
@@ -47,6 +57,16 @@ class H2O(KVPolicy):
             raise ValueError(f"recent_fraction must be between 0 and 1, both excluded, got {self.recent_fraction!r}")
         if self.score_norm not in get_args(ScoreNorm):
             raise ValueError(f"score_norm must be one of {', '.join(get_args(ScoreNorm))}, got {self.score_norm!r}")
+        is_decayed = self.score_norm == "decayed"
+        if not isinstance(self.decay, float) or not (0 < self.decay < 1 if is_decayed else self.decay == 1):
+            raise ValueError(
+                f'decay must be between 0 and 1, both excluded, with score_norm "decayed" and 1.0 with others, got '
+                f"{self.decay!r} with {self.score_norm!r}"
+            )
+
+    @property
+    def column_decay(self) -> float:
+        return self.decay
 
     def recent_tokens(self, budget: int) -> int:
         """Newest tokens that are protected: the rounded share of the budget, at least one."""

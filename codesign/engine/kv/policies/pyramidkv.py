@@ -1,64 +1,41 @@
-"""pyramidkv: prompt rows that the last queries look at, with larger budgets in lower layers.
+"""pyramidkv: snapkv with larger budgets in lower layers.
 
-Inside a layer, SnapKV: softmax of the last `window_tokens` queries over all keys, mean over them and over the query
-group, average-pooled so that neighbourhoods stay together, top rows per KV head; sinks and window rows always stay.
-Across layers, an arithmetic series: with window w and c = kv_budget - w,
+Inside a layer rows are chosen and replaced as in SnapKV. Across layers, an arithmetic series: with window w and
+c = kv_budget - w,
 
     k_l = w + c + (c - c/beta) · (1 - 2 l/(m - 1)),   l = 0 .. m - 1       top layer w + c/beta, mean kv_budget
 
 clamped to [w + sinks + 1, max_model_len], the clamped mass given to the other layers, rounded so that
-Σ k_l = m · kv_budget exactly. beta = 1 is flat (SnapKV).
+Σ k_l = m · kv_budget exactly. beta = 1 is flat and equals snapkv.
 
-PyramidKV (Cai et al., 2024), https://arxiv.org/abs/2406.02069; SnapKV (Li et al., 2024), https://arxiv.org/abs/2404.14469.
-Departs from the papers: sinks are pinned, the sum of the budgets is exact, there is no fallback to equal budgets, and
-the budget also holds after the prompt. There, output tokens live in the window: a new row takes the place of the oldest
-of the newest `window_tokens` rows, and the rows selected from the prompt stay. (A token that leaves the window was
-never scored by prompt queries; ranked with the prompt rows it would be the first to go.)
+PyramidKV (Cai et al., 2024), https://arxiv.org/abs/2406.02069. Departs from the paper as snapkv does; and the sum of
+the budgets is exact, without a fallback to equal budgets.
 """
 
 import dataclasses
-from typing import ClassVar
 
-from torch import Tensor
-
-from codesign.engine.kv.budget import check_kv_budget, check_room, check_tokens, exact_budgets
-from codesign.engine.kv.policy import Evidence, KVPolicy, Prompt, Rows
-from codesign.engine.kv.window_scores import snapkv_scores
+from codesign.engine.kv.budget import check_room, exact_budgets
+from codesign.engine.kv.policies.snapkv import SnapKV
 from codesign.spec.kv_budget import kv_budget_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PyramidKV(KVPolicy):
+class PyramidKV(SnapKV):
     """Args:
     kv_budget: tokens kept per head, mean over the layers, or a fraction of max_model_len.
     beta: steepness, at least 1; the top layer keeps 1/beta of the mean beside its protected rows.
-    window_tokens: last prompt queries that score, and newest rows that always stay.
-    kernel_size: of the average pooling over neighbouring rows, odd; 1 pools nothing.
-    num_sink_tokens: first tokens that are never evicted (the papers pin none).
     """
 
-    evidence: ClassVar[Evidence] = "window_queries"
-
-    kv_budget: int | float = 0.25
     beta: int | float = 20
-    window_tokens: int = 32
-    kernel_size: int = 5
-    num_sink_tokens: int = 4
 
     def __post_init__(self) -> None:
-        check_kv_budget(self.kv_budget)
-        check_tokens("window_tokens", self.window_tokens, least=1)
-        check_tokens("kernel_size", self.kernel_size, least=1)
-        check_tokens("num_sink_tokens", self.num_sink_tokens)
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
+        super().__post_init__()
         if not isinstance(self.beta, int | float) or isinstance(self.beta, bool) or not 1 <= self.beta < float("inf"):
             raise ValueError(f"beta must be a number of at least 1, got {self.beta!r}")
 
     def budgets(self, *, num_layers: int, max_model_len: int) -> tuple[int, ...]:
         mean = kv_budget_tokens(self.kv_budget, max_model_len)
-        protected = self.window_tokens + self.num_sink_tokens
-        check_room("pyramidkv", self.kv_budget, mean, protected, max_model_len)
+        check_room("pyramidkv", self.kv_budget, mean, self.num_protected, max_model_len)
         if mean == max_model_len:
             return (max_model_len,) * num_layers
         rest = mean - self.window_tokens
@@ -66,17 +43,4 @@ class PyramidKV(KVPolicy):
         wanted = [mean + slope * (1 - 2 * layer / max(1, num_layers - 1)) for layer in range(num_layers)]
         if num_layers == 1:
             wanted = [float(mean)]
-        return exact_budgets(wanted, total=mean * num_layers, least=protected + 1, most=max_model_len)
-
-    def evictable(self, budget: int) -> int:
-        return self.window_tokens
-
-    def select(self, prompt: Prompt, num_rows: int) -> Tensor:
-        assert prompt.window_query is not None
-        score = snapkv_scores(prompt.window_query, prompt.key, scale=prompt.scale, kernel_size=self.kernel_size)
-        score[:, : self.num_sink_tokens] = float("inf")
-        return score.topk(num_rows).indices.sort().values
-
-    def victims(self, rows: Rows, num_victims: int) -> Tensor:
-        first = rows.position.shape[-1] - self.window_tokens
-        return rows.position.argsort(dim=-1)[..., first : first + num_victims]
+        return exact_budgets(wanted, total=mean * num_layers, least=self.num_protected + 1, most=max_model_len)

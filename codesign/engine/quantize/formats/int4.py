@@ -17,14 +17,13 @@ from codesign.engine.kernels.triton import available
 from codesign.engine.quantize import int4_layout
 from codesign.engine.quantize.bit_packed import BitPackedLinear, pack_bits
 from codesign.engine.quantize.few_rows import choose_cpu
-from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
-from codesign.engine.quantize.packed_linear import PackedLinear
+from codesign.engine.quantize.packed_linear import PackedFormat, PackedLinear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int4(GridFormat):
+class Int4(PackedFormat):
     """Args:
     method: how codes are chosen.
     group_size: inputs that share a scale and an offset: 32, 64, 128 or 256.

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from codesign.engine.kernels.triton import available
 from codesign.engine.quantize.few_rows import choose_cpu, choose_triton
-from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized, row_grid, signed
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
-from codesign.engine.quantize.packed_linear import PackedLinear
+from codesign.engine.quantize.packed_linear import PackedFormat, PackedLinear
 
 _IN_MULTIPLE = 16  # ATen reads 16 inputs at a time without a tail loop, past the end of the row where there is one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Int8(GridFormat):
+class Int8(PackedFormat):
     """Args:
     method: how codes are chosen.
     """

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from codesign.engine.quantize.few_rows import choose_triton
-from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import Quantized
 from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.quantize.nf4_grid import BLOCK, Nf4Fit, Nf4Grid, ScaleCodes, byte_levels, levels, levels_in
-from codesign.engine.quantize.packed_linear import PackedLinear
+from codesign.engine.quantize.packed_linear import PackedFormat, PackedLinear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Nf4(GridFormat):
+class Nf4(PackedFormat):
     """Args:
     method: how codes are chosen.
     """

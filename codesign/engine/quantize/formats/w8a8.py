@@ -1,7 +1,8 @@
 """w8a8: 8-bit weights, one scale per output row, times activations rounded to 8 bits, one scale per token.
 
-The product runs on integers (oneDNN on CPUs with VNNI or AMX, tensor cores on CUDA), so it pays where arithmetic is the
-cost: prefill and large batches. Activations are rounded at every M, so results do not depend on the batch.
+The product runs on integers (our kernel on CPUs with AVX-512 VNNI, oneDNN on others, tensor cores on CUDA), so it pays
+where arithmetic is the cost: prefill and large batches. Activations are rounded at every M, so results do not depend on
+the batch.
 `method: smoothquant` first moves outliers of the activations into the weights (Xiao et al., 2022,
 https://arxiv.org/abs/2211.10438).
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from codesign.engine.kernels import w8a8
 from codesign.engine.kernels.compiled import Missing
-from codesign.engine.kernels.w8a8 import W8A8Kernel
+from codesign.engine.kernels.w8a8 import BLOCK, W8A8Kernel, from_blocks, to_blocks
 from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.grid import AffineGrid, Fit, Quantized, row_grid, signed
 from codesign.engine.quantize.linear import Linear, Stored, Workspace
@@ -69,47 +70,52 @@ def has_exact_products(device: torch.device) -> bool:
 
 
 class _W8A8Linear(Linear):
-    codes: Tensor
+    codes: Tensor  # [out, in] int8; in blocks (kernels/w8a8.py) where our kernel multiplies them
     scale: Tensor
     bias: Tensor | None  # fp32: it is added to exact sums
 
     def __init__(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None, *, dtype: torch.dtype, workspace: Workspace
     ) -> None:
+        """Takes codes in either order and keeps them in that of the kernel that will run."""
         super().__init__()
-        self.out_features, self.in_features = codes.shape
+        self.out_features = scale.shape[0]
+        self.in_features = codes.numel() // self.out_features
         self._workspace = workspace
+        found = w8a8.load() if codes.device.type == "cpu" and w8a8.takes(dtype) else None
+        self._compiled = found if isinstance(found, W8A8Kernel) else None
+        has_blocks = self._compiled is not None and self._compiled.has_products and self.out_features % BLOCK == 0
+        if has_blocks != (codes.dim() == 4):
+            codes = to_blocks(codes) if has_blocks else from_blocks(codes)
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.float())
         self._is_exact = has_exact_products(codes.device)
-        self._compiled: W8A8Kernel | None = None
-        self._max_rows = 0
         product = "aten::_int_mm" if self._is_exact else "widen + aten::mm float32; aten::_int_mm saturates here"
-        if codes.device.type == "cpu" and w8a8.takes(dtype):
-            found = w8a8.load()
-            if isinstance(found, Missing):
-                product += f"; ours: {found.reason}"
-            else:
-                self._compiled, self._max_rows = found, found.max_rows(self.in_features)
-                product = f"codesign::w8a8 (M<={self._max_rows}), {product}" if self._max_rows else product
+        if has_blocks:
+            product = "codesign::w8a8"
+        elif isinstance(found, Missing):
+            product += f"; ours: {found.reason}"
         self.kernel = f"{product} (activations rounded per token)"
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:
             return x.new_empty(0, self.out_features)
         if self._compiled is not None:
-            codes, token_scale = self._compiled.quantize(x)
-            return self._compiled.scaled(self._sums(codes), token_scale, self.scale, self.bias, x.dtype)
+            codes, token_scale, code_sums = self._compiled.quantize(x, is_padded=self._has_blocks)
+            sums = self._compiled.sums(codes, code_sums, self.codes) if self._has_blocks else self._sums(codes)
+            return self._compiled.scaled(sums, token_scale, self.scale, self.bias, x.dtype)
         codes, token_scale = quantize_tokens(x)
         y = self._sums(codes).float().mul_(token_scale).mul_(self.scale)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
+    @property
+    def _has_blocks(self) -> bool:
+        return self.codes.dim() == 4
+
     def _sums(self, codes: Tensor) -> Tensor:
         """[M, out] int32: products of the codes, not yet scaled."""
         num_rows = codes.shape[0]
-        if self._compiled is not None and num_rows <= self._max_rows:
-            return self._compiled.sums(codes, self.codes)
         if not self._is_exact:  # in fp32, exact too: |sum| < 2^24 for up to 1040 inputs, nearly so beyond
             return multiply_unpacked(
                 codes.float(),
@@ -130,8 +136,11 @@ class _W8A8Linear(Linear):
         codes, scale = quantize_tokens(x)
         return codes.float() * scale
 
+    def _plain_codes(self) -> Tensor:
+        return from_blocks(self.codes) if self._has_blocks else self.codes
+
     def stored(self) -> Stored:
-        return Stored(Quantized(signed(self.codes), Fit(self.scale[:, None])), row_grid(self.scale.dtype))
+        return Stored(Quantized(signed(self._plain_codes()), Fit(self.scale[:, None])), row_grid(self.scale.dtype))
 
     def dequantize(self) -> Tensor:
-        return self.codes.float() * self.scale[:, None]
+        return self._plain_codes().float() * self.scale[:, None]

@@ -3,8 +3,10 @@ import dataclasses
 import pytest
 import torch
 
+from codesign.engine.attention.weights import column_sums
 from codesign.engine.kv.policies.h2o import H2O
-from codesign.engine.kv.policy import Prompt, Rows
+from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
+from codesign.engine.kv.staging import StagedPrompt
 from codesign.errors import InputError
 from codesign.registry import KV_POLICIES
 
@@ -50,6 +52,50 @@ def test_normalising_by_queries_takes_away_the_advantage_of_age() -> None:
 
     assert paper.select(prompt(column), 4).tolist() == [[0, 2, 4, 5]]
     assert normalised.select(prompt(column), 4).tolist() == [[1, 2, 4, 5]]
+
+
+def sums(weights: torch.Tensor, policy: KVPolicy, chunks: tuple[int, ...]) -> torch.Tensor:
+    """What a prompt with these attention weights leaves behind: queries are the logarithms, keys the unit vectors."""
+    query, key, staged = weights.log().clamp_min(-1e4), torch.eye(len(weights)), StagedPrompt(policy, max_model_len=9)
+    start = 0
+    for length in chunks:
+        part = slice(start, start + length)
+        staged.append(key[None, part], key[None, part], query[None, part], is_last=part.stop == len(weights))
+        mask = torch.zeros(length, part.stop).masked_fill(weights[part, : part.stop] == 0, float("-inf"))
+        found = column_sums(
+            query[None, None, part],
+            key[None, None, : part.stop],
+            mask=mask[None, None],
+            is_causal=False,
+            scale=1.0,
+            decay=policy.column_decay,
+        )
+        staged.add_column_sums(found[0])
+        start += length
+    column = staged.finish(1.0).column_sums
+    assert column is not None
+    return column
+
+
+@pytest.mark.parametrize("chunks", [(6,), (4, 2), (1, 3, 1, 1)])
+def test_decayed_sums_by_hand_however_the_prompt_is_cut(chunks: tuple[int, ...]) -> None:
+    """Queries count 1/32, 1/16, 1/8, 1/4, 1/2, 1. Row 2: 0.7/8 + 0.6/4 + 0.5/2 + 0.4."""
+    policy = H2O(score_norm="decayed", decay=0.5)
+    by_hand = torch.tensor([[0.21875, 0.1625, 0.8875, 0.15, 0.25, 0.3]])
+
+    torch.testing.assert_close(sums(WEIGHTS, policy, chunks), by_hand)
+    torch.testing.assert_close(sums(WEIGHTS, H2O(), chunks), WEIGHTS.sum(dim=0)[None])
+
+
+def test_decay_prefers_what_is_looked_at_now() -> None:
+    """The last query looks at row 1: 0.169 < 0.213 decayed, though the plain sums are 1.70 and 1.05."""
+    weights = WEIGHTS.clone()
+    weights[5, :2] = torch.tensor([0.05, 0.10])
+    paper = H2O(kv_budget=4, num_sink_tokens=0)
+    decayed = dataclasses.replace(paper, score_norm="decayed", decay=0.5)
+
+    assert paper.select(prompt(sums(weights, paper, (6,))), 4).tolist() == [[0, 2, 4, 5]]
+    assert decayed.select(prompt(sums(weights, decayed, (6,))), 4).tolist() == [[1, 2, 4, 5]]
 
 
 def test_each_head_keeps_its_own_heavy_hitters() -> None:
@@ -99,7 +145,11 @@ def test_the_cache_advances_although_new_rows_weigh_nothing() -> None:
         ({"recent_fraction": "half"}, "recent_fraction"),
         ({"num_sink_tokens": -1}, "num_sink_tokens"),
         ({"num_sink_tokens": 2.0}, "num_sink_tokens"),
-        ({"score_norm": "softmax"}, "none, query_count"),
+        ({"score_norm": "softmax"}, "none, query_count, decayed"),
+        ({"score_norm": "decayed"}, "both excluded, with score_norm"),
+        ({"decay": 0.9}, "1.0 with others"),
+        ({"score_norm": "decayed", "decay": 0.0}, "both excluded"),
+        ({"score_norm": "decayed", "decay": float("nan")}, "both excluded"),
     ],
 )
 def test_wrong_knobs_are_refused_with_what_is_allowed(knobs: dict[str, object], said: str) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from codesign.engine.quantize.formats.int4 import Int4
+from codesign.engine.quantize.fp8_grid import Fp8Grid
 from codesign.engine.quantize.grid import AffineGrid, Grid
 from codesign.engine.quantize.inputs import InputStats
 from codesign.engine.quantize.linear import Workspace
@@ -48,7 +49,9 @@ def output_error(method: Method, weight: Tensor, own: Grid, x: Tensor) -> float:
     return float(((weight - rounded) @ x.t()).norm() / (weight @ x.t()).norm())
 
 
-@pytest.mark.parametrize("own", [grid(2), grid(3), grid(4, 64), grid(4, symmetric=True), grid(8, None), Nf4Grid()])
+@pytest.mark.parametrize(
+    "own", [grid(2), grid(3), grid(4, 64), grid(4, symmetric=True), grid(8, None), Nf4Grid(), Fp8Grid()]
+)
 def test_gptq_repairs_at_least_a_quarter_of_the_output_error_on_correlated_inputs(own: Grid) -> None:
     weight, x = dense(), correlated()
 

@@ -1,0 +1,96 @@
+"""OutputAttention: output tokens over what the slots hold. B slots in one call, query groups folded into rows.
+
+Rows that are stored as they are read are views. Others are read by the codec's own kernel where there is one, or are
+decoded a slice of (slot, KV head) planes at a time: there is never a decoded copy of the cache.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from codesign.engine.attention.backend import AttentionBackend
+from codesign.engine.attention.calls import Call
+from codesign.engine.attention.weights import weights
+from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kernels.kv_attention import KVAttention, Queries
+from codesign.engine.kv.codec import KVCodec
+from codesign.engine.kv.group import LayerGroup
+
+# Keys, and as many values, decoded at a time: 4 MiB each in fp32 on a CPU, near its caches; 64 MiB each in bf16 on a
+# GPU, for few launches. At least one plane, whatever its length.
+_MAX_DECODED = {"cpu": 1 << 20, "cuda": 1 << 25}
+
+
+class OutputAttention:
+    """`kernel` says what runs, for the record."""
+
+    def __init__(
+        self, codec: KVCodec, backend: AttentionBackend, *, scale: float, head_dim: int, device: torch.device
+    ) -> None:
+        self._codec, self._backend, self._scale = codec, backend, scale
+        self._fused: KVAttention | None = None
+        self.kernel = backend.kernel
+        if codec.is_native:
+            return
+        found = Missing("plain") if backend.is_plain else codec.kernel(head_dim=head_dim, device=device)
+        if isinstance(found, Missing):
+            self.kernel += f" over decoded slices ({found.reason})"
+            return
+        self._fused = found
+        self.kernel = f"codesign::attend_{type(codec).__name__.lower()}, prompts {backend.kernel}"
+
+    def __call__(
+        self, query: Tensor, group: LayerGroup, index: int, call: Call, *, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, H_kv, M, D] for the queries of a call, as large, and their weights [B, H_kv, M, R] fp32 if wanted."""
+        if self._codec.is_native:
+            where = (index, call.slots, slice(None), slice(call.num_rows))
+            return self._over_rows(query, group.key[0][where], group.value[0][where], call.mask, want_weights)
+        if self._fused is None:
+            return self._over_slices(query, group, index, call, want_weights)
+        queries = Queries(
+            query,
+            [span.num_past for span in call.spans],
+            num_tokens=call.num_queries,
+            num_rows=call.num_rows,
+            scale=self._scale,
+            want_weights=want_weights,
+        )
+        self._codec.attend(self._fused, queries, group, index, call.slots)
+        return queries.out, queries.weights
+
+    def _over_slices(
+        self, query: Tensor, group: LayerGroup, index: int, call: Call, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        num_slots, num_heads, num_queries, head_dim = query.shape
+        out = torch.empty_like(query)
+        weight: Tensor | None = None
+        if want_weights:
+            weight = query.new_empty(num_slots, num_heads, num_queries, call.num_rows, dtype=torch.float32)
+        num_planes = _MAX_DECODED[query.device.type] // (call.num_rows * head_dim)
+        for own, heads in _slices(num_slots, num_heads, max(1, num_planes)):
+            slots = slice(call.slots.start + own.start, call.slots.start + own.stop)
+            key, value = group.read(index, slots, heads, call.num_rows)
+            mask = None if call.mask is None else call.mask[own]
+            out[own, heads], part = self._over_rows(query[own, heads], key, value, mask, want_weights)
+            if weight is not None and part is not None:
+                weight[own, heads] = part
+        return out, weight
+
+    def _over_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        out = self._backend.attend(query, key, value, mask=mask, is_causal=False, scale=self._scale)
+        if not want_weights:
+            return out, None
+        whole = slice(0, query.shape[2])
+        return out, weights(query, key, whole, mask=mask, is_causal=False, scale=self._scale)[:, :, 0]
+
+
+def _slices(num_slots: int, num_heads: int, num_planes: int) -> Iterator[tuple[slice, slice]]:
+    """(slots, heads) that together are all planes, at most `num_planes` at a time."""
+    slots_at_once, heads_at_once = max(1, num_planes // num_heads), min(num_heads, num_planes)
+    for slot in range(0, num_slots, slots_at_once):
+        for head in range(0, num_heads, heads_at_once):
+            yield slice(slot, min(slot + slots_at_once, num_slots)), slice(head, min(head + heads_at_once, num_heads))

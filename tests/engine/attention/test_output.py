@@ -1,0 +1,176 @@
+"""Output tokens over an encoded cache: kernel and decoded slices give what attention over all decoded rows gives."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from codesign.engine.attention import output
+from codesign.engine.attention.calls import Span, cut
+from codesign.engine.attention.output import OutputAttention
+from codesign.engine.attention.rope import Rope
+from codesign.engine.kernels import kv_attention
+from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kv.group import LayerGroup
+from codesign.engine.kv.policies.full import Full
+from codesign.engine.kv.store import DenseStore
+from codesign.registry import ATTENTION, KV_CODECS
+
+CPU = torch.device("cpu")
+ENCODED = [name for name in KV_CODECS.names() if not KV_CODECS.create(name).is_native]
+NUM_KV_HEADS = 2
+needs_kernel = pytest.mark.skipif(isinstance(kv_attention.load(), Missing), reason=str(kv_attention.load()))
+
+
+def filled(codec: str, lengths: list[int], *, num_queries: int, head_dim: int, dtype: torch.dtype) -> DenseStore:
+    """One layer; slot i holds lengths[i] committed rows and num_queries pending ones."""
+    rope = Rope(1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim))
+    store = DenseStore(
+        num_layers=1,
+        num_slots=len(lengths),
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=head_dim,
+        max_model_len=max(lengths) + num_queries,
+        max_query_len=num_queries,
+        policy=Full(),
+        codec=KV_CODECS.create(codec),
+        rope_tables=rope.tables(max(lengths) + num_queries, CPU),
+        dtype=dtype,
+        device=CPU,
+    )
+    generator = torch.Generator().manual_seed(0)
+    for slot, length in enumerate(lengths):
+        for first in range(0, length + num_queries, num_queries):
+            count = min(num_queries, length - first) if first < length else num_queries
+            (rows,) = store.reserve([(slot, count)], [first], torch.arange(first, first + count)).values()
+            key, value = torch.randn(2, count, NUM_KV_HEADS, head_dim, generator=generator).to(dtype)
+            store.write(rows, key, value)
+            if first < length:
+                store.commit([(slot, count)])
+    return store
+
+
+def attend(
+    store: DenseStore, backend: str, lengths: list[int], *, num_queries: int, num_groups: int
+) -> tuple[str, Tensor, Tensor, Tensor]:
+    """kernel, out, weights, and out in float64 from all decoded rows."""
+    (group,) = store.groups
+    head_dim, dtype = store.head_dim, store.dtype
+    spans = [Span(slot, slot * num_queries, num_queries, length, False, False) for slot, length in enumerate(lengths)]
+    attention = OutputAttention(
+        store.codec, ATTENTION.create(backend), scale=head_dim**-0.5, head_dim=head_dim, device=CPU
+    )
+    shape = (len(lengths), NUM_KV_HEADS, num_groups * num_queries, head_dim)
+    query = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out, expected, every_weight = torch.empty_like(query), torch.empty_like(query), []
+    for call in cut(spans, num_groups=num_groups, dtype=dtype, device=CPU):
+        out[call.slots], weight = attention(query[call.slots], group, 0, call, want_weights=True)
+        assert weight is not None
+        for span in call.spans:
+            slots = slice(span.slot, span.slot + 1)
+            key, value = group.read(0, slots, slice(NUM_KV_HEADS), span.num_rows)
+            score = query[slots].double() @ key.double().mT * head_dim**-0.5
+            token = torch.arange(num_queries).repeat(num_groups)[:, None]
+            score.masked_fill_(torch.arange(span.num_rows) > span.num_past + token, float("-inf"))
+            wanted = score.softmax(dim=-1)
+            expected[slots] = (wanted @ value.double()).to(dtype)
+            own = weight[span.slot - call.slots.start]
+            every_weight.append((own[..., : span.num_rows] - wanted[0]).abs().max())
+            assert own[..., span.num_rows :].abs().sum() == 0
+    return attention.kernel, out, torch.stack(every_weight).max(), expected
+
+
+LENGTHS = [[0, 1, 5], [31, 32, 33, 100, 34], [63, 64, 65, 300]]
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize(("head_dim", "num_groups"), [(8, 1), (64, 4), (128, 2), (96, 8)])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("backend", ATTENTION.names())
+@pytest.mark.parametrize("codec", ENCODED)
+def test_output_attention_equals_a_softmax_over_the_decoded_rows(
+    codec: str, backend: str, lengths: list[int], head_dim: int, num_groups: int, num_queries: int
+) -> None:
+    store = filled(codec, lengths, num_queries=num_queries, head_dim=head_dim, dtype=torch.float32)
+    _, out, weight_error, expected = attend(store, backend, lengths, num_queries=num_queries, num_groups=num_groups)
+
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+    assert weight_error < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ATTENTION.names())
+@pytest.mark.parametrize("codec", ENCODED)
+def test_half_precision_stays_near_the_softmax_over_decoded_rows(codec: str, backend: str, dtype: torch.dtype) -> None:
+    store = filled(codec, [40, 41], num_queries=1, head_dim=64, dtype=dtype)
+    _, out, _, expected = attend(store, backend, [40, 41], num_queries=1, num_groups=2)
+
+    torch.testing.assert_close(out, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
+def test_decoding_in_small_slices_changes_nothing(num_planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [50, 50, 50]
+    store = filled("int8", lengths, num_queries=1, head_dim=16, dtype=torch.float32)
+    _, whole, _, _ = attend(store, "eager", lengths, num_queries=1, num_groups=2)
+    monkeypatch.setattr(output, "_MAX_DECODED", {"cpu": num_planes * 51 * 16})
+    _, parts, _, _ = attend(store, "eager", lengths, num_queries=1, num_groups=2)
+
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_planes", [1, 2, 3, 7, 100])
+def test_slices_are_every_plane_once_and_no_more_than_may_be_decoded(num_planes: int) -> None:
+    seen = torch.zeros(5, 3)
+    for slots, heads in output._slices(5, 3, num_planes):
+        seen[slots, heads] += 1
+        assert seen[slots, heads].numel() <= num_planes
+
+    assert (seen == 1).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("codec", ["int8", "fp8", "int4"])
+def test_with_a_kernel_nothing_is_decoded(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [100, 101]
+    store = filled(codec, lengths, num_queries=1, head_dim=16, dtype=torch.float32)
+    attention = OutputAttention(store.codec, ATTENTION.create("sdpa"), scale=0.25, head_dim=16, device=CPU)
+    spans = [Span(slot, slot, 1, length, False, False) for slot, length in enumerate(lengths)]
+    (call,) = cut(spans, num_groups=1, dtype=torch.float32, device=CPU)
+    monkeypatch.delattr(LayerGroup, "read")
+    out, _ = attention(torch.ones(2, NUM_KV_HEADS, 1, 16), store.groups[0], 0, call, want_weights=False)
+
+    assert out.isfinite().all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("codec", ["int8", "fp8", "int4"])
+def test_threads_change_nothing(codec: str) -> None:
+    lengths, before = [100, 3, 70, 64, 90], torch.get_num_threads()
+    store = filled(codec, lengths, num_queries=2, head_dim=32, dtype=torch.float32)
+    _, alone, _, _ = attend(store, "sdpa", lengths, num_queries=2, num_groups=3)
+    try:
+        torch.set_num_threads(3)
+        _, together, _, _ = attend(store, "sdpa", lengths, num_queries=2, num_groups=3)
+    finally:
+        torch.set_num_threads(before)
+
+    assert torch.equal(alone, together)
+
+
+@needs_kernel
+def test_the_kernel_that_runs_is_named() -> None:
+    store = filled("int8", [3], num_queries=1, head_dim=8, dtype=torch.float32)
+
+    def name(backend: str) -> str:
+        return attend(store, backend, [3], num_queries=1, num_groups=1)[0]
+
+    assert name("sdpa") == "codesign::attend_int8, prompts aten::scaled_dot_product_attention"
+    assert name("eager").endswith("over decoded slices (plain)")
+
+
+def test_without_a_kernel_the_reason_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_attention, "load", lambda: Missing("no C compiler (gcc) on this machine"))
+    store = filled("int8", [3], num_queries=1, head_dim=8, dtype=torch.float32)
+    kernel, *_ = attend(store, "sdpa", [3], num_queries=1, num_groups=1)
+
+    assert kernel.endswith("over decoded slices (no C compiler (gcc) on this machine)")

@@ -1,0 +1,116 @@
+"""Heads with different numbers of rows: the same memory, each head its own rows, none lost or shared."""
+
+import pytest
+import torch
+from random_plans import random_plans
+from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_KV_HEADS, NUM_SLOTS, draw, make_attention
+
+from codesign.engine.attention.layer import Attention
+from codesign.engine.batch import Batch
+from codesign.engine.kv.policies.ada_kv import AdaKV
+from codesign.engine.kv.policies.snapkv import SnapKV
+from codesign.engine.kv.ragged import RaggedGroup
+from codesign.engine.step import StepPlan, decode_plan
+
+BUDGET = 12
+POLICY = AdaKV(kv_budget=BUDGET, window_tokens=4, num_sink_tokens=1, kernel_size=1, floor_fraction=0.0)
+
+
+def run(attention: Attention, plan: StepPlan, generator: torch.Generator) -> torch.Tensor:
+    """[L, N, H, D]"""
+    batch = Batch.of(plan, torch.device("cpu"))
+    attention.begin(batch)
+    layers = range(len(attention.kv_budget_tokens))
+    out = torch.stack([attention(layer, *draw(generator, len(plan.token_ids)), batch) for layer in layers])
+    attention.end(batch)
+    return out
+
+
+def prompt_plan(length: int, *, frees: tuple[int, ...] = ()) -> StepPlan:
+    return StepPlan(
+        frees=frees,
+        slots=(0,),
+        query_lens=(length,),
+        token_ids=(0,) * length,
+        positions=tuple(range(length)),
+        is_prompt=(True,),
+        is_prompt_end=(True,),
+    )
+
+
+def group_of(attention: Attention) -> RaggedGroup:
+    (group,) = attention.store.groups
+    assert isinstance(group, RaggedGroup)
+    return group
+
+
+def test_allocated_bytes_are_those_of_equal_heads_and_follow_the_budget() -> None:
+    ragged, equal = make_attention(POLICY), make_attention(SnapKV(kv_budget=BUDGET, window_tokens=4, num_sink_tokens=1))
+    num_rows = ragged.store.position.shape[0]
+
+    assert ragged.kv_bytes == equal.kv_bytes
+    assert num_rows == len(ragged.kv_budget_tokens) * NUM_SLOTS * NUM_KV_HEADS * (BUDGET + MAX_QUERY_LEN)
+
+
+def test_heads_really_differ_and_their_rows_lie_side_by_side_inside_the_slot() -> None:
+    attention, generator = make_attention(POLICY), torch.Generator().manual_seed(0)
+    run(attention, prompt_plan(40), generator)
+    group = group_of(attention)
+    places = [group.heads(index, 0, 40) for index in range(len(group.layers))]
+
+    assert any(len({count for _, count in own}) > 1 for own in places)
+    for own in places:
+        assert sum(count for _, count in own) == NUM_KV_HEADS * BUDGET
+        ends = [first + count + MAX_QUERY_LEN for first, count in own]
+        assert [first for first, _ in own] == [0, *ends[:-1]]
+        assert ends[-1] == NUM_KV_HEADS * (BUDGET + MAX_QUERY_LEN)
+
+
+def test_row_counts_stay_what_the_prompt_made_them_and_the_window_moves_on() -> None:
+    attention, generator = make_attention(POLICY), torch.Generator().manual_seed(0)
+    run(attention, prompt_plan(36), generator)
+    group = group_of(attention)
+    before = [group.heads(index, 0, 36) for index in range(len(group.layers))]
+    selected = [group.position[index, 0].view(-1).tolist() for index in range(len(group.layers))]
+    for step in range(9):
+        run(attention, decode_plan([0], [0], [36 + step], commits=[(0, 1)] if step else ()), generator)
+    attention.store.commit([(0, 1)])
+
+    for index, places in enumerate(before):
+        assert group.heads(index, 0, 45) == places
+        position = group.position[index, 0].view(-1).tolist()
+        for first, count in places:
+            assert position[first : first + count - 4] == selected[index][first : first + count - 4]
+            assert sorted(position[first + count - 4 : first + count]) == [41, 42, 43, 44]
+
+
+def test_a_short_prompt_after_a_ragged_one_finds_equal_heads_again() -> None:
+    used, fresh = make_attention(POLICY), make_attention(POLICY)
+    run(used, prompt_plan(40), torch.Generator().manual_seed(0))
+    outs = []
+    for attention, frees in ((used, (0,)), (fresh, ())):
+        generator = torch.Generator().manual_seed(1)
+        run(attention, prompt_plan(5, frees=frees), generator)
+        outs.append(run(attention, decode_plan([0], [0], [5]), generator))
+    group = group_of(used)
+
+    assert not any(group.is_ragged(index, 0) for index in range(len(group.layers)))
+    assert torch.equal(group.row_start, group_of(fresh).row_start)
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_layer_never_holds_more_rows_than_its_budget(seed: int) -> None:
+    attention, generator = make_attention(POLICY), torch.Generator().manual_seed(seed)
+    group, store = group_of(attention), attention.store
+    plans = random_plans(
+        seed, num_steps=40, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN
+    )
+    for plan in plans:
+        run(attention, plan, generator)
+        for slot in range(NUM_SLOTS):
+            num_tokens = store.num_tokens[slot]
+            if (0, slot) not in attention.staged_prompts:
+                for index in range(len(group.layers)):
+                    rows = sum(count for _, count in group.heads(index, slot, num_tokens))
+                    assert rows == NUM_KV_HEADS * min(num_tokens, BUDGET)

@@ -1,0 +1,57 @@
+"""Rules of every space: what is left out, and that nothing else is."""
+
+from typing import Any
+
+import pytest
+
+from codesign.registry import WEIGHT_FORMATS
+from codesign.spec.engine_config import EngineConfig
+from codesign.spec.hardware import Hardware
+from codesign.spec.rules import lacking, senseless, unjudged, unpaid
+
+TWO_OF_FOUR = {"name": "wanda", "pattern": "two_of_four"}
+CPU = Hardware(name="x", device="cpu")
+
+
+def config(**changes: Any) -> EngineConfig:
+    return EngineConfig.from_dict(changes).resolve()
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHT_FORMATS.names() if "method" in WEIGHT_FORMATS.knobs(name)])
+def test_pruning_before_gptq_makes_no_sense_in_any_format(name: str) -> None:
+    reason = senseless(config(prune="magnitude", weights={"name": name, "method": "gptq"}))
+
+    assert reason is not None and "gptq pushes rounding errors into pruned weights" in reason
+    assert senseless(config(prune="magnitude", weights={"name": name, "method": "rtn"})) is None
+    assert senseless(config(weights={"name": name, "method": "gptq"})) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prune": TWO_OF_FOUR, "max_batch_size": 8}, "max_batch_size below 64"),
+        ({"prune": TWO_OF_FOUR, "max_batch_size": 63}, "max_batch_size below 64"),
+        ({"prune": TWO_OF_FOUR, "max_batch_size": 64}, None),
+        ({"prune": TWO_OF_FOUR, "max_batch_size": 64, "weights": "int4"}, "with packed weights"),
+        ({"prune": TWO_OF_FOUR, "max_batch_size": 256, "weights": "w8a8"}, "with packed weights"),
+        ({"prune": {"name": "wanda", "sparsity": 0.5}, "max_batch_size": 8, "weights": "int4"}, None),
+        ({"max_batch_size": 8, "weights": "int4"}, None),
+    ],
+)
+def test_two_of_four_is_left_out_where_no_kernel_is_faster_for_it(changes: dict[str, Any], reason: str | None) -> None:
+    found = unpaid(config(**changes))
+
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_a_cpu_has_no_sparse_kernel_at_any_batch() -> None:
+    asked = config(prune=TWO_OF_FOUR, max_batch_size=256)
+
+    assert "no kernel there skips the zeros" in str(lacking(asked, CPU))
+    assert lacking(asked, Hardware(name="x", device="cuda", compute_capability="9.0")) is None
+
+
+def test_the_unmodified_configuration_breaks_no_rule() -> None:
+    plain = config()
+
+    assert senseless(plain) is unpaid(plain) is lacking(plain, CPU) is unjudged(plain, ["tpot_ms"]) is None
