@@ -24,9 +24,10 @@ check: $(VENV)/.installed-dev
 # Other projects, each in an environment of its own: what they say about what we compute and write. Never part of the
 # tests, which read the goldens that this writes to tests/golden.
 ORACLES := .oracles
-oracles: $(VENV)/.installed-dev $(foreach name,compressed_tensors llm_compressor bitsandbytes gptqmodel,$(ORACLES)/$(name)/.installed)
+oracles: $(VENV)/.installed-dev $(foreach name,compressed_tensors llm_compressor bitsandbytes gptqmodel kvpress,$(ORACLES)/$(name)/.installed)
 	PYTHONPATH=. $(BIN)/python -m tests.oracles.gptq $(ORACLES)/llm_compressor/bin/python
 	PYTHONPATH=. $(BIN)/python -m tests.oracles.nf4 $(ORACLES)/bitsandbytes/bin/python
+	PYTHONPATH=. $(BIN)/python -m tests.oracles.kv_selection $(ORACLES)/kvpress/bin/python
 	PYTHONPATH=. $(BIN)/python -m tests.oracles.layouts $(ORACLES)/compressed_tensors/bin/python $(ORACLES)/gptqmodel/bin/python
 	PYTHONPATH=. $(BIN)/python tests/oracles/exported_weights.py --python $(ORACLES)/compressed_tensors/bin/python
 

@@ -89,5 +89,6 @@ CHECKPOINT_LAYOUTS = Family("layout of quantised checkpoints", "engine.quantize.
 PRUNERS = Family("pruner", "engine.prune.pruners")
 KV_POLICIES = Family("KV policy", "engine.kv.policies")
 KV_CODECS = Family("KV codec", "engine.kv.codecs")
+KV_PLACES = Family("KV place", "engine.kv.places")
 ATTENTION = Family("attention backend", "engine.attention.backends")
 TARGETS = Family("deployment target", "deploy")

@@ -39,7 +39,8 @@ def test_every_member_is_one_frozen_dataclass_of_plain_knobs(family: Family) -> 
         member = family.member(name)
         assert member.__dataclass_params__.frozen
         for knob, default in family.knobs(name).items():
-            assert default is dataclasses.MISSING or isinstance(default, int | float | str | bool), f"{name}.{knob}"
+            is_absent = default is None or default is dataclasses.MISSING
+            assert is_absent or isinstance(default, int | float | str | bool), f"{name}.{knob}"
 
 
 @pytest.mark.parametrize("name", ["", "h20", "__init__", "../errors", "h2o.py", "H2O", "a" * 500])

@@ -10,6 +10,7 @@ import torch
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.switched import SwitchedAttention, make_attention
 from codesign.engine.engine import Engine, EngineParts
+from codesign.engine.kernels.pieces import Pieces, choose
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.assemble import PackClock
@@ -21,7 +22,7 @@ from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
 from codesign.engine.weights import build_decoder
 from codesign.errors import InputError, Unsupported
-from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, SCHEDULERS
+from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, SCHEDULERS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from codesign.spec.rules import senseless
@@ -54,8 +55,10 @@ def build_engine(
     workspace, clock = Workspace(), PackClock()
     started = time.perf_counter()
     decoder = build_decoder(model, shape, config, dtype=dtype, device=place, workspace=workspace, clock=clock)
+    pieces = choose(config.kernels.fused, dtype=dtype, device=place)
+    decoder.use(pieces)
     loaded = time.perf_counter()
-    attention, num_slots = _allocate(shape, config, dtype, place)
+    attention, num_slots = _allocate(shape, config, dtype, place, pieces)
     return_freed_memory()
     allocated = time.perf_counter()
 
@@ -73,6 +76,7 @@ def build_engine(
             eos_token_ids=eos,
             resolved={
                 "kv_budget_tokens": list(attention.kv_budget_tokens),
+                "kv_place": attention.kv_place,
                 "num_slots": num_slots,
                 "dtype": config.dtype,
                 "device": str(place),
@@ -139,7 +143,7 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
 
 
 def _allocate(
-    shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device, pieces: Pieces
 ) -> tuple[Attention | SwitchedAttention, int]:
     """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number."""
     policy: KVPolicy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
@@ -154,12 +158,14 @@ def _allocate(
             rope=rope_of(shape.rope, shape.head_dim),
             policy=policy,
             codec=KV_CODECS.create(config.kv.codec.name, key="kv.codec", **config.kv.codec.knob_dict),
+            place=KV_PLACES.create(config.kv.place.name, key="kv.place", **config.kv.place.knob_dict),
             backend=ATTENTION.create(config.attention.name, key="attention", **config.attention.knob_dict),
             num_slots=num_slots,
             max_model_len=config.max_model_len,
             max_query_len=_MAX_QUERY_LEN,
             dtype=dtype,
             device=device,
+            pieces=pieces,
         )
 
     @functools.cache

@@ -9,6 +9,7 @@ from torch import nn
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.switched import SwitchedAttention
+from codesign.engine.kernels.pieces import describe
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.runner import SingleRunner
@@ -141,6 +142,7 @@ class Engine:
                 "weights": ", ".join(layer_kernels),
                 "head": parts.model.head.kernel,
                 "attention": parts.attention.kernel,
+                "fused": describe(parts.model.pieces, has_qk_norm=parts.model.shape.has_qk_norm),
             },
             "phases": dict(parts.phases),
         }

@@ -5,7 +5,7 @@
 
 A lower bound on purpose: workspaces, staging and the allocator's slack are left out, and what is not known counts as
 nothing. So a configuration that this calls too large cannot run, and can be ruled out without building it; one that it
-lets pass is built, and may still run out of memory.
+lets pass is built, and may still run out of memory. A cache that does not lie on the device counts as nothing too.
 """
 
 import dataclasses
@@ -95,6 +95,8 @@ def estimate(size: ModelSize, config: EngineConfig) -> MemoryEstimate:
     """The least that `config` needs with a model of this size."""
     dtype_bytes = _DTYPE_BYTES[config.dtype]
     row_bytes = 2 * size.num_kv_heads * size.head_dim * _kv_value_bytes(config.kv.codec, dtype_bytes, size.head_dim)
+    if config.kv.place.name != "device":
+        row_bytes = 0
     rows = kept_tokens(config.kv.policy, config.max_model_len) * config.max_batch_size
     kv_bytes = int(size.num_layers * rows * row_bytes)
     if config.kv_memory_bytes is not None:
@@ -118,7 +120,10 @@ def kept_tokens(policy: Choice, max_model_len: int) -> int:
 
 
 def _weight_bits(weights: Choice, dtype_bytes: int) -> float:
-    return 8.0 * dtype_bytes if weights.name == "native" else _WEIGHT_BITS.get(weights.name, 0.0)
+    dense = 8.0 * dtype_bytes
+    if weights.name == "native":
+        return dense
+    return _WEIGHT_BITS.get(weights.name, 0.0) + (dense if weights.knob_dict.get("shadow") is True else 0.0)
 
 
 def _kv_value_bytes(codec: Choice, dtype_bytes: int, head_dim: int) -> float:

@@ -9,16 +9,17 @@ from typing import Any
 from codesign.report.show import visible
 from codesign.spec.engine_config import FAMILIES
 
+_GROUPS = ("kv", "kernels")  # keys that hold what is chosen below them
 # What a person decides on comes first; other keys follow in alphabetical order.
-_ORDER = ("weights", "prune", "kv.policy", "kv.codec", "dtype", "max_batch_size")
+_ORDER = ("weights", "prune", "kv.policy", "kv.codec", "kv.place", "dtype", "max_batch_size")
 
 
 def parts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value, a family choice kept whole: {"dtype": "bf16", "kv.policy": {"name": "full"}, ...}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if key == "kv" and isinstance(value, Mapping):
-            flat |= {f"kv.{inner}": choice for inner, choice in value.items()}
+        if key in _GROUPS and isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": own for inner, own in value.items()}
         else:
             flat[key] = value
     return dict(sorted(flat.items(), key=lambda item: (_ORDER.index(item[0]) if item[0] in _ORDER else 99, item[0])))
@@ -59,6 +60,8 @@ class Labels:
 
     def _value(self, key: str, value: Any) -> str:
         if not isinstance(value, Mapping):
+            if isinstance(value, bool):
+                return str(value).lower()  # as it is written in YAML
             return visible("automatic" if value is None else value)
         knobs = {str(knob): setting for knob, setting in value.items() if knob != "name"}
         name = choice_name(value)

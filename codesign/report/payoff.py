@@ -1,4 +1,4 @@
-"""Does a choice pay here? Each format, policy, codec and dtype against the unmodified one, at each batch size.
+"""Does a choice pay here? Each format, policy, codec, place and dtype against the unmodified one, at each batch size.
 
 A pair is two trials that differ in this one choice and in nothing else. Where no such pair was measured, the closest
 partner is shown and called confounded, with the names of what else differs. Nothing is pooled into one interval: pairs
@@ -17,7 +17,7 @@ from codesign.report.study import Study
 from codesign.results.pareto import SIZE, SPEED
 from codesign.results.record import TrialRecord
 
-CHOICES = ("dtype", "weights", "kv.policy", "kv.codec", "attention", "scheduler")
+CHOICES = ("dtype", "weights", "kv.policy", "kv.codec", "kv.place", "attention", "scheduler")
 SHOWN = (
     "throughput_tokens_per_s",
     "ttft_ms",

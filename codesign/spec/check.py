@@ -13,7 +13,7 @@ from codesign.spec.space import load_space
 from codesign.spec.workload import Workload
 from codesign.spec.yaml import load_yaml
 
-_ENGINE = (*PLAIN_FIELDS, *dict.fromkeys(key.partition(".")[0] for key in FAMILIES))
+_ENGINE = tuple(dict.fromkeys(key.partition(".")[0] for key in (*PLAIN_FIELDS, *FAMILIES)))
 # The key that gives a part of a profile away -> what it is.
 _PARTS: dict[str, tuple[str, type[Section]]] = {
     "device": ("hardware", Hardware),
@@ -61,14 +61,21 @@ def check_file(path: str | Path) -> str:
 
 
 def _is_space(plain: dict[str, Any]) -> bool:
-    kv = plain.get("kv")
-    families = [plain.get(key) for key in FAMILIES if "." not in key]
-    families += kv.values() if isinstance(kv, dict) else []
+    fields, families = ([_at(plain, key) for key in keys] for keys in (PLAIN_FIELDS, FAMILIES))
     return (
         "constraints" in plain
-        or any(isinstance(plain.get(name), list | dict) for name in PLAIN_FIELDS)
+        or any(isinstance(value, list | dict) for value in fields)
         or any(isinstance(choice, list) or (isinstance(choice, dict) and "name" not in choice) for choice in families)
     )
+
+
+def _at(plain: dict[str, Any], name: str) -> Any:
+    """What stands at a dotted key of one or two parts; None where nothing does."""
+    group, _, part = name.partition(".")
+    value = plain.get(group)
+    if not part:
+        return value
+    return value.get(part) if isinstance(value, dict) else None
 
 
 def _unfetched(name: str, revision: str) -> Path:

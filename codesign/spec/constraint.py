@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from codesign.errors import InputError, shown
-from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, Dtype, Scalar
+from codesign.spec.engine_config import FAMILIES, FLAGS, PLAIN_FIELDS, Dtype, Scalar
 from codesign.spec.yaml import Document, Key
 
 
@@ -93,7 +93,7 @@ def _condition(document: Document, key: Key, name: str) -> Condition:
         raise document.error("must be one of: a value, a list, {not: ...}, {min: ..., max: ...}", key)
     if "not" in plain:
         return Condition(none_of=_values(document, (*key, "not"), name))
-    if name in FAMILIES or name == "dtype":
+    if name in FAMILIES or name in FLAGS or name == "dtype":
         raise document.error(f"{name} has no order; use a value, a list or {{not: ...}}", key)
     for part, bound in plain.items():
         if not isinstance(bound, int | float) or isinstance(bound, bool):
@@ -139,6 +139,9 @@ def _values(document: Document, key: Key, name: str) -> tuple[Scalar, ...]:
                 raise document.error(error.message, key) from None
         elif name == "dtype" and value not in get_args(Dtype):
             raise document.error(f"unknown dtype {shown(value)}", key, got=str(value), known=get_args(Dtype))
+        elif name in FLAGS:
+            if not isinstance(value, bool):
+                raise document.error(f"must be true or false, got {shown(value)}", key)
         elif name in PLAIN_FIELDS and name != "dtype" and (not isinstance(value, int) or isinstance(value, bool)):
             raise document.error(f"must be a whole number, got {shown(value)}", key)
     return tuple(values)

@@ -6,7 +6,8 @@ The same document feeds `search`, `measure`, `serve` and `export`:
     max_batch_size: 8
     max_model_len: 2048
     weights: {name: int4, group_size: 64}
-    kv: {policy: {name: h2o, kv_budget: 0.2}, codec: native}
+    kv: {policy: {name: h2o, kv_budget: 0.2}, codec: native, place: device}
+    kernels: {fused: true}
 
 A family choice is a name, or a mapping with `name` and the member's knobs. Knobs left out take the member's defaults
 when the configuration is resolved; only resolved configurations are stored, so that a digest means one engine.
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
 from codesign.errors import InputError, shown
-from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES, PRUNERS, SCHEDULERS, WEIGHT_FORMATS, Family
+from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, PRUNERS, SCHEDULERS, WEIGHT_FORMATS, Family
 from codesign.spec.yaml import load_yaml
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -34,10 +35,12 @@ FAMILIES: dict[str, Family] = {
     "prune": PRUNERS,
     "kv.policy": KV_POLICIES,
     "kv.codec": KV_CODECS,
+    "kv.place": KV_PLACES,
     "attention": ATTENTION,
 }
-# The fields that hold a plain value.
-PLAIN_FIELDS = ("dtype", "max_batch_size", "max_model_len", "kv_memory_bytes", "max_step_tokens")
+# Dotted keys of what holds a plain value, and those of them that are true or false.
+PLAIN_FIELDS = ("dtype", "max_batch_size", "max_model_len", "kv_memory_bytes", "max_step_tokens", "kernels.fused")
+FLAGS = ("kernels.fused",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,23 @@ class Choice:
 class KVConfig:
     policy: Choice = Choice("full")
     codec: Choice = Choice("native")
+    place: Choice = Choice("device")
+
+
+_KV_PARTS = tuple(field.name for field in dataclasses.fields(KVConfig))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Args:
+    fused: the small operations of a layer in one pass each (`engine/kernels/pieces.py`).
+    """
+
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fused, bool):
+            raise InputError(f"must be true or false, got {shown(self.fused)}", key="kernels.fused")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +107,7 @@ class EngineConfig:
     prune: Choice = Choice("none")
     kv: KVConfig = KVConfig()
     attention: Choice = Choice("sdpa")
+    kernels: KernelsConfig = KernelsConfig()
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -114,7 +135,7 @@ class EngineConfig:
 
         These are the names of a search space's parameters; unlike `to_dict` it keeps knobs of different members apart.
         """
-        values: dict[str, Scalar | None] = {name: getattr(self, name) for name in PLAIN_FIELDS}
+        values: dict[str, Scalar | None] = {name: operator.attrgetter(name)(self) for name in PLAIN_FIELDS}
         for key, (_, choice) in self.choices().items():
             values[key] = choice.name
             values.update({f"{key}.{choice.name}.{knob}": value for knob, value in choice.knobs})
@@ -127,7 +148,8 @@ class EngineConfig:
         }
         for name in ("scheduler", "weights", "prune", "attention"):
             plain[name] = plain[name].to_dict()
-        plain["kv"] = {"policy": self.kv.policy.to_dict(), "codec": self.kv.codec.to_dict()}
+        plain["kv"] = {part: getattr(self.kv, part).to_dict() for part in _KV_PARTS}
+        plain["kernels"] = dataclasses.asdict(self.kernels)
         return plain
 
     @classmethod
@@ -142,10 +164,12 @@ class EngineConfig:
             if key in values:
                 values[key] = _choice(values[key], key, FAMILIES[key], file)
         if "kv" in values:
-            kv = _mapping(values["kv"], "kv", ["policy", "codec"], file)
-            families = {"policy": KV_POLICIES, "codec": KV_CODECS}
-            values["kv"] = KVConfig(**{k: _choice(v, f"kv.{k}", families[k], file) for k, v in kv.items()})
+            kv = _mapping(values["kv"], "kv", list(_KV_PARTS), file)
+            values["kv"] = KVConfig(**{k: _choice(v, f"kv.{k}", FAMILIES[f"kv.{k}"], file) for k, v in kv.items()})
         try:
+            if "kernels" in values:
+                names = [field.name for field in dataclasses.fields(KernelsConfig)]
+                values["kernels"] = KernelsConfig(**_mapping(values["kernels"], "kernels", names, file))
             return cls(**values)
         except InputError as error:
             raise InputError(error.message, file=file, key=error.key) from None
@@ -163,7 +187,7 @@ class EngineConfig:
             member = family.create(choice.name, file=file, key=key, **choice.knob_dict)
             knobs = {f.name: getattr(member, f.name) for f in dataclasses.fields(member)}
             filled[key] = Choice.of(choice.name, **{name: v for name, v in knobs.items() if v is not None})
-        kv = KVConfig(policy=filled.pop("kv.policy"), codec=filled.pop("kv.codec"))
+        kv = KVConfig(**{part: filled.pop(f"kv.{part}") for part in _KV_PARTS})
         return dataclasses.replace(self, kv=kv, **cast(dict[str, Any], filled))
 
     @property

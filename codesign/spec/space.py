@@ -6,6 +6,7 @@
     weights: {native: {}, int8: {}, int4: {group_size: [32, 64, 128]}}
     kv:
       policy: {full: {}, h2o: {kv_budget: {low: 0.05, high: 0.5, log: true}}}
+    kernels: {fused: [true, false]}
     constraints:
     - when: {weights: int4, dtype: fp16}
       reason: why not
@@ -19,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,14 @@ from codesign.errors import InputError, shown
 from codesign.registry import Family
 from codesign.spec.constraint import Constraint, read_constraints
 from codesign.spec.domain import Domain, Range, Values, read_domain
-from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, Choice, EngineConfig, KVConfig, Scalar
+from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, Choice, EngineConfig, KernelsConfig, KVConfig, Scalar
 from codesign.spec.rules import senseless, unpaid
 from codesign.spec.yaml import Document, Key, load_yaml
 
 Pick = Callable[[str, Domain], Scalar]
 Knobs = Mapping[str, Domain]
 
-_TOP = (*PLAIN_FIELDS, *dict.fromkeys(key.partition(".")[0] for key in FAMILIES), "constraints")
+_TOP = (*dict.fromkeys(key.partition(".")[0] for key in (*PLAIN_FIELDS, *FAMILIES)), "constraints")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Parameter:
 class SearchSpace:
     """Attributes:
     path: the file, as the person wrote it.
-    fields: plain field of EngineConfig -> domain.
+    fields: dotted key of a plain field of EngineConfig -> domain.
     families: dotted family key -> member -> knob -> domain.
     plain: the document as it was read, for the study folder.
     """
@@ -105,7 +107,7 @@ class SearchSpace:
         defaults = EngineConfig()
         values: dict[str, Any] = {} if max_model_len is None else {"max_model_len": max_model_len}
         for name, domain in self.fields.items():
-            default = values.get(name, getattr(defaults, name))
+            default = values.get(name, operator.attrgetter(name)(defaults))
             if default not in domain:
                 default = domain.values[0] if isinstance(domain, Values) else _nearest(default, domain)
             values[name] = default
@@ -152,23 +154,33 @@ def load_space(path: str | Path) -> SearchSpace:
     for name in plain:
         if name not in _TOP:
             raise document.error("unknown key", (name,), got=name, known=_TOP)
-    fields = {name: _field(document, name) for name in PLAIN_FIELDS if name in plain}
-    families = {}
-    for dotted_key, family in FAMILIES.items():
-        key = tuple(dotted_key.split("."))
-        if len(key) == 2 and key[0] in plain:
-            _check_group(document, key[0])
-        if key[0] in plain and (len(key) == 1 or key[1] in plain[key[0]]):
-            families[dotted_key] = _family(document, key, family)
+    for group in dict.fromkeys(key.partition(".")[0] for key in (*PLAIN_FIELDS, *FAMILIES) if "." in key):
+        if group in plain:
+            _check_group(document, group)
+    fields = {name: _field(document, name) for name in PLAIN_FIELDS if _is_in(plain, name)}
+    families = {
+        name: _family(document, tuple(name.split(".")), family)
+        for name, family in FAMILIES.items()
+        if _is_in(plain, name)
+    }
     constraints = read_constraints(document, ("constraints",)) if "constraints" in plain else ()
     return SearchSpace(path=Path(path), fields=fields, families=families, constraints=constraints, plain=plain)
 
 
 def _config(values: Mapping[str, Any]) -> EngineConfig:
-    """EngineConfig from plain fields and dotted family keys."""
-    kv = {key.partition(".")[2]: choice for key, choice in values.items() if key.startswith("kv.")}
+    """EngineConfig from dotted keys."""
+    kv, kernels = (
+        {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{group}.")}
+        for group in ("kv", "kernels")
+    )
     top = {key: value for key, value in values.items() if "." not in key}
-    return EngineConfig(**top, kv=KVConfig(**kv))
+    return EngineConfig(**top, kv=KVConfig(**kv), kernels=KernelsConfig(**kernels))
+
+
+def _is_in(plain: Mapping[str, Any], name: str) -> bool:
+    """Whether a document says something at a dotted key of one or two parts, its groups being mappings."""
+    group, _, part = name.partition(".")
+    return group in plain and (not part or part in plain[group])
 
 
 def _nearest(value: Any, domain: Range) -> int | float:
@@ -181,18 +193,19 @@ def _product(sizes: list[int | None]) -> int | None:
 
 
 def _field(document: Document, name: str) -> Domain:
-    domain = read_domain(document, (name,))
+    key = tuple(name.split("."))
+    domain = read_domain(document, key)
     for value in domain.examples:
         try:
-            EngineConfig(**{name: value})  # type: ignore[arg-type]  # its own check is what is wanted here
+            _config({name: value})  # its own check is what is wanted here
         except InputError as error:
-            raise document.error(error.message, (name,)) from None
+            raise document.error(error.message, key) from None
     return domain
 
 
 def _check_group(document: Document, name: str) -> None:
-    """`kv` holds families below it."""
-    known = tuple(key.partition(".")[2] for key in FAMILIES if key.startswith(f"{name}."))
+    """`kv` and `kernels` hold what is chosen below them."""
+    known = tuple(key.partition(".")[2] for key in (*FAMILIES, *PLAIN_FIELDS) if key.startswith(f"{name}."))
     if not isinstance(document.value[name], dict):
         raise document.error(f"must be a mapping with {', '.join(known)}, got {shown(document.value[name])}", (name,))
     for part in document.value[name]:

@@ -1,4 +1,4 @@
-"""Compiles every Triton weight kernel at every config that may run, for sm_80 and sm_90, without a GPU.
+"""Compiles every Triton kernel at every config that may run, for sm_80 and sm_90, without a GPU.
 
     python tests/benchmarks/triton_compile.py [--quick] [--out reports/benchmarks]
 
@@ -26,6 +26,14 @@ from triton.compiler import ASTSource
 
 from codesign.engine.kernels.triton.affine import affine_kernel
 from codesign.engine.kernels.triton.configs import ROW_BUCKETS, Config, Problem, candidates, default
+from codesign.engine.kernels.triton.fused import (
+    MAX_GATES,
+    norm_heads_kernel,
+    norm_kernel,
+    norm_options,
+    rotate_kernel,
+    silu_mul_kernel,
+)
 from codesign.engine.kernels.triton.launch import ADDED_OUTPUTS
 from codesign.engine.kernels.triton.nf4 import GROUP, SCALES_PER_STEP, nf4_kernel
 from codesign.engine.kernels.triton.tile import add_splits
@@ -34,6 +42,8 @@ from codesign.engine.kernels.triton.w8a16 import w8a16_kernel
 CAPABILITIES = (80, 90)
 DTYPES = ("bf16", "fp16", "fp32")
 SIZE = (4096, 4096)
+HIDDEN_SIZES = (896, 4096, 16384)
+HEAD_SIZES = (64, 128)
 MULTIPLIES = {"wgmma": "wgmma", "mma.sync": "mma.sync", "fma.rn.f32": "fma"}  # in the PTX, the first that is there
 
 
@@ -43,7 +53,7 @@ class Case:
 
     Attributes:
         name: what it is, config included.
-        pointers: element type of each pointer argument, by name.
+        pointers: element type of each pointer argument, by name, and the type of what is no whole number.
         constants: the constexpr arguments.
     """
 
@@ -89,6 +99,21 @@ def cases(*, is_quick: bool) -> Iterator[Case]:
         pointers = {"sums_ptr": "*fp32", "y_ptr": f"*{dtype}"}
         constants = {"SPLIT_K": 4, "BLOCK": ADDED_OUTPUTS}
         yield Case(f"add_splits {dtype}: 4 splits", add_splits, pointers, constants, {"num_warps": 4, "num_stages": 3})
+        yield from fused_cases(dtype, HIDDEN_SIZES[1:2] if is_quick else HIDDEN_SIZES)
+
+
+def fused_cases(dtype: str, hidden_sizes: tuple[int, ...]) -> Iterator[Case]:
+    """The small operations between products."""
+    names = ("x", "change", "weight", "sum", "y", "q", "k", "q_weight", "k_weight", "gate_up")
+    pointers = {**{f"{name}_ptr": f"*{dtype}" for name in names}, "cos_ptr": "*fp32", "sin_ptr": "*fp32", "eps": "fp32"}
+    for size in hidden_sizes:
+        options = norm_options(size)
+        constants = {"HAS_CHANGE": True, "BLOCK": options.pop("BLOCK")}
+        yield Case(f"norm {dtype}: {size}", norm_kernel, pointers, constants, options)
+    yield Case(f"silu_mul {dtype}: {MAX_GATES}", silu_mul_kernel, pointers, {"BLOCK": MAX_GATES}, {"num_warps": 4})
+    for size in HEAD_SIZES:
+        yield Case(f"norm_heads {dtype}: {size}", norm_heads_kernel, pointers, {"BLOCK": size}, {"num_warps": 1})
+        yield Case(f"rotate {dtype}: {size}", rotate_kernel, pointers, {"BLOCK": size // 2}, {"num_warps": 1})
 
 
 def weight_case(problem: Problem, config: Config) -> Case:
@@ -119,7 +144,7 @@ def compile_for(case: Case, capability: int) -> dict[str, Any]:
             signature[name], constants[(index,)] = "constexpr", case.constants[name]
             continue
         signature[name] = case.pointers.get(name, "i32")
-        if name != "num_rows":  # sizes and addresses of real layers are multiples of 16
+        if name not in ("num_rows", "num_q", "eps"):  # sizes and addresses of real layers are multiples of 16
             hints[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(case.kernel, signature, constants, hints),
@@ -157,7 +182,7 @@ def ptxas_figures(ptx: str, capability: int) -> dict[str, int]:
 
 def table(document: dict[str, Any]) -> str:
     lines = [
-        "# Triton weight kernels as compiled",
+        "# Triton kernels as compiled",
         "",
         f"`python tests/benchmarks/triton_compile.py`, {document['date']}, triton {document['triton']}, "
         f"{document['ptxas']}.",

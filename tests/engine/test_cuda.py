@@ -1,5 +1,6 @@
 """The same engine on a CUDA device: same logits, allocator bytes, NVML energy. Skipped where there is none."""
 
+import os
 import time
 from typing import Any
 
@@ -7,11 +8,17 @@ import pytest
 import torch
 
 from codesign.engine.build import build_engine
+from codesign.engine.kernels.pieces import choose
+from codesign.engine.kernels.plain import PLAIN
+from codesign.engine.kv.cuda_lanes import cuda_lanes
+from codesign.engine.kv.places.offload import Offload
+from codesign.engine.kv.stream import LayerStream
 from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.quantize.formats.fp8 import Fp8
 from codesign.engine.quantize.linear import Workspace
 from codesign.errors import Unsupported
 from codesign.measure.child_session import ChildSession
+from codesign.measure.memory import process_memory
 from codesign.measure.monitor import MIN_ENERGY_WINDOW_S, Monitor, energy_source, gpus, make_probe
 from codesign.measure.nursery import Nursery
 from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
@@ -50,6 +57,86 @@ def test_every_codec_generates_what_it_generates_on_the_cpu(codec: str) -> None:
 
     first = [(on_cpu[name][:3], on_gpu[name][:3]) for name in on_cpu]
     assert sum(cpu == gpu for cpu, gpu in first) >= 3
+
+
+OFFLOADED = [
+    (policy, codec)
+    for policy in KV_POLICIES.names()
+    for codec in ("native", "int8", "fp8")
+    if policy != "r_kv"  # refused: it scores the keys of all layers at once
+]
+
+
+@pytest.mark.parametrize(("policy", "codec"), OFFLOADED)
+def test_offloaded_rows_give_the_tokens_of_the_device(policy: str, codec: str) -> None:
+    budget = {} if policy == "full" else {"kv_budget": 64}
+    requests = [request(f"r{index}", 40 + 30 * index, 24, ignore_eos=True) for index in range(6)]
+
+    def tokens(place: str) -> dict[str, list[int]]:
+        kv = {"policy": {"name": policy, **budget}, "codec": codec, "place": place}
+        chosen = config(kv=kv, max_step_tokens=48)
+        return generate(build_engine(tiny_spec(num_hidden_layers=5), chosen, device="cuda"), *requests)
+
+    assert tokens("offload") == tokens("device")
+
+
+def test_offloaded_rows_leave_two_layers_on_the_device_and_count_as_memory_of_the_process() -> None:
+    """Pinned memory is not free: it is resident, all of it, and goes with the engine."""
+    spec = tiny_spec(num_hidden_layers=16, max_position_embeddings=8192)
+    chosen = config(kv={"place": "offload"}, max_batch_size=8, max_model_len=8192)
+    torch.cuda.init()
+    device_before, host_before = torch.cuda.memory_allocated(), process_memory(os.getpid())
+    engine = build_engine(spec, chosen, device="cuda")
+    facts, host = engine.facts(), process_memory(os.getpid())
+    kv_bytes, where = facts["bytes"]["kv"], facts["resolved"]["kv_place"]
+    on_device = torch.cuda.memory_allocated() - device_before - facts["bytes"]["weights"]
+
+    assert where["pinned host memory"] == kv_bytes - where["cuda memory"]
+    assert where["cuda memory, buffers"] == pytest.approx(kv_bytes / 8, rel=0.01)
+    assert on_device < kv_bytes / 6
+    assert host is not None and host_before is not None and host.rss_bytes - host_before.rss_bytes >= kv_bytes
+    engine.close()
+    host = process_memory(os.getpid())
+    assert host is not None and host.rss_bytes - host_before.rss_bytes < kv_bytes / 2
+
+
+def test_layers_are_copied_while_others_compute() -> None:
+    """By events: copies and products together take less than one after the other."""
+    device, num_layers, num_rows = torch.device("cuda"), 12, 1 << 16
+    far = (Offload().zeros(num_layers * num_rows, 256, dtype=torch.float32, device=device),)
+    strip = (Offload().zeros(num_layers, 1, 256, dtype=torch.float32, device=device),)
+    layer_rows = [range(layer * num_rows, (layer + 1) * num_rows) for layer in range(num_layers)]
+    stream = LayerStream(far, layer_rows, strip, cuda_lanes(device), device=device)
+    matrix = torch.randn(4096, 4096, device=device)
+
+    def pass_ms(*, with_rows: bool, num_products: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        stream.begin([[range(num_rows if with_rows else 0)]] * num_layers)
+        for layer in range(num_layers):
+            stream.enter(layer)
+            for _ in range(num_products):
+                matrix @ matrix
+            stream.leave(layer)
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    pass_ms(with_rows=True, num_products=1)
+    copies = pass_ms(with_rows=True, num_products=0)
+    num_products = max(1, round(copies / (pass_ms(with_rows=False, num_products=8) / 8)))
+    products = pass_ms(with_rows=False, num_products=num_products)
+
+    assert pass_ms(with_rows=True, num_products=num_products) < 0.75 * (copies + products)
+
+
+@pytest.mark.parametrize(
+    "kv", [{"codec": "int4"}, {"codec": "low_rank"}, {"policy": {"name": "r_kv", "kv_budget": 64}}]
+)
+def test_what_cannot_be_streamed_is_refused_by_name(kv: dict[str, Any]) -> None:
+    with pytest.raises(Unsupported, match=r"kv.place 'offload' on cuda brings one layer's rows at a time"):
+        build_engine(tiny_spec(head_dim=32), config(kv={**kv, "place": "offload"}, max_model_len=256), device="cuda")
 
 
 @pytest.mark.parametrize("weights", ["native", "int8", {"name": "int4", "group_size": 32}, "int3", "int2", "nf4"])
@@ -106,6 +193,41 @@ def test_fp8_runs_where_it_can_and_is_refused_elsewhere() -> None:
     else:
         with pytest.raises(Unsupported, match=r"compute capability 8\.9 and above"):
             build_engine(tiny_spec(**shape), wanted, device="cuda")
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_fused_pieces_give_the_tokens_of_plain_ones(architecture: str) -> None:
+    requests = [request(f"r{index}", 40 + 30 * index, 12, ignore_eos=True) for index in range(4)]
+    plain, fused = (
+        build_engine(tiny_spec(architecture), config(kernels={"fused": value}), device="cuda")
+        for value in (False, True)
+    )
+
+    assert "triton::fused" in fused.facts()["kernels"]["fused"]
+    assert generate(fused, *requests) == generate(plain, *requests)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_pieces_are_near_plain_ones(dtype: torch.dtype) -> None:
+    """Relative to all values of a result together, by the bounds of the products below."""
+    pieces = choose(True, dtype=dtype, device=torch.device("cuda"))
+    x, change = torch.randn(2, 33, 4096, device="cuda").to(dtype)
+    weight = torch.randn(4096, device="cuda").to(dtype)
+    q, k, _ = x.view(33, 32, 128).split((20, 6, 6), dim=1)
+    tables = torch.randn(2, 33, 1, 128, device="cuda").unbind()
+    ours, plain = (
+        [
+            *own.add_norm(x, change, weight, 1e-6),
+            *own.norm_heads(q, k, weight[:128], weight[128:256], 1e-6),
+            *own.rotate(q, k, *tables),
+            own.silu_mul(x),
+        ]
+        for own in (pieces, PLAIN)
+    )
+
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - theirs.double()).norm() / theirs.double().norm() <= EPS[dtype]
 
 
 KERNELS = {"int8": "w8a16", "int4": "w4a16", "int3": "w3a16", "int2": "w2a16", "nf4": "nf4"}

@@ -56,6 +56,14 @@ def test_every_format_is_counted_and_never_above_what_it_holds(name: str) -> Non
     assert 0 < estimate(size, EngineConfig(weights=Choice(name))).weights_bytes <= linear.num_bytes
 
 
+def test_a_dense_copy_beside_packed_weights_counts() -> None:
+    plain, shadowed = (
+        estimate(SIZE, EngineConfig(weights=Choice.of("int4", shadow=shadow))).weights_bytes for shadow in (False, True)
+    )
+
+    assert shadowed - plain == 2 * SIZE.linear_params
+
+
 def test_tied_embeddings_count_once() -> None:
     tied = ModelSize.of({**LLAMA_8B, "tie_word_embeddings": True})
 
@@ -92,6 +100,12 @@ def test_share_of_a_bf16_cache_that_a_codec_needs_at_least(codec: Choice, share:
     native = estimate(SIZE, EngineConfig()).kv_bytes
 
     assert estimate(SIZE, EngineConfig(kv=KVConfig(policy=Choice("full"), codec=codec))).kv_bytes == native * share
+
+
+def test_a_cache_that_does_not_lie_on_the_device_rules_nothing_out() -> None:
+    offloaded = EngineConfig(kv=KVConfig(place=Choice("offload")), max_model_len=2**20)
+
+    assert estimate(SIZE, offloaded).total_bytes == estimate(SIZE, offloaded).weights_bytes
 
 
 def test_what_is_not_known_counts_as_nothing_so_that_nothing_is_ruled_out_wrongly() -> None:

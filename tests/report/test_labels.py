@@ -14,6 +14,13 @@ def test_a_label_names_what_differs_and_nothing_else() -> None:
     assert Labels(BASELINE, [BASELINE, made]).of(made) == "weights int4 (group_size 64) · max_batch_size 32"
 
 
+def test_a_flag_is_named_as_it_is_written() -> None:
+    baseline, made = ({**config(), "kernels": {"fused": value}} for value in (False, True))
+
+    assert Labels(baseline, [baseline, made]).of(made) == "kernels.fused true"
+    assert Labels(baseline, [baseline, made]).of(baseline) == "unmodified"
+
+
 def test_only_knobs_that_vary_in_the_study_are_named_when_a_choice_has_many() -> None:
     few, many = config(policy="h2o", kv_budget=0.1), config(policy="h2o", kv_budget=0.4)
     for plain in (few, many):

@@ -48,6 +48,7 @@ SPACE: dict[str, Any] = {
     "max_step_tokens": {"low": 128, "high": 512, "step": 128},
     "weights": {"native": {}, "int4": {"group_size": [32, 64]}},
     "kv": {"policy": {"full": {}, "h2o": {"kv_budget": [0.1, 0.2]}}, "codec": ["native"]},
+    "kernels": {"fused": [True, False]},
     "constraints": [{"when": {"weights": "int4", "dtype": "fp32"}, "reason": "an example"}],
 }
 CONFIG: dict[str, Any] = {
@@ -55,6 +56,7 @@ CONFIG: dict[str, Any] = {
     "max_batch_size": 4,
     "weights": {"name": "int4", "group_size": 64},
     "kv": {"policy": {"name": "h2o", "kv_budget": 0.2}, "codec": "native"},
+    "kernels": {"fused": True},
 }
 
 # What no whole number of at least one is.
@@ -245,7 +247,7 @@ SPACE_CASES: list[tuple[str, str, str, str]] = [
     ("weights.int4.group_size", "[32, 7]", "weights.int4.group_size", "group_size"),
     ("weights.int4.group_size", "[32, -64]", "weights.int4.group_size", "group_size"),
     ("weights.int4.group_size", "[32, big]", "weights.int4.group_size", "group_size"),
-    ("kv", "h2o", "kv", "must be a mapping with policy, codec"),
+    ("kv", "h2o", "kv", "must be a mapping with policy, codec, place"),
     ("kv", "null", "kv", "must be a mapping"),
     ("kv", "{h2o: {}}", "kv.h2o", "unknown key"),
     ("+kv.policy.snapvk", "{}", "kv.policy.snapvk", "unknown KV policy"),
@@ -256,6 +258,24 @@ SPACE_CASES: list[tuple[str, str, str, str]] = [
     ("kv.policy.h2o.kv_budget", "[0.1, half]", "kv.policy.h2o.kv_budget", "kv_budget"),
     ("kv.policy.h2o.kv_budget", "{low: 0.1, high: 2.5}", "kv.policy.h2o.kv_budget", "kv_budget"),
     ("+kv.policy.h2o.recent_fraction", "[2.0]", "kv.policy.h2o", "recent_fraction"),
+    ("kernels", "fused", "kernels", "must be a mapping with fused"),
+    ("kernels", "[fused]", "kernels", "must be a mapping with fused"),
+    ("kernels", "null", "kernels", "must be a mapping with fused"),
+    ("+kernels.fuse", "true", "kernels.fuse", "did you mean 'fused'"),
+    ("+kernels.fused ", "true", "kernels.fused ", "did you mean 'fused'"),
+    ("kernels.fused", "[]", "kernels.fused", "empty list"),
+    ("kernels.fused", "[true, true]", "kernels.fused", "listed twice"),
+    *[
+        ("kernels.fused", f"[true, {value}]", "kernels.fused", "true or false")
+        for value in ("1", "0", "'true'", "yes", "on", "0.5")
+    ],
+    ("kernels.fused", "[true, null]", "kernels.fused", "plain value"),
+    ("kernels.fused", "{low: false, high: true}", "kernels.fused.low", "must be a number"),
+    ("kernels.fused", "{low: 0, high: 1}", "kernels.fused", "true or false"),
+    ("+kernels.fused", "{torch: {}}", "kernels.fused.torch", "unknown key of a range"),
+    ("constraints.0.when", "{kernels.fused: 1}", "constraints[0].when.kernels.fused", "true or false"),
+    ("constraints.0.when", "{kernels.fused: {min: 1}}", "constraints[0].when.kernels.fused", "has no order"),
+    ("constraints.0.when", "{kernels: true}", "constraints[0].when.kernels", "unknown name"),
     ("constraints", "{}", "constraints", "must be a list"),
     ("constraints", "null", "constraints", "must be a list"),
     ("constraints.0", "weights", "constraints[0]", "{when, reason}"),
@@ -302,9 +322,19 @@ CONFIG_CASES: list[tuple[str, str, str, str]] = [
     ("kv", "null", "kv", "must be a mapping"),
     ("kv", "full", "kv", "must be a mapping"),
     ("kv.codec", "nativ", "kv.codec", "did you mean 'native'"),
+    ("+kv.place", "offlaod", "kv.place", "did you mean 'offload'"),
+    ("+kv.place", "{name: offload, folder: /tmp}", "kv.place", "has no knob 'folder'"),
+    ("+kv.plaze", "device", "kv.plaze", "did you mean 'place'"),
     ("kv.policy.kv_budget", "0", "kv.policy", "kv_budget"),
     ("kv.policy.kv_budget", "true", "kv.policy", "kv_budget"),
     ("kv.policy.kv_budget", "2:4", "kv.policy", "kv_budget"),
+    ("kernels", "true", "kernels", "must be a mapping with fused"),
+    ("kernels", "null", "kernels", "must be a mapping with fused"),
+    ("+kernels.fuse", "true", "kernels.fuse", "did you mean 'fused'"),
+    *[
+        ("kernels.fused", value, "kernels.fused", "must be true or false")
+        for value in ("1", "0", "'true'", "yes", "null", "[true]", "{}")
+    ],
     ("+scheduler", "{name: continuous, speed: 9}", "scheduler", "has no knob"),
     ("+attention", "flash9", "attention", "known:"),
 ]

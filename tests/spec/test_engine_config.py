@@ -5,7 +5,15 @@ import pytest
 
 from codesign.errors import InputError
 from codesign.registry import Family
-from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, Choice, EngineConfig, KVConfig, load_config
+from codesign.spec.engine_config import (
+    FAMILIES,
+    PLAIN_FIELDS,
+    Choice,
+    EngineConfig,
+    KernelsConfig,
+    KVConfig,
+    load_config,
+)
 from codesign.spec.yaml import dump_yaml
 from tests.spec.hostile import CONFIG
 
@@ -16,6 +24,7 @@ def test_plain_data_comes_back_equal() -> None:
         kv_memory_bytes=2**30,
         weights=Choice.of("int4", group_size=32),
         kv=KVConfig(policy=Choice.of("h2o", kv_budget=0.2)),
+        kernels=KernelsConfig(fused=True),
     )
 
     assert EngineConfig.from_dict(config.to_dict()) == config
@@ -25,6 +34,7 @@ def test_a_name_is_a_choice_without_knobs() -> None:
     config = EngineConfig.from_dict({"weights": "int8", "kv": {"policy": "full"}, "attention": {"name": "eager"}})
 
     assert (config.weights, config.kv.policy, config.attention) == (Choice("int8"), Choice("full"), Choice("eager"))
+    assert (config.kv.codec, config.kv.place) == (Choice("native"), Choice("device"))
 
 
 def test_nothing_said_is_the_default() -> None:
@@ -86,6 +96,7 @@ def test_a_knob_that_is_absent_stays_out_of_the_document(
         {"weights": "int8"},
         {"kv": {"policy": "h2o"}},
         {"attention": "eager"},
+        {"kernels": {"fused": True}},
     ],
 )
 def test_every_field_changes_the_digest(change: dict[str, Any]) -> None:
@@ -97,7 +108,20 @@ def test_flat_keeps_knobs_of_different_members_apart() -> None:
 
     assert flat["weights"] == "int4" and flat["weights.int4.group_size"] == 64
     assert flat["kv.policy.h2o.kv_budget"] == 0.2 and flat["kv_memory_bytes"] is None
+    assert flat["kernels.fused"] is True
     assert set(flat) >= {*PLAIN_FIELDS, *FAMILIES}
+
+
+def test_an_empty_group_is_its_defaults() -> None:
+    assert EngineConfig.from_dict({"kernels": {}, "kv": {}}) == EngineConfig()
+    assert EngineConfig().kernels.fused is False
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", None, [True]])
+def test_a_flag_is_true_or_false(value: Any) -> None:
+    with pytest.raises(InputError, match="must be true or false") as caught:
+        EngineConfig.from_dict({"kernels": {"fused": value}}, file="record.json")
+    assert (caught.value.file, caught.value.key) == ("record.json", "kernels.fused")
 
 
 def test_a_written_file_loads_as_the_resolved_configuration(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from codesign.errors import InputError
 from codesign.spec.domain import Domain, Range, Values
-from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, Choice, EngineConfig, KVConfig, Scalar
+from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, Choice, EngineConfig, KernelsConfig, KVConfig, Scalar
 from codesign.spec.space import SearchSpace, load_space
 
 SHIPPED = load_space(Path(__file__).parents[2] / "search_spaces/default.yaml")
+SHIPPED_GPU = load_space(Path(__file__).parents[2] / "search_spaces/gpu.yaml")
 
 TEXT = """
 dtype: [bf16, fp32]
@@ -119,16 +120,16 @@ def test_build_puts_every_choice_where_it_belongs(tmp_path: Path) -> None:
     )
 
 
-@given(st.randoms(use_true_random=False))
-def test_every_point_builds_resolves_and_reads_back(rng: random.Random) -> None:
-    config = SHIPPED.build(lambda name, domain: rng.choice(values_of(domain)), max_model_len=544).resolve()
+@given(st.sampled_from([SHIPPED, SHIPPED_GPU]), st.randoms(use_true_random=False))
+def test_every_point_builds_resolves_and_reads_back(found: SearchSpace, rng: random.Random) -> None:
+    config = found.build(lambda name, domain: rng.choice(values_of(domain)), max_model_len=544).resolve()
 
     assert EngineConfig.from_dict(config.to_dict()) == config
 
 
-@given(st.randoms(use_true_random=False))
-def test_parameters_are_the_names_that_are_asked_and_that_flat_knows(rng: random.Random) -> None:
-    by_name = {parameter.name: parameter for parameter in SHIPPED.parameters()}
+@given(st.sampled_from([SHIPPED, SHIPPED_GPU]), st.randoms(use_true_random=False))
+def test_parameters_are_the_names_that_are_asked_and_that_flat_knows(found: SearchSpace, rng: random.Random) -> None:
+    by_name = {parameter.name: parameter for parameter in found.parameters()}
     asked: dict[str, Scalar] = {}
 
     def pick(name: str, domain: Domain) -> Scalar:
@@ -138,7 +139,7 @@ def test_parameters_are_the_names_that_are_asked_and_that_flat_knows(rng: random
         asked[name] = rng.choice(values_of(domain))
         return asked[name]
 
-    config = SHIPPED.build(pick)
+    config = found.build(pick)
 
     assert asked.items() <= config.flat().items()
 
@@ -183,6 +184,28 @@ def test_the_space_may_fix_the_longest_sequence(tmp_path: Path) -> None:
 
     assert found.build(pick_from({}), max_model_len=300).max_model_len == 1024
     assert found.default(300).max_model_len == 1024
+
+
+def test_a_flag_can_be_free_and_the_default_leaves_it_off(tmp_path: Path) -> None:
+    found = space(tmp_path, "kernels: {fused: [true, false]}\nmax_batch_size: [1, 8]")
+
+    assert found.size == 4
+    assert {config.kernels.fused for config in every_point(found)} == {True, False}
+    assert found.default(300) == EngineConfig(max_model_len=300)
+
+
+def test_a_flag_that_is_fixed_is_fixed_in_the_default_too(tmp_path: Path) -> None:
+    found = space(tmp_path, "kernels: {fused: true}")
+
+    assert found.default(300).kernels == found.build(pick_from({})).kernels == KernelsConfig(fused=True)
+
+
+@pytest.mark.parametrize(("condition", "refused"), [("true", True), ("[false]", False), ("{not: false}", True)])
+def test_a_constraint_can_name_a_flag(condition: str, refused: bool, tmp_path: Path) -> None:
+    text = f"kernels: {{fused: [true, false]}}\nconstraints:\n- when: {{kernels.fused: {condition}}}\n  reason: so"
+    found = space(tmp_path, text)
+
+    assert (found.refusal(found.build(pick_from({"kernels.fused": True}))) == "so") is refused
 
 
 def test_an_empty_space_is_the_default(tmp_path: Path) -> None:

@@ -16,11 +16,14 @@ from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
 from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.ragged import attend_ragged
-from codesign.engine.attention.rope import Rope, rotate
+from codesign.engine.attention.rope import Rope
 from codesign.engine.attention.weights import column_sums
 from codesign.engine.batch import Batch
+from codesign.engine.kernels.pieces import Pieces
+from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
+from codesign.engine.kv.place import ON_DEVICE, KVPlace
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.kv.ragged import RaggedGroup
 from codesign.engine.kv.recent import RecentQueries
@@ -62,7 +65,8 @@ class Attention:
 
     Raises:
         ValueError: a KV budget too small for its policy.
-        Unsupported: a codec that cannot overwrite rows with a policy that evicts.
+        Unsupported: a codec that cannot overwrite rows with a policy that evicts, or a place that has no room or does
+            not go with them.
     """
 
     def __init__(
@@ -82,7 +86,10 @@ class Attention:
         max_query_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        place: KVPlace = ON_DEVICE,
+        pieces: Pieces = PLAIN,
     ) -> None:
+        self._pieces = pieces
         self.policy, self.codec, self.backend = policy, codec, backend
         self._cos, self._signed_sin = rope.tables(max_model_len, device)
         self.store = DenseStore(
@@ -97,6 +104,7 @@ class Attention:
             rope_tables=(self._cos, self._signed_sin),
             dtype=dtype,
             device=device,
+            place=place,
         )
         is_bounded = any(group.is_bounded for group in self.store.groups)
         if is_bounded and policy.needs_keys:
@@ -113,12 +121,10 @@ class Attention:
                     device=device,
                 )
         self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
-        self.kernel = self._attend_slots.kernel
-        if is_bounded and policy.evidence == "column_sums":
-            self.kernel += " + column pass"
-        if is_bounded and policy.head_budgets == "ragged":
-            decoded = "" if codec.is_native else f" ragged heads {backend.kernel} over decoded rows,"
-            self.kernel += f",{decoded} a call per slot and KV head"
+        self.kernel = self._attend_slots.named(
+            has_weights=is_bounded and policy.evidence == "column_sums",
+            has_ragged=is_bounded and policy.head_budgets == "ragged",
+        )
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
         self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
         self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
@@ -141,6 +147,11 @@ class Attention:
         return self.store.num_bytes
 
     @property
+    def kv_place(self) -> dict[str, int]:
+        """Memory -> bytes of the slots that lie there; buffers, which `kv_bytes` leaves out, by name."""
+        return self.store.num_bytes_in
+
+    @property
     def staging_bytes(self) -> int:
         """Bytes of prompts that are still coming in."""
         storages = [tensor.untyped_storage() for prompt in self.staged_prompts.values() for tensor in prompt.tensors()]
@@ -158,6 +169,7 @@ class Attention:
         self._check(plan, starts)
         groups = tuple(self._group_step(group, plan, starts) for group in self.store.groups)
         output_tokens, rows = self._reserve(batch, starts)
+        self.store.fetch(plan.slots, plan.is_prompt)
         slots_positions = None
         if rows and any(group.recent is not None for group in self.store.groups):
             facts = zip(plan.slots, plan.query_lens, strict=True)
@@ -215,6 +227,15 @@ class Attention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """[N, H, D] from q [N, H, D] and k, v [N, H_kv, D], packed as in the batch, before RoPE."""
+        stream = self.store.stream
+        if stream is None:
+            return self._attend_layer(layer, q, k, v)
+        stream.enter(layer)
+        out = self._attend_layer(layer, q, k, v)
+        stream.leave(layer)
+        return out
+
+    def _attend_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         step = self._step
         assert step is not None, "begin(batch) comes first"
         number, index = self._where[layer]
@@ -224,13 +245,11 @@ class Attention:
                 group.sinks.store(index, part.new_sinks, k)
             if part.turn is not None:
                 group.sinks.apply(index, part.turn)
-        num_heads = q.shape[1]
-        rotated = rotate(torch.cat((q, k), dim=1), step.cos, step.signed_sin)
-        q, k = rotated[:, :num_heads], rotated[:, num_heads:]
+        q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
         if step.rows:
             tokens = step.output_tokens
             new_key, new_value = (k, v) if tokens is None else (k[tokens], v[tokens])
-            self.store.write(step.rows[layer], new_key, new_value)
+            self.store.write(layer, step.rows[layer], new_key, new_value)
             if group.recent is not None and step.slots_positions is not None:
                 group.recent.write(index, *step.slots_positions, q if tokens is None else q[tokens])
         if len(part.calls) == 1:
@@ -255,7 +274,8 @@ class Attention:
         query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
         column = group.pending_column
         if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
-            out, weight = attend_ragged(self.backend, group, index, call, query, scale=self._scale), None
+            kernel, weight = self._attend_slots.native, None
+            out = attend_ragged(kernel, self.backend, group, index, call, query, scale=self._scale)
         else:
             out, weight = self._attend_slots(query, group, index, call, want_weights=column is not None)
         if column is not None and weight is not None:
@@ -272,10 +292,13 @@ class Attention:
         (span,) = call.spans
         query, new_key, new_value = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [H, n, D]
         if not group.is_staged:
-            group.key[0][index, span.slot, :, span.num_past : call.num_rows] = new_key
-            group.value[0][index, span.slot, :, span.num_past : call.num_rows] = new_value
-            key = group.key[0][index, span.slot, :, : call.num_rows]
-            value = group.value[0][index, span.slot, :, : call.num_rows]
+            slot_key, slot_value = group.near_key[index][0][span.slot], group.near_value[index][0][span.slot]
+            slot_key[:, span.num_past : call.num_rows] = new_key
+            slot_value[:, span.num_past : call.num_rows] = new_value
+            if self.store.stream is not None:
+                kept_rows = group.stretches(index, span.slot, call.num_rows, first=span.num_past)
+                self.store.stream.keep(layer, kept_rows)
+            key, value = slot_key[:, : call.num_rows], slot_value[:, : call.num_rows]
             return self._backend_prompt(call, query, key, value)
         where = (layer, span.slot)
         staged = self.staged_prompts.get(where)
@@ -298,6 +321,8 @@ class Attention:
             num_rows = group.rows_after(call.num_rows)
             kept = self.policy.select(prompt, num_rows) if num_rows < call.num_rows else None
             group.admit(index, span.slot, prompt, kept)
+            if self.store.stream is not None:
+                self.store.stream.keep(layer, group.stretches(index, span.slot, call.num_rows))
             del self.staged_prompts[where]
         return out
 

@@ -1,6 +1,7 @@
 """OutputAttention: output tokens over what the slots hold. B slots in one call, query groups folded into rows.
 
-Rows that are stored as they are read are views. Others are read by the codec's own kernel where there is one, or are
+Rows that are stored as they are read are views; where their weights are wanted, which fused backends do not show, the
+compiled kernel finds them in the same pass. Others are read by the codec's own kernel where there is one, or are
 decoded a slice of (slot, KV head) planes at a time: there is never a decoded copy of the cache.
 """
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call
 from codesign.engine.attention.weights import weights
+from codesign.engine.kernels import kv_attention
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.kv_attention import KVAttention, Queries
 from codesign.engine.kv.codec import KVCodec
@@ -23,7 +25,10 @@ _MAX_DECODED = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 class OutputAttention:
-    """`kernel` says what runs, for the record."""
+    """Attributes:
+    kernel: what runs, for the record.
+    native: what reads native rows where a backend cannot do it in one call, or why there is nothing.
+    """
 
     def __init__(
         self, codec: KVCodec, backend: AttentionBackend, *, scale: float, head_dim: int, device: torch.device
@@ -31,8 +36,12 @@ class OutputAttention:
         self._codec, self._backend, self._scale = codec, backend, scale
         self._fused: KVAttention | None = None
         self.kernel = backend.kernel
+        self.native: KVAttention | Missing = Missing("plain")
         if codec.is_native:
+            if not backend.is_plain:
+                self.native = kv_attention.usable(head_dim=head_dim, device=device)
             return
+        self.native = Missing("encoded rows")
         found = Missing("plain") if backend.is_plain else codec.kernel(head_dim=head_dim, device=device)
         if isinstance(found, Missing):
             self.kernel += f" over decoded slices ({found.reason})"
@@ -40,13 +49,32 @@ class OutputAttention:
         self._fused = found
         self.kernel = f"codesign::attend_{type(codec).__name__.lower()}, prompts {backend.kernel}"
 
+    def named(self, *, has_weights: bool, has_ragged: bool) -> str:
+        """What runs for a policy that wants weights, or whose heads differ in length."""
+        name, reason = self.kernel, self.native.reason if isinstance(self.native, Missing) else None
+        if has_weights and self._codec.is_native:
+            name = (
+                f"{name} + column pass ({reason})"
+                if reason
+                else f"codesign::attend_native, prompts {name} + column pass"
+            )
+        elif has_weights:
+            name += " + column pass"
+        if has_ragged:
+            calls = f"{self._backend.kernel}, a call per slot and KV head ({reason})"
+            name += f", ragged heads {calls if reason else 'codesign::attend_native'}"
+        return name
+
     def __call__(
         self, query: Tensor, group: LayerGroup, index: int, call: Call, *, want_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """[B, H_kv, M, D] for the queries of a call, as large, and their weights [B, H_kv, M, R] fp32 if wanted."""
         if self._codec.is_native:
-            where = (index, call.slots, slice(None), slice(call.num_rows))
-            return self._over_rows(query, group.key[0][where], group.value[0][where], call.mask, want_weights)
+            if want_weights and isinstance(self.native, KVAttention):
+                return self._weighted(self.native, query, group, index, call)
+            where = (call.slots, slice(None), slice(call.num_rows))
+            key, value = group.near_key[index][0][where], group.near_value[index][0][where]
+            return self._over_rows(query, key, value, call.mask, want_weights)
         if self._fused is None:
             return self._over_slices(query, group, index, call, want_weights)
         queries = Queries(
@@ -58,6 +86,23 @@ class OutputAttention:
             want_weights=want_weights,
         )
         self._codec.attend(self._fused, queries, group, index, call.slots)
+        return queries.out, queries.weights
+
+    def _weighted(
+        self, kernel: KVAttention, query: Tensor, group: LayerGroup, index: int, call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        queries = Queries(
+            query,
+            [span.num_past for span in call.spans],
+            num_tokens=call.num_queries,
+            num_rows=call.num_rows,
+            scale=self._scale,
+            want_weights=True,
+        )
+        (key,), (value,) = group.stored(index, call.slots)
+        num_heads, capacity = key.shape[1:3]
+        first = [[(slot * num_heads + head) * capacity for head in range(num_heads)] for slot in range(len(call.spans))]
+        kernel.native(queries, first, key, value)
         return queries.out, queries.weights
 
     def _over_slices(

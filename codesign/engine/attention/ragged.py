@@ -1,7 +1,7 @@
-"""Output tokens over KV heads that keep different numbers of rows: one backend call per slot and KV head.
+"""Output tokens over KV heads that keep different numbers of rows; nothing is padded or masked away.
 
-Each call reads a view of the cache, or one head of it decoded; nothing is padded or masked away. What it costs is
-calls: slots x KV heads in each layer, where equal heads of neighbouring slots share one.
+Native rows are read in one call by the compiled kernel where there is one. Otherwise there is a backend call per slot
+and KV head, over a view of the cache or one head of it decoded; on a CPU such a call keeps one thread busy.
 """
 
 import torch
@@ -10,13 +10,41 @@ from torch.nn.functional import pad
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call
+from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kernels.kv_attention import KVAttention, Queries
 from codesign.engine.kv.ragged import RaggedGroup
 
 
+def _at_once(kernel: KVAttention, group: RaggedGroup, index: int, call: Call, query: Tensor, scale: float) -> Tensor:
+    (key,), (value,) = group.stored(index, call.slots)
+    num_slot_rows = key.shape[1] * key.shape[2]
+    places = [group.heads(index, span.slot, span.num_past) for span in call.spans]
+    queries = Queries(
+        query,
+        [[num_past for _, num_past in own] for own in places],
+        num_tokens=call.num_queries,
+        num_rows=call.num_rows,
+        scale=scale,
+        want_weights=False,
+    )
+    first = [[slot * num_slot_rows + start for start, _ in own] for slot, own in enumerate(places)]
+    kernel.native(queries, first, key, value)
+    return queries.out
+
+
 def attend_ragged(
-    backend: AttentionBackend, group: RaggedGroup, index: int, call: Call, query: Tensor, *, scale: float
+    kernel: KVAttention | Missing,
+    backend: AttentionBackend,
+    group: RaggedGroup,
+    index: int,
+    call: Call,
+    query: Tensor,
+    *,
+    scale: float,
 ) -> Tensor:
     """[B, H_kv, G * Q, D] from a query of that shape: output tokens, query groups folded into rows."""
+    if not isinstance(kernel, Missing):
+        return _at_once(kernel, group, index, call, query, scale)
     out = torch.empty_like(query)
     for batch, span in enumerate(call.spans):
         for head, (first, num_past) in enumerate(group.heads(index, span.slot, span.num_past)):

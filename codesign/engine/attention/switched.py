@@ -53,6 +53,15 @@ class SwitchedAttention:
         return sum(part.kv_bytes for part in self.parts)
 
     @property
+    def kv_place(self) -> dict[str, int]:
+        """Memory -> bytes of the cache that lie there."""
+        found: dict[str, int] = {}
+        for part in self.parts:
+            for memory, num_bytes in part.kv_place.items():
+                found[memory] = found.get(memory, 0) + num_bytes
+        return found
+
+    @property
     def staging_bytes(self) -> int:
         return sum(part.staging_bytes for part in self.parts)
 

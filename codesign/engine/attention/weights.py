@@ -1,7 +1,7 @@
 """Attention weights themselves, in tiles of query rows: for the eager backend and for policies that score columns.
 
-A fused kernel never shows its weights. A policy that needs how much attention each row received (H2O) pays a second
-q kᵀ here, in O(tile · R) memory.
+A fused backend never shows its weights. A policy that needs how much attention each row received (H2O) pays a second
+q kᵀ here, in O(tile · R) memory: for prompts, and for output tokens where the compiled kernel cannot be used.
 """
 
 from collections.abc import Iterator

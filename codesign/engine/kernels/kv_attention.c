@@ -1,4 +1,4 @@
-/* Attention of output tokens over an encoded KV cache, which is read as it is stored: no decoded copy.
+/* Attention of output tokens over a KV cache, encoded or not, which is read as it is stored: no decoded copy.
  *
  * One (sequence, KV head) plane at a time and per thread. Its rows come in blocks of at most 32: keys of a block are
  * decoded into the L1 cache, all query rows of the plane (query group x tokens) are scored against them, then values:
@@ -194,6 +194,17 @@ INLINE void add_block(Plane *plane, int count) {
     }
 }
 
+/* Rows row .. last - 1 of the plane, native ones, the first of them at `first` of key and value. */
+INLINE void attend_rows(Plane *plane, int dtype, const char *key, const char *value, long first, int row, int last) {
+    for (; row < last; row += BLOCK, first += BLOCK) {
+        int count = last - row < BLOCK ? last - row : BLOCK;
+        read_rows(dtype, key, first, count, plane->dim, plane->key);
+        score_block(plane, row, count);
+        read_rows(dtype, value, first, count, plane->dim, plane->value);
+        add_block(plane, count);
+    }
+}
+
 INLINE void start(Plane *plane) {
     memset(plane->out, 0, sizeof(float) * plane->num_queries * plane->dim);
     for (int m = 0; m < plane->num_queries; m++) plane->largest[m] = -INFINITY, plane->sum[m] = 0;
@@ -207,7 +218,7 @@ INLINE void finish(Plane *plane) {
 /* The queries of a call and where its results go.
  *
  *     query, out [B, H_kv, M, dim]        scores [B, H_kv, M, num_rows] or NULL, of rows up to past + num_tokens - 1
- *     past [B]                            largest, sum [B, H_kv, M]: a weight is e^(score - largest) / sum
+ *     past [B, H_kv]                      largest, sum [B, H_kv, M]: a weight is e^(score - largest) / sum
  *     scratch [num_threads, 2 BLOCK dim + M BLOCK]
  */
 typedef struct {
@@ -224,7 +235,7 @@ INLINE Plane plane_of(const Call *call, long index) {
     return (Plane){
         .num_queries = call->num_queries,
         .num_tokens = call->num_tokens,
-        .past = call->past[index / call->num_heads],
+        .past = call->past[index],
         .dim = call->dim,
         .num_rows = call->num_rows,
         .scale = call->scale,
@@ -296,14 +307,18 @@ void attend_int4(const Call *call, const int32_t *encoded, const uint8_t *key_co
                                plane.value);
             add_block(&plane, step);
         }
-        for (int row = num_encoded; row < last; row += BLOCK) {
-            int count = last - row < BLOCK ? last - row : BLOCK;
-            long first = index * num_rows + row - num_encoded;
-            read_rows(dtype, key, first, count, dim, plane.key);
-            score_block(&plane, row, count);
-            read_rows(dtype, value, first, count, dim, plane.value);
-            add_block(&plane, count);
-        }
+        attend_rows(&plane, dtype, key, value, index * num_rows, num_encoded, last);
+        finish(&plane);
+    }
+}
+
+/* Native rows [.., dim] of `dtype`; those of each plane begin at first [B, H_kv], so heads may differ in length. */
+void attend_native(const Call *call, const int64_t *first, const char *key, const char *value, int32_t dtype) {
+#pragma omp parallel for schedule(dynamic) num_threads(call->num_threads)
+    for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
+        Plane plane = plane_of(call, index);
+        start(&plane);
+        attend_rows(&plane, dtype, key, value, first[index], 0, plane.past + plane.num_tokens);
         finish(&plane);
     }
 }

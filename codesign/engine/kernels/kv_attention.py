@@ -1,4 +1,7 @@
-"""Output tokens attend to an encoded KV cache as it is stored, through the compiled C kernel beside this file."""
+"""Output tokens attend to a KV cache as it is stored, encoded or not, through the compiled C kernel beside this file.
+
+For native rows it does what fused attention does not: it shows the weights, and heads may differ in length.
+"""
 
 import ctypes
 import dataclasses
@@ -29,19 +32,28 @@ class Queries:
 
     Args:
         query: [B, H_kv, M, D], M = query group x num_tokens, tokens last; D a multiple of 8.
-        past: [B] rows that every query of a sequence sees; its token t also sees the t + 1 rows after them.
+        past: [B] rows that every query of a sequence sees, or [B, H_kv] where heads differ; its token t also sees the
+            t + 1 rows after them.
         num_rows: R, at least max(past) + num_tokens.
         scale: of the softmax.
         want_weights: whether `weights` will be asked for.
     """
 
     def __init__(
-        self, query: Tensor, past: Sequence[int], *, num_tokens: int, num_rows: int, scale: float, want_weights: bool
+        self,
+        query: Tensor,
+        past: Sequence[int] | Sequence[Sequence[int]],
+        *,
+        num_tokens: int,
+        num_rows: int,
+        scale: float,
+        want_weights: bool,
     ) -> None:
         num_slots, num_heads, num_queries, dim = query.shape
         self._dtype = query.dtype
         self._query = query.float().contiguous()
-        self._past = torch.tensor(past, dtype=torch.int32)
+        own_past = torch.tensor(past, dtype=torch.int32)
+        self._past = own_past.view(num_slots, -1).expand(-1, num_heads).contiguous()
         self._out = torch.empty_like(self._query)
         self._largest, self._sum = self._query.new_empty(2, *query.shape[:3], 1)
         self._scores: Tensor | None = None
@@ -75,7 +87,7 @@ class Queries:
     @property
     def weights(self) -> Tensor | None:
         """[B, H_kv, M, R] fp32 softmax weights where they were wanted; 0 for rows that are not seen."""
-        return None if self._scores is None else (self._scores - self._largest).exp() / self._sum
+        return None if self._scores is None else (self._scores - self._largest).exp_().div_(self._sum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +101,12 @@ class KVAttention:
         pointers = [pointer(part) for part in (*key, *value)]
         function = getattr(self.library, f"attend_{name}")
         function(ctypes.byref(queries.struct), *pointers, ctypes.c_int64(key[0].shape[2]))
+
+    def native(self, queries: Queries, first: Sequence[Sequence[int]], key: Tensor, value: Tensor) -> None:
+        """Rows as they are: those of a sequence's KV head begin at row first [B, H_kv] of key and value."""
+        starts = torch.tensor(first, dtype=torch.int64)
+        pointers = [pointer(part) for part in (starts, key, value)]
+        self.library.attend_native(ctypes.byref(queries.struct), *pointers, _DTYPES[key.dtype])
 
     def int4(
         self,

@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from codesign.engine.kv.place import ON_DEVICE, KVPlace
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedShape:
     """Attributes:
     num_tokens: T, most encoded tokens of a slot; a multiple of the codec's group size, 0 where none ever fills.
     rope_tables: cosine and signed sine [P, D], P >= T.
+        place: where they lie.
     """
 
     num_layers: int
@@ -22,11 +25,12 @@ class EncodedShape:
     dtype: torch.dtype
     device: torch.device
     rope_tables: tuple[Tensor, Tensor]
+    place: KVPlace = ON_DEVICE
 
     def zeros(self, *rest: int, dtype: torch.dtype | None = None) -> Tensor:
         """[L, S, H_kv, *rest]."""
         planes = (self.num_layers, self.num_slots, self.num_kv_heads)
-        return torch.zeros(*planes, *rest, dtype=dtype or self.dtype, device=self.device)
+        return self.place.zeros(*planes, *rest, dtype=dtype or self.dtype, device=self.device)
 
 
 class EncodedTokens(ABC):

@@ -17,7 +17,9 @@ class LayerGroup:
     layers: which layers, in the order of the first dimension.
     budget: rows kept per KV head; `is_bounded` when rows are overwritten in place.
     is_staged: whether a prompt waits in native precision until its end.
-    key, value: what the codec stores of rows, parts [L, S, H_kv, C, X].
+    key, value: what the codec stores of rows, parts [L, S, H_kv, C, X], as they lie between steps.
+    near_key, near_value: index -> parts [S, H_kv, C, X] of one layer, as it is computed; views of `key` and `value`
+        unless these pass through buffers.
     encoded: tokens before those rows, where the codec encodes groups.
     position: [L, S, H_kv, C] int32.
     column: [L, S, H_kv, C] fp32, or None.
@@ -42,19 +44,24 @@ class LayerGroup:
         max_query_len: int,
         policy: KVPolicy,
         codec: KVCodec,
+        device: torch.device,
+        near: Sequence[tuple[Parts, Parts]],
         encoded: EncodedTokens | None,
         num_tokens: Sequence[int],
         dtype: torch.dtype,
     ) -> None:
         self.layers, self.budget, self.is_bounded = layers, budget, position is not None
         self.is_staged = self.is_bounded or not codec.is_native
-        self._codec, self._dtype, self._device = codec, dtype, key[0].device
+        self._codec, self._dtype, self._device = codec, dtype, device
         self.encoded, self._num_tokens = encoded, num_tokens
         num_layers, num_slots, num_kv_heads, capacity = shape
         self.num_rows = num_layers * num_slots * num_kv_heads * capacity
         own = slice(start, start + self.num_rows)
-        device = self._device
         self.key, self.value = (tuple(part[own].view(*shape, -1) for part in parts) for parts in (key, value))
+        self.near_key, self.near_value = (
+            [tuple(part.view(*shape[1:], -1) for part in parts) for parts in layers]
+            for layers in zip(*near, strict=True)
+        )
         self.row_start = start + capacity * torch.arange(self.num_rows // capacity, device=device).view(shape[:3])
         row_is_position = torch.arange(budget, dtype=torch.int32, device=device).expand(*shape[:3], -1)
         self.position = row_is_position if position is None else position[own].view(shape)
@@ -65,7 +72,7 @@ class LayerGroup:
             self.pending_column = torch.zeros(*shape[:3], max_query_len, capacity, device=device)
         self.sinks: SinkKeys | None = None
         if self.is_bounded and policy.key_space == "pre_rope":
-            self.sinks = SinkKeys(self.key, policy.num_sink_tokens, codec, head_dim=head_dim, dtype=dtype)
+            self.sinks = SinkKeys(self.near_key, policy.num_sink_tokens, codec, head_dim=head_dim, dtype=dtype)
         self.recent: RecentQueries | None = None
         self.queue: VictimQueue | None = None
         if self.is_bounded and policy.lookahead(budget) > 1:
@@ -88,7 +95,8 @@ class LayerGroup:
 
     def stored(self, index: int, slots: slice) -> tuple[Parts, Parts]:
         """Parts of key and value of neighbouring slots, [B, H_kv, C, X] views."""
-        key, value = (tuple(part[index, slots] for part in parts) for parts in (self.key, self.value))
+        near = self.near_key[index], self.near_value[index]
+        key, value = (tuple(part[slots] for part in parts) for parts in near)
         return key, value
 
     def encoded_tokens(self, slots: slice) -> list[int]:
@@ -102,10 +110,8 @@ class LayerGroup:
         """
         if self.encoded is not None:
             return self._read_groups(self.encoded, index, slots, heads, num_rows)
-        where = (index, slots, heads, slice(num_rows))
-        key, value = (
-            self._codec.decode(tuple(part[where] for part in parts), self._dtype) for parts in (self.key, self.value)
-        )
+        where, near = (slots, heads, slice(num_rows)), (self.near_key[index], self.near_value[index])
+        key, value = (self._codec.decode(tuple(part[where] for part in parts), self._dtype) for parts in near)
         return key, value
 
     def _read_groups(
@@ -128,6 +134,12 @@ class LayerGroup:
         num_kv_heads, width = self.position.shape[2:]
         return [(head * width, self.rows_after(num_tokens)) for head in range(num_kv_heads)]
 
+    def stretches(self, index: int, slot: int, num_tokens: int, *, first: int = 0) -> list[range]:
+        """Rows that a slot has once `num_tokens` are committed, head by head from its row `first`, counted from the
+        layer's first row."""
+        start = slot * self.near_key[index][0][0].shape[:2].numel()
+        return [range(start + row + first, start + row + count) for row, count in self.heads(index, slot, num_tokens)]
+
     def admit(self, index: int, slot: int, prompt: Prompt, kept: Tensor | None) -> None:
         """Moves a finished prompt into the slot: the rows `kept` [H_kv, K], or all of them."""
         num_heads, num_tokens, head_dim = prompt.key.shape
@@ -140,9 +152,9 @@ class LayerGroup:
             kept = torch.arange(first, num_tokens, device=self._device).expand(num_heads, -1)
         num_rows = kept.shape[1]
         wide = kept[:, :, None].expand(-1, -1, head_dim)
-        for parts, rows in ((self.key, prompt.key), (self.value, prompt.value)):
+        for parts, rows in ((self.near_key[index], prompt.key), (self.near_value[index], prompt.value)):
             for part, new in zip(parts, self._codec.encode(rows.gather(1, wide)), strict=True):
-                part[index, slot, :, :num_rows] = new
+                part[slot, :, :num_rows] = new
         if not self.is_bounded:
             return  # there rows stand in the order of positions
         self.position[index, slot, :, :num_rows] = kept

@@ -57,9 +57,9 @@ class RaggedGroup(LayerGroup):
         head = kept // num_tokens
         num_kept = torch.bincount(head, minlength=num_heads)
         row = torch.arange(len(kept), device=kept.device) + head * self._max_query_len
-        for parts, rows in ((self.key, prompt.key), (self.value, prompt.value)):
+        for parts, rows in ((self.near_key[index], prompt.key), (self.near_value[index], prompt.value)):
             for part, new in zip(parts, self._codec.encode(rows.flatten(0, 1)[kept]), strict=True):
-                part[index, slot].flatten(0, 1)[row] = new
+                part[slot].flatten(0, 1)[row] = new
         self.position[index, slot].view(-1)[row] = (kept % num_tokens).to(torch.int32)
         first_pending = num_kept.cumsum(0) + self._max_query_len * torch.arange(num_heads, device=kept.device)
         self.row_start[index, slot] = self._equal_start[index, slot, 0] + first_pending - self.budget
@@ -68,8 +68,8 @@ class RaggedGroup(LayerGroup):
     def read_arena(self, index: int, slot: int, rows: slice) -> tuple[Tensor, Tensor]:
         """key, value [1, 1, n, D] of rows of a slot's arena, as attention reads them; views where stored so."""
         key, value = (
-            self._codec.decode(tuple(part[index, slot].flatten(0, 1)[None, None, rows] for part in parts), self._dtype)
-            for parts in (self.key, self.value)
+            self._codec.decode(tuple(part[slot].flatten(0, 1)[None, None, rows] for part in parts), self._dtype)
+            for parts in (self.near_key[index], self.near_value[index])
         )
         return key, value
 

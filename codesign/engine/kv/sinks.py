@@ -35,15 +35,17 @@ class Turn:
 
 
 class SinkKeys:
-    """key [L, S, H_kv, num_sinks, D] in native precision, beside the parts [L, S, H_kv, C, X] of one layer group."""
+    """key [L, S, H_kv, num_sinks, D] in native precision, beside the parts [S, H_kv, C, X] of a group's layers."""
 
-    def __init__(self, slots: Parts, num_sinks: int, codec: KVCodec, *, head_dim: int, dtype: torch.dtype) -> None:
-        num_layers, num_slots, num_kv_heads, num_rows, _ = slots[0].shape
-        device = slots[0].device
+    def __init__(
+        self, layers: Sequence[Parts], num_sinks: int, codec: KVCodec, *, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        num_layers, (num_slots, num_kv_heads, num_rows, _) = len(layers), layers[0][0].shape
+        device = layers[0][0].device
         self._codec = codec
         self.key = torch.zeros(num_layers, num_slots, num_kv_heads, num_sinks, head_dim, dtype=dtype, device=device)
         self._flat_key = [self.key[index].view(-1, head_dim) for index in range(num_layers)]
-        self._flat_slots = [[part[index].flatten(0, 2) for part in slots] for index in range(num_layers)]
+        self._flat_slots = [[part.flatten(0, 2) for part in parts] for parts in layers]
         plane = torch.arange(num_slots * num_kv_heads, device=device).view(num_slots, num_kv_heads)
         self._copy_start = plane * num_sinks
         self._row_start = plane * num_rows

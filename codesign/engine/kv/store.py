@@ -10,21 +10,26 @@ side by side, so that a step's bookkeeping and its evictions are a few operation
     position   [rows] int32     of bounded layers
     column     [rows] fp32      attention mass, only for a policy that asks (evidence "column_sums")
 
+Keys and values lie where the place says, all else on the device. Where the device cannot read them there, each layer is
+read and written in a buffer of `stream`; between steps they are moved where they lie.
+
 How many rows exist is `min(tokens, budget)`: plain integers, the device is never asked. Rows past the count hold
 anything finite.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from codesign.engine.kv.codec import KVCodec
+from codesign.engine.kv import compose
+from codesign.engine.kv.codec import KVCodec, Parts
 from codesign.engine.kv.encoded import EncodedShape, EncodedTokens
 from codesign.engine.kv.group import LayerGroup
+from codesign.engine.kv.place import ON_DEVICE, KVPlace
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.kv.ragged import RaggedGroup
-from codesign.errors import Unsupported
+from codesign.engine.kv.stream import LayerStream
 
 
 class DenseStore:
@@ -32,10 +37,12 @@ class DenseStore:
     groups: layers with equal budgets, with views of their rows.
     num_tokens: [S] committed tokens of each slot (rows of a layer: `group.rows_after(num_tokens)`).
     num_pending: [S] rows written after them and not committed yet.
+    stream: what brings layers to the device, or None where they lie there.
 
     Raises:
         ValueError: a budget that leaves too few rows to evict for what one step can commit.
-        Unsupported: a codec whose rows cannot be overwritten with a policy that evicts, or heads that it cannot encode.
+        Unsupported: a codec whose rows cannot be overwritten with a policy that evicts, or heads that it cannot encode;
+            a place that has no room, or that what is chosen does not go with.
     """
 
     def __init__(
@@ -52,8 +59,9 @@ class DenseStore:
         rope_tables: tuple[Tensor, Tensor],
         dtype: torch.dtype,
         device: torch.device,
+        place: KVPlace = ON_DEVICE,
     ) -> None:
-        self.policy, self.codec, self.device = policy, codec, device
+        self.policy, self.codec, self.place, self.device = policy, codec, place, device
         self.head_dim, self.dtype = head_dim, dtype
         self.budgets = policy.budgets(num_layers=num_layers, max_model_len=max_model_len)
         bounded = sorted({budget for budget in self.budgets if budget < max_model_len})
@@ -63,11 +71,7 @@ class DenseStore:
                     f"kv_budget gives a layer {budget} rows, of which {policy.evictable(budget)} can be evicted; "
                     f"a step can commit {max_query_len} at once and needs as many"
                 )
-        if bounded and not codec.rows_mutable:
-            raise Unsupported(
-                f"kv.codec {_name(codec)!r} encodes groups of {codec.group_size} tokens, of which kv.policy "
-                f"{_name(policy)!r} cannot evict single ones; use kv.policy 'full', or kv.codec 'int8' or 'fp8'"
-            )
+        compose.check(policy, codec, place, is_bounded=bool(bounded), device=device)
         capacity = {budget: budget + max_query_len for budget in bounded} | {
             max_model_len: codec.num_rows(max_model_len, max_query_len)
         }
@@ -77,7 +81,8 @@ class DenseStore:
         # Zeros, not empty: masked rows are multiplied by 0, and 0 * NaN would reach a result.
         like = codec.encode(torch.zeros(1, head_dim, dtype=dtype, device=device))
         self.key, self.value = (
-            tuple(part.new_zeros(num_rows, part.shape[1]) for part in like) for _ in ("key", "value")
+            tuple(place.zeros(num_rows, part.shape[1], dtype=part.dtype, device=device) for part in like)
+            for _ in ("key", "value")
         )
         self.position = torch.zeros(num_bounded, dtype=torch.int32, device=device)
         self.column: Tensor | None = None
@@ -95,12 +100,22 @@ class DenseStore:
                     dtype=dtype,
                     device=device,
                     rope_tables=rope_tables,
+                    place=place,
                 )
             )
         self.num_tokens = [0] * num_slots
+        layers_of = {
+            budget: tuple(layer for layer, own in enumerate(self.budgets) if own == budget)
+            for budget in (*bounded, *({max_model_len} & set(self.budgets)))
+        }
+        layer_rows, start = [range(0)] * num_layers, 0
+        for budget, layers in layers_of.items():
+            for layer in layers:
+                layer_rows[layer] = range(start, start + num_planes * capacity[budget])
+                start = layer_rows[layer].stop
+        self.stream = self._stream(layer_rows, num_planes * max_query_len)
         groups, start = [], 0
-        for budget in (*bounded, *({max_model_len} & set(self.budgets))):
-            layers = tuple(layer for layer, own in enumerate(self.budgets) if own == budget)
+        for budget, layers in layers_of.items():
             make = RaggedGroup if policy.head_budgets == "ragged" and budget in bounded else LayerGroup
             group = make(
                 self.key,
@@ -115,6 +130,8 @@ class DenseStore:
                 max_query_len=max_query_len,
                 policy=policy,
                 codec=codec,
+                device=device,
+                near=[self._near(layer, layer_rows[layer]) for layer in layers],
                 encoded=encoded,
                 num_tokens=self.num_tokens,
                 dtype=dtype,
@@ -132,6 +149,25 @@ class DenseStore:
         self._budget = torch.tensor([self.budgets[layer] for layer in self._layer_order], device=device)[:, None]
         self.num_pending = [0] * num_slots
         self.next_position = [0] * num_slots
+
+    def _stream(self, layer_rows: Sequence[range], num_new: int) -> LayerStream | None:
+        lanes = self.place.lanes(self.device)
+        if lanes is None:
+            return None
+        far = (*self.key, *self.value)
+        strip = [
+            self.place.zeros(len(layer_rows), num_new, part.shape[1], dtype=part.dtype, device=self.device)
+            for part in far
+        ]
+        return LayerStream(far, layer_rows, tuple(strip), lanes, device=self.device)
+
+    def _near(self, layer: int, rows: range) -> tuple[Parts, Parts]:
+        """A layer's parts [rows, X] of key and value, where they are when it is computed."""
+        if self.stream is not None:
+            parts = self.stream.near[layer]
+            return parts[: len(self.key)], parts[len(self.key) :]
+        own = slice(rows.start, rows.stop)
+        return tuple(part[own] for part in self.key), tuple(part[own] for part in self.value)
 
     def append(self, slot: int, num_tokens: int) -> None:
         """Prompt tokens, committed as they come."""
@@ -164,8 +200,25 @@ class DenseStore:
             self.num_pending[own], self.next_position[own] = count, first
         return dict(zip(self._layer_order, rows.flatten(1).unbind(0), strict=True))
 
-    def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """key, value [N, H_kv, D] into the rows that `reserve` named."""
+    def fetch(self, slots: Sequence[int], is_prompt: Sequence[bool]) -> None:
+        """Starts a step that reads what these slots hold; a prompt that is staged is not read from its slot."""
+        if self.stream is None:
+            return
+        stretches: list[list[range]] = [[] for _ in self.budgets]
+        for group in self.groups:
+            read = [slot for slot, is_own in zip(slots, is_prompt, strict=True) if not (is_own and group.is_staged)]
+            for index, layer in enumerate(group.layers):
+                stretches[layer] = [
+                    own for slot in sorted(read) for own in group.stretches(index, slot, self.num_tokens[slot])
+                ]
+        self.stream.begin(stretches)
+
+    def write(self, layer: int, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        """key, value [N, H_kv, D] into the rows of the layer that `reserve` named."""
+        if self.stream is not None:
+            values = [self.codec.encode(new.reshape(-1, new.shape[-1])) for new in (key, value)]
+            self.stream.write(layer, rows, (*values[0], *values[1]))
+            return
         for parts, new in ((self.key, key), (self.value, value)):
             for part, encoded in zip(parts, self.codec.encode(new.reshape(-1, new.shape[-1])), strict=True):
                 part.index_copy_(0, rows, encoded)
@@ -179,6 +232,8 @@ class DenseStore:
         for slot, count in commits:
             if not 0 <= count <= self.num_pending[slot]:
                 raise ValueError(f"slot {slot}: cannot commit {count} of {self.num_pending[slot]} pending rows")
+        if self.stream is not None:
+            self.stream.drain()
         accepted = [(slot, count) for slot, count in commits if count]
         moves = [
             move for group in self.groups if group.is_bounded and accepted for move in self._evict(group, accepted)
@@ -186,9 +241,13 @@ class DenseStore:
         if moves:
             target = torch.cat([move[0] for move in moves])
             source = torch.cat([move[1] for move in moves])
-            for tensor in (*self.key, *self.value, self.position, self.column):
+            for tensor in (self.position, self.column):
                 if tensor is not None:
                     tensor.index_copy_(0, target, tensor[source])
+            if self.stream is not None:
+                target, source = target.cpu(), source.cpu()
+            for tensor in (*self.key, *self.value):
+                tensor.index_copy_(0, target, tensor[source])
         if self.codec.group_size:
             for slot, count in accepted:
                 self.groups[0].flush(slot, self.num_tokens[slot], count)
@@ -217,12 +276,30 @@ class DenseStore:
     @property
     def num_bytes(self) -> int:
         """Sum of unique storages of what holds rows and their scores."""
-        tensors = [*self.key, *self.value, self.position, self.column]
-        tensors += self.groups[0].encoded.tensors if self.groups[0].encoded is not None else ()
-        tensors += [tensor for group in self.groups for tensor in group.beside]
-        storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return _num_bytes(self._rows) + _num_bytes(self._beside)
+
+    @property
+    def num_bytes_in(self) -> dict[str, int]:
+        """Memory -> bytes of the cache that lie there. Buffers of a stream are copies, beside those of `num_bytes`."""
+        device = ON_DEVICE.memory(self.device)
+        found = {self.place.memory(self.device): _num_bytes(self._rows)}
+        found[device] = found.get(device, 0) + _num_bytes(self._beside)
+        if self.stream is not None:
+            found[f"{device}, buffers"] = _num_bytes(self.stream.buffers)
+            found[f"{self.place.memory(self.device)}, buffers"] = _num_bytes(self.stream.strip)
+        return found
+
+    @property
+    def _rows(self) -> list[Tensor]:
+        encoded = self.groups[0].encoded
+        return [*self.key, *self.value, *(() if encoded is None else encoded.tensors)]
+
+    @property
+    def _beside(self) -> list[Tensor]:
+        tensors = [self.position, self.column, *(tensor for group in self.groups for tensor in group.beside)]
+        return [tensor for tensor in tensors if tensor is not None]
 
 
-def _name(member: KVCodec | KVPolicy) -> str:
-    return type(member).__module__.rpartition(".")[2]
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -4,6 +4,9 @@
     per layer:  x += o(attention(layer, q, k, v));  x += down(silu(gate) * up)      each after an RMSNorm
     logits = head(norm(x[plan.logits_rows]))                    only the rows somebody wants
 
+A half hands on what it adds to x instead of adding it, so that the sum and the norm that comes next are one piece
+(`kernels/pieces.py`).
+
 Attention is handed in and keeps the cache; this file never rotates and never sees a row of it. q, k, v come out of one
 product, and so do gate and up: fewer launches, and exact for group-wise formats, whose groups run along the input.
 """
@@ -15,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codesign.engine.batch import Batch
+from codesign.engine.kernels.pieces import Pieces
+from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.models.shape import ModelShape
 from codesign.engine.quantize.linear import Linear
 
@@ -26,31 +31,27 @@ class AttentionFn(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; fp32 inside, cast to the dtype of x, then weighted:
-    the order of transformers, without which a quarter of the 16-bit results differ in their last bit."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
 
     weight: Tensor
+    pieces: Pieces = PLAIN
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self._eps, self._shape, self._per_value = eps, tuple(weight.shape), 1.0 / weight.numel()
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":  # one fused kernel there
-            normed = F.rms_norm(x.float(), self._shape, None, self._eps)
-            return normed.to(x.dtype) * self.weight
-        # torch's CPU kernel makes a temporary per operation. Zen 3, one thread, us: [8, 256] bf16 28 instead of 36,
-        # [1024, 896] fp32 400 instead of 5600.
-        wide = x.float()
-        norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = norm.square_().mul_(self._per_value).add_(self._eps).rsqrt_()
-        if x.dtype == torch.float32:
-            return (wide * scale).mul_(self.weight)  # wide is x itself
-        return wide.mul_(scale).to(x.dtype).mul_(self.weight)
+        return self.pieces.norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        """x + change and the norm of that; both [M, D]."""
+        return self.pieces.add_norm(x, change, self.weight, self.eps)
 
 
 class DecoderLayer(nn.Module):
+    pieces: Pieces = PLAIN
+
     def __init__(
         self,
         shape: ModelShape,
@@ -70,8 +71,16 @@ class DecoderLayer(nn.Module):
         self._num_heads, self._num_kv_heads, self._head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
 
     def forward(self, x: Tensor, layer: int, attention: AttentionFn, batch: Batch) -> Tensor:
-        x = x + self.attend(self.input_norm(x), layer, attention, batch)
-        return x + self.feed_forward(self.mlp_norm(x))
+        """The residual stream after the layer."""
+        x, change = self.halves(x, self.input_norm(x), layer, attention, batch)
+        return x + change
+
+    def halves(
+        self, x: Tensor, normed: Tensor, layer: int, attention: AttentionFn, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """From the residual stream and its input norm: the stream after attention, and what the feed-forward adds."""
+        x, normed = self.mlp_norm.add(x, self.attend(normed, layer, attention, batch))
+        return x, self.feed_forward(normed)
 
     def attend(self, x: Tensor, layer: int, attention: AttentionFn, batch: Batch) -> Tensor:
         """What the attention half adds to the residual stream, from its normalised input."""
@@ -80,8 +89,7 @@ class DecoderLayer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """What the feed-forward half adds to the residual stream, from its normalised input."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        result: Tensor = self.down(F.silu(gate).mul_(up))
+        result: Tensor = self.down(self.pieces.silu_mul(self.gate_up(x)))
         return result
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,17 +97,19 @@ class DecoderLayer(nn.Module):
         heads = self.qkv(x).unflatten(-1, (-1, self._head_dim))
         q, k, v = heads.split((self._num_heads, self._num_kv_heads, self._num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.pieces.norm_heads(q, k, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         return q, k, v
 
 
 class Decoder(nn.Module):
     """Attributes:
     layer_list: the decoder layers.
+    pieces: the small operations that it runs.
     embedding: [vocab_size, hidden_size] in the model's dtype; tied models share its storage with the head.
     """
 
     embedding: Tensor
+    pieces: Pieces = PLAIN
 
     def __init__(
         self, shape: ModelShape, *, embedding: Tensor, layers: list[DecoderLayer], norm: RMSNorm, head: Linear
@@ -110,15 +120,27 @@ class Decoder(nn.Module):
         self.layers, self.norm, self.head = nn.ModuleList(layers), norm, head
         self.layer_list = layers  # a plain list: ModuleList costs a lookup per layer and step
 
+    def use(self, pieces: Pieces) -> None:
+        """Runs these pieces from now on. A new decoder runs the plain ones: what packing sees of it should not depend
+        on which kernels a machine has."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm | DecoderLayer | Decoder):
+                module.pieces = pieces
+
     def forward(self, batch: Batch, attention: AttentionFn) -> Tensor:
         """Logits [len(plan.logits_rows), vocab_size] fp32."""
         x = F.embedding(batch.token_ids, self.embedding)
+        change: Tensor | None = None
         for index, layer in enumerate(self.layer_list):
-            x = layer(x, index, attention, batch)
+            x, normed = (x, layer.input_norm(x)) if change is None else layer.input_norm.add(x, change)
+            x, change = layer.halves(x, normed, index, attention, batch)
+        assert change is not None, "a model has layers"
         rows = batch.plan.logits_rows
         if len(rows) < x.shape[0]:
-            x = x[torch.tensor(rows, dtype=torch.int64, device=x.device)]
-        logits: Tensor = self.head(self.norm(x))
+            wanted = torch.tensor(rows, dtype=torch.int64, device=x.device)
+            x, change = x[wanted], change[wanted]
+        _, normed = self.norm.add(x, change)
+        logits: Tensor = self.head(normed)
         return logits.float()
 
     @property

@@ -15,8 +15,10 @@ from codesign.engine.quantize import cpu
 from codesign.engine.quantize.linear import Workspace
 
 # How much of the unpacked weight one slice takes: it should stay in the cache between unpacking and multiplying, but
-# products with few outputs run slower. Zen 3, 512 KiB L2 and 32 MiB L3, 2026-11-23; other sizes in reports/LOG.md.
-_SLICE_BYTES, _MIN_SLICE_ROWS = 2 * 2**20, 512
+# products with few outputs run slower, the more so the more rows x has. Zen 3, 512 KiB L2 and 32 MiB L3, 2026-11-23;
+# other sizes in reports/LOG.md. Zen 4, 4096 x 4096 at M = 1024, 2026-11-25: 256 / 512 / 1024 / 2048 outputs take int8
+# to 0.92 / 0.92 / 0.95 / 0.95 of native's speed, int4 to 0.87 / 0.87 / 0.89 / 0.89.
+_SLICE_BYTES, _MIN_SLICE_ROWS, _MIN_SLICE_ROWS_FOR_MANY, _MANY_ROWS = 2 * 2**20, 512, 1024, 256
 
 Unpack = Callable[[int, int, Tensor], None]
 """unpack(start, stop, out): writes rows start..stop of W into `out`, [in, stop - start] or [stop - start, in]."""
@@ -39,8 +41,9 @@ def multiply_unpacked(
     Returns:
         [M, out_features] in the dtype of x.
     """
-    num_in = x.shape[1]
-    wanted = max(_SLICE_BYTES // (num_in * x.itemsize), _MIN_SLICE_ROWS)
+    num_rows, num_in = x.shape
+    least = _MIN_SLICE_ROWS if num_rows < _MANY_ROWS else _MIN_SLICE_ROWS_FOR_MANY
+    wanted = max(_SLICE_BYTES // (num_in * x.itemsize), least)
     rows_per_slice = min(-(-wanted // step) * step, out_features)
     y = x.new_empty(x.shape[0], out_features)
     buffer = workspace.take((rows_per_slice * num_in,), x.dtype, x.device)

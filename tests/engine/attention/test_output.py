@@ -1,4 +1,4 @@
-"""Output tokens over an encoded cache: kernel and decoded slices give what attention over all decoded rows gives."""
+"""Output tokens over a cache, encoded or not: kernel and plain path give what attention over all its rows gives."""
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from codesign.engine.kv.store import DenseStore
 from codesign.registry import ATTENTION, KV_CODECS
 
 CPU = torch.device("cpu")
-ENCODED = [name for name in KV_CODECS.names() if not KV_CODECS.create(name).is_native]
 NUM_KV_HEADS = 2
 needs_kernel = pytest.mark.skipif(isinstance(kv_attention.load(), Missing), reason=str(kv_attention.load()))
 
@@ -43,7 +42,7 @@ def filled(codec: str, lengths: list[int], *, num_queries: int, head_dim: int, d
             count = min(num_queries, length - first) if first < length else num_queries
             (rows,) = store.reserve([(slot, count)], [first], torch.arange(first, first + count)).values()
             key, value = torch.randn(2, count, NUM_KV_HEADS, head_dim, generator=generator).to(dtype)
-            store.write(rows, key, value)
+            store.write(0, rows, key, value)
             if first < length:
                 store.commit([(slot, count)])
     return store
@@ -86,7 +85,7 @@ LENGTHS = [[0, 1, 5], [31, 32, 33, 100, 34], [63, 64, 65, 300]]
 @pytest.mark.parametrize(("head_dim", "num_groups"), [(8, 1), (64, 4), (128, 2), (96, 8)])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("backend", ATTENTION.names())
-@pytest.mark.parametrize("codec", ENCODED)
+@pytest.mark.parametrize("codec", KV_CODECS.names())
 def test_output_attention_equals_a_softmax_over_the_decoded_rows(
     codec: str, backend: str, lengths: list[int], head_dim: int, num_groups: int, num_queries: int
 ) -> None:
@@ -99,7 +98,7 @@ def test_output_attention_equals_a_softmax_over_the_decoded_rows(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ATTENTION.names())
-@pytest.mark.parametrize("codec", ENCODED)
+@pytest.mark.parametrize("codec", KV_CODECS.names())
 def test_half_precision_stays_near_the_softmax_over_decoded_rows(codec: str, backend: str, dtype: torch.dtype) -> None:
     store = filled(codec, [40, 41], num_queries=1, head_dim=64, dtype=dtype)
     _, out, _, expected = attend(store, backend, [40, 41], num_queries=1, num_groups=2)
@@ -143,7 +142,7 @@ def test_with_a_kernel_nothing_is_decoded(codec: str, monkeypatch: pytest.Monkey
 
 
 @needs_kernel
-@pytest.mark.parametrize("codec", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("codec", ["native", "int8", "fp8", "int4"])
 def test_threads_change_nothing(codec: str) -> None:
     lengths, before = [100, 3, 70, 64, 90], torch.get_num_threads()
     store = filled(codec, lengths, num_queries=2, head_dim=32, dtype=torch.float32)
@@ -155,6 +154,18 @@ def test_threads_change_nothing(codec: str) -> None:
         torch.set_num_threads(before)
 
     assert torch.equal(alone, together)
+
+
+@needs_kernel
+def test_native_rows_and_their_weights_are_read_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [100, 101]
+    store = filled("native", lengths, num_queries=1, head_dim=16, dtype=torch.float32)
+
+    def second_pass(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a backend call or a second pass over the keys")
+
+    monkeypatch.setattr(OutputAttention, "_over_rows", second_pass)
+    attend(store, "sdpa", lengths, num_queries=1, num_groups=2)
 
 
 @needs_kernel

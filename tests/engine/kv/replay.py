@@ -11,6 +11,7 @@ from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.rope import Rope
 from codesign.engine.attention.switched import SwitchedAttention
 from codesign.engine.batch import Batch
+from codesign.engine.kv.place import ON_DEVICE, KVPlace
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.step import StepPlan
 from codesign.registry import ATTENTION, KV_CODECS
@@ -41,6 +42,7 @@ def make_attention(
     backend: str = "sdpa",
     cls: type[Attention] = Attention,
     num_slots: int = NUM_SLOTS,
+    place: KVPlace = ON_DEVICE,
 ) -> Attention:
     return cls(
         num_layers=NUM_LAYERS,
@@ -57,6 +59,7 @@ def make_attention(
         max_query_len=MAX_QUERY_LEN,
         dtype=torch.float32,
         device=CPU,
+        place=place,
     )
 
 

@@ -192,8 +192,8 @@ def test_rows_encoded_again_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     """Within the codec's bound: the last bit of every scale flips, codes stay."""
     write = DenseStore.write
 
-    def write_and_touch(self: DenseStore, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        write(self, rows, key, value)
+    def write_and_touch(self: DenseStore, layer: int, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        write(self, layer, rows, key, value)
         self.key[1].copy_((self.key[1].view(torch.int16) ^ 1).view(torch.bfloat16))
 
     monkeypatch.setattr(DenseStore, "write", write_and_touch)

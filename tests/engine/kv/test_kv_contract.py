@@ -7,9 +7,10 @@ from random_plans import random_plans
 from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_SLOTS, make_attention, make_oracle, replay, replay_classes
 
 from codesign.engine.attention.switched import SwitchedAttention
+from codesign.engine.kv.place import ON_DEVICE, KVPlace
 from codesign.engine.kv.policy import KVPolicy
 from codesign.errors import Unsupported
-from codesign.registry import ATTENTION, KV_CODECS, KV_POLICIES
+from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES
 
 # Knobs that make small traffic evict; a policy that is not listed runs with a budget of 16 where it has one.
 KNOBS: dict[str, list[dict[str, Any]]] = {
@@ -78,6 +79,30 @@ def test_random_traffic_agrees_with_a_dictionary_of_rows(
     assert (num_evicted > 25 * num_seeds) == is_bounded, "the traffic must reach the budget, or it shows nothing"
 
 
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        *(("full", codec) for codec in KV_CODECS.names()),
+        *((policy, "native") for policy in KV_POLICIES.names() if policy != "full"),
+        ("h2o", "int8"),
+        ("ada_kv", "fp8"),
+    ],
+)
+@pytest.mark.parametrize("place", [name for name in KV_PLACES.names() if name != "device"])
+def test_rows_in_another_place_agree_as_well(name: str, codec: str, place: str) -> None:
+    """Every kind of store: rows, groups, ragged heads, several budgets, several classes of slots."""
+    policy, where = KV_POLICIES.create(name, **KNOBS.get(name, [{}])[0]), KV_PLACES.create(place)
+    if name in SWITCHING:
+        check_switching(policy, codec, "sdpa", where)
+        return
+    plans = random_plans(5, num_steps=40, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN)
+    attention = make_attention(policy, codec=codec, place=where)
+
+    num_evicted = replay(attention, make_oracle(policy, name), plans, seed=5)
+
+    assert (num_evicted > 20) == (name != "full")
+
+
 @pytest.mark.parametrize("codec", [name for name in KV_CODECS.names() if name not in MUTABLE])
 @pytest.mark.parametrize("name", [name for name in KV_POLICIES.names() if name not in {"full", *SWITCHING}])
 def test_eviction_from_groups_is_refused_by_name(name: str, codec: str) -> None:
@@ -87,7 +112,7 @@ def test_eviction_from_groups_is_refused_by_name(name: str, codec: str) -> None:
         make_attention(policy, codec=codec)
 
 
-def check_switching(policy: KVPolicy, codec: str, backend: str) -> None:
+def check_switching(policy: KVPolicy, codec: str, backend: str, place: KVPlace = ON_DEVICE) -> None:
     """Each class of slots beside an oracle of its own policy; those under pressure evict, the others do not."""
     num_evicted = [0, 0]
     for seed in range(2):
@@ -95,7 +120,9 @@ def check_switching(policy: KVPolicy, codec: str, backend: str) -> None:
             seed, num_steps=50, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN
         )
         classes = policy.slot_policies(NUM_SLOTS)
-        parts = [make_attention(own, codec=codec, backend=backend, num_slots=count) for count, own in classes]
+        parts = [
+            make_attention(own, codec=codec, backend=backend, num_slots=count, place=place) for count, own in classes
+        ]
         oracles = [make_oracle(own, type(own).__module__.rpartition(".")[2]) for _, own in classes]
         found = replay_classes(SwitchedAttention(policy, parts), oracles, plans, seed=seed)
         num_evicted = [total + count for total, count in zip(num_evicted, found, strict=True)]

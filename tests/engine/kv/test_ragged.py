@@ -1,5 +1,7 @@
 """Heads with different numbers of rows: the same memory, each head its own rows, none lost or shared."""
 
+from typing import Any
+
 import pytest
 import torch
 from random_plans import random_plans
@@ -7,6 +9,8 @@ from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_KV_HEADS, NUM_SLOTS, draw, 
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.batch import Batch
+from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kernels.kv_attention import KVAttention
 from codesign.engine.kv.policies.ada_kv import AdaKV
 from codesign.engine.kv.policies.snapkv import SnapKV
 from codesign.engine.kv.ragged import RaggedGroup
@@ -97,6 +101,30 @@ def test_a_short_prompt_after_a_ragged_one_finds_equal_heads_again() -> None:
     assert not any(group.is_ragged(index, 0) for index in range(len(group.layers)))
     assert torch.equal(group.row_start, group_of(fresh).row_start)
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_one_call_of_the_kernel_equals_a_call_per_slot_and_head(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, each = make_attention(POLICY), make_attention(POLICY)
+    if isinstance(at_once._attend_slots.native, Missing):
+        pytest.skip(at_once._attend_slots.native.reason)
+    each._attend_slots.native = Missing("for comparison")
+    num_calls, call = 0, KVAttention.native
+
+    def counted(*args: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        call(*args)
+
+    monkeypatch.setattr(KVAttention, "native", counted)
+    generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+    for plan in random_plans(
+        seed, num_steps=40, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=MAX_QUERY_LEN
+    ):
+        outs = [run(attention, plan, own) for attention, own in zip((at_once, each), generators, strict=True)]
+        torch.testing.assert_close(*outs, rtol=0, atol=2e-6)
+
+    assert num_calls > 10
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -9,7 +9,7 @@ in snapkv.
 Ada-KV (Feng et al., 2024), https://arxiv.org/abs/2407.11550. Departs from the paper as snapkv does, and in the
 safeguard: there a head's share is alpha · its rows in the joint top + (1 - alpha) · budget, rounded; here, as in
 kvpress, its best rows are safe and the others compete: the sum is exact, and what is kept is the joint top.
-Cost: one attention call per slot and KV head while output is generated.
+Cost: without the compiled kernel one attention call per slot and KV head while output is generated.
 """
 
 import dataclasses

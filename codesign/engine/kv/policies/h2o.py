@@ -15,7 +15,8 @@ A plain sum favours old tokens: they were there to be looked at more often. `sco
 
 H2O (Zhang et al., 2023), https://arxiv.org/abs/2306.14048; decayed: A2SF (Jo and Shin, 2024),
 https://arxiv.org/abs/2407.20485. Departs from the papers: the prompt attends in full and is cut when it ends; sinks can
-be pinned; mean over the query group. Cost: fused attention shows no weights, so every query pays a second q kᵀ.
+be pinned; mean over the query group. Cost: fused attention shows no weights, so every query of a prompt pays a second
+q kᵀ, and so does every output token where no compiled kernel reads the cache.
 """
 
 import dataclasses

@@ -67,5 +67,5 @@ class SnapKV(KVPolicy):
         return self.score(prompt).topk(num_rows).indices.sort().values
 
     def victims(self, rows: Rows, num_victims: int) -> Tensor:
-        first = rows.position.shape[-1] - self.window_tokens
-        return rows.position.argsort(dim=-1)[..., first : first + num_victims]
+        newest_first = rows.position.topk(self.window_tokens).indices
+        return newest_first[..., self.window_tokens - num_victims :].flip(-1)

@@ -123,8 +123,8 @@ def test_each_group_is_encoded_exactly_once_and_only_when_it_is_committed(monkey
     for first in range(0, 40, 2):
         rows = store.reserve([(1, 3)], [first], torch.arange(first, first + 3))
         new = torch.arange(first, first + 3.0)[:, None, None].expand(-1, 3, 16)
-        for own in rows.values():
-            store.write(own, new, new)
+        for layer, own in rows.items():
+            store.write(layer, own, new, new)
         store.commit([(1, 2)])
 
     assert [(slot, first) for slot, _, first, _ in seen] == [(1, 0), (1, 8), (1, 16), (1, 24)]

@@ -50,6 +50,16 @@ def test_output_tokens_live_in_the_window_and_the_selected_prompt_rows_stay() ->
     assert sorted(position.flatten().tolist()) == [0, 7, 9, 21, 40, 72, 73, 74]
 
 
+@pytest.mark.parametrize("num_victims", [1, 3, 5])
+def test_victims_are_the_oldest_of_the_newest_window_wherever_rows_lie(num_victims: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    position = torch.stack([torch.randperm(90, generator=generator)[:40] for _ in range(6)]).view(3, 2, 40).int()
+    rows = Rows(position=position, column=None, next_position=torch.tensor([90] * 3))
+    named = SnapKV(kv_budget=40, window_tokens=5).victims(rows, num_victims)
+
+    assert torch.equal(position.gather(2, named), position.sort(dim=-1).values[..., 35 : 35 + num_victims])
+
+
 @pytest.mark.parametrize("window", [1, 5, 32])
 def test_pyramidkv_without_steepness_is_snapkv_bit_for_bit(window: int) -> None:
     knobs = {"kv_budget": 40, "window_tokens": window, "num_sink_tokens": 2, "kernel_size": 3}
