@@ -204,7 +204,11 @@ def _grid_tables(results: Result) -> list[str]:
             "| policy | budget | rows | bytes | recall, in prompt | log-prob | recall, after output | KL | top-1 |"
         ]
         lines += ["|---" * 9 + "|"]
+        never = {label for label, budgets in own.items() if all("refused" in result for result in budgets.values())}
+        lines += [f"| {label} | all | refused | | | | | | |" for label in own if label in never]
         for label, budget, result in configurations(own):
+            if label in never:
+                continue
             if "refused" in result:
                 lines.append(f"| {label} | {budget} | refused | | | | | | |")
                 continue
