@@ -26,14 +26,16 @@ def run_suite(engine: Engine, suite: Mapping[str, Any], progress: Progress) -> d
     """Scores the suite of `measure.suite` and returns plain JSON.
 
     With `suite["write_reference"]` (a path) the log-probabilities are written there. With `suite["reference"]` the
-    result has `kl` and `top1` per sequence. Always `nll` per sequence, and `retrieved` per prompt.
+    result has `kl` and `top1` per sequence. Always `nll` per sequence, `retrieved` per prompt, and for each item of
+    "ruler" `is_exact`, whether it was answered, and `log_prob`, the mean over its answer's tokens in nats.
 
     Args:
         progress: called after each step, to show that the engine is alive.
     """
     text = suite["text"]
     result = _text(engine, text["sequences"], int(text["num_prefill"]), suite, progress)
-    result["retrieved"] = _retrieval(engine, suite["retrieval"], progress)
+    result["retrieved"], _ = _answers(engine, suite["retrieval"], progress)
+    result["is_exact"], result["log_prob"] = _answers(engine, suite["ruler"], progress)
     return result
 
 
@@ -73,18 +75,25 @@ def _text(
     return result
 
 
-def _retrieval(engine: Engine, prompts: Sequence[Mapping[str, Any]], progress: Progress) -> list[bool]:
-    """Whether each prompt's answer is, token for token, the engine's best guess."""
-    retrieved = [True] * len(prompts)
-    full = [[*item["prompt"], *item["answer"]] for item in prompts]
+def _answers(engine: Engine, items: Sequence[Mapping[str, Any]], progress: Progress) -> tuple[list[bool], list[float]]:
+    """Of each item: whether its answer is, token for token, the engine's best guess; its mean log-probability.
+
+    What an item's prompt has beyond its `num_prefill` is forced as output first.
+    """
+    is_exact, log_prob = [True] * len(items), [0.0] * len(items)
+    full = [[*item["prompt"], *item["answer"]] for item in items]
 
     def on_logits(index: int, position: int, logits: Tensor) -> None:
         progress()
-        if int(logits.argmax()) != full[index][position + 1]:
-            retrieved[index] = False
+        if position < len(items[index]["prompt"]) - 1:
+            return
+        token = full[index][position + 1]
+        is_exact[index] &= int(logits.argmax()) == token
+        log_prob[index] += float(logits[0].double().log_softmax(-1)[token]) / len(items[index]["answer"])
 
-    score(engine, full, num_prefill=[len(item["prompt"]) for item in prompts], on_logits=on_logits)
-    return retrieved
+    num_prefill = [item.get("num_prefill", len(item["prompt"])) for item in items]
+    score(engine, full, num_prefill=num_prefill, on_logits=on_logits)
+    return is_exact, log_prob
 
 
 def _write_atomically(path: Path, array: "np.ndarray[Any, Any]") -> None:

@@ -17,6 +17,8 @@ _MAX_VOCAB = 2**24
 def checked_scores(scores: Mapping[str, Any], suite: Mapping[str, Any]) -> dict[str, Any]:
     """The scores that belong to this suite: `nll`, `kl`, `top1` per sequence, `retrieved` per prompt, `num_tokens`.
 
+    `ruler` says of each sample what it was: {"task", "length_tokens", "asked", "is_exact", "log_prob"}.
+
     Raises:
         TrialFailed: `protocol`, naming the field that cannot be.
     """
@@ -33,12 +35,24 @@ def checked_scores(scores: Mapping[str, Any], suite: Mapping[str, Any]) -> dict[
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest:
                 raise _fault(name, value)
         found[name] = [float(value) for value in values]
-    retrieved = scores.get("retrieved")
-    if not isinstance(retrieved, list) or len(retrieved) != len(suite["retrieval"]):
-        raise _fault("retrieved", retrieved)
-    if not all(isinstance(value, bool) for value in retrieved):
-        raise _fault("retrieved", retrieved)
-    return {**found, "retrieved": list(retrieved)}
+    retrieved = _flags(scores, "retrieved", len(suite["retrieval"]))
+    is_exact, log_prob = _flags(scores, "is_exact", len(suite["ruler"])), scores.get("log_prob")
+    if not isinstance(log_prob, list) or len(log_prob) != len(is_exact):
+        raise _fault("log_prob", log_prob)
+    ruler = []
+    for item, exact, value in zip(suite["ruler"], is_exact, log_prob, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_MAX_NATS <= value <= 0:
+            raise _fault("log_prob", value)
+        named = {name: item[name] for name in ("task", "length_tokens", "asked")}
+        ruler.append({**named, "is_exact": exact, "log_prob": float(value)})
+    return {**found, "retrieved": retrieved, "ruler": ruler}
+
+
+def _flags(scores: Mapping[str, Any], name: str, count: int) -> list[bool]:
+    values = scores.get(name)
+    if not isinstance(values, list) or len(values) != count or not all(isinstance(value, bool) for value in values):
+        raise _fault(name, values)
+    return list(values)
 
 
 def vocab_size(facts: BuildFacts) -> int:

@@ -3,6 +3,8 @@
     text        held-out text; a part is prefilled, the policy acts at its end, every later token is forced
     retrieval   `# key abc = 12345` planted in held-out text and asked for at the end, at distances spread over the
                 prompt; right when every token of the answer is the engine's best guess
+    ruler       the tasks of `measure.ruler` at several lengths, each asked in the prompt, so that the policy sees the
+                question when it first acts, or after some output, so that it does not and has evicted meanwhile
 
 A suite is plain JSON, because it crosses to the child. Calibration text is never in it.
 """
@@ -16,11 +18,14 @@ from typing import Any
 
 from codesign.bundled import heldout_texts
 from codesign.bundled.retrieval import retrieval_prompt
+from codesign.measure.ruler import TASKS, ruler_sample
 
 Encode = Callable[[str], list[int]]
 SHORTEST_DISTANCE = 64
 OVERHEAD_TOKENS = 96  # the told lines, the question and the lead of a retrieval prompt, with room to spare
 MAX_ANSWER_TOKENS = 16
+RULER_LENGTHS = (512, 1024, 2048)
+ASKED = ("in_prompt", "after_output")
 LEAST_RETRIEVAL_TOKENS = SHORTEST_DISTANCE + OVERHEAD_TOKENS + MAX_ANSWER_TOKENS
 
 
@@ -31,20 +36,23 @@ class SuiteSize:
     Args:
         num_sequences: held-out sequences of `sequence_tokens`, half of it prefilled.
         num_prompts: retrieval prompts of `prompt_tokens`.
+        num_ruler: samples of each task of `measure.ruler`, at each length that fits, asked each way.
     """
 
     num_sequences: int = 4
     sequence_tokens: int = 128
     num_prompts: int = 5
     prompt_tokens: int = 512
+    num_ruler: int = 0
 
 
 SCREEN = SuiteSize()
-CONFIRM = SuiteSize(num_sequences=16, sequence_tokens=768, num_prompts=48, prompt_tokens=768)
+CONFIRM = SuiteSize(num_sequences=16, sequence_tokens=768, num_prompts=48, prompt_tokens=768, num_ruler=4)
 
 
 def make_suite(encode: Encode, size: SuiteSize, *, max_model_len: int, seed: int) -> dict[str, Any]:
-    """The suite for one model: {"text": {"sequences", "num_prefill"}, "retrieval": [{"prompt", "answer", "distance"}]}.
+    """The suite for one model: {"text": {"sequences", "num_prefill"}, "retrieval": [{"prompt", "answer", "distance"}],
+    "ruler": as `ruler_items` gives them}.
 
     Lengths are cut to `max_model_len`; below LEAST_RETRIEVAL_TOKENS there are no retrieval prompts. Two calls with the
     same arguments give the same suite.
@@ -64,7 +72,33 @@ def make_suite(encode: Encode, size: SuiteSize, *, max_model_len: int, seed: int
         "is_text": True,
         "text": {"sequences": _slices(ids, size.num_sequences, length, rng), "num_prefill": length // 2},
         "retrieval": retrieval,
+        "ruler": ruler_items(
+            encode,
+            filler,
+            lengths=[length for length in RULER_LENGTHS if length <= max_model_len],
+            count=size.num_ruler,
+            seed=rng.randrange(2**31),
+        ),
     }
+
+
+def ruler_items(
+    encode: Encode, filler_ids: Sequence[int], *, lengths: Sequence[int], count: int, seed: int
+) -> list[dict[str, Any]]:
+    """{"task", "length_tokens", "asked", "prompt", "num_prefill", "answer"} for every task, length and way of asking.
+
+    The same `count` samples are asked both ways. What comes after `num_prefill` is forced as output.
+    """
+    items = []
+    for length in lengths:
+        for task in TASKS:
+            for number in range(count):
+                sample = ruler_sample(task, encode, filler_ids, length_tokens=length, seed=seed + number)
+                prompt = sample.prompt_ids
+                for asked, num_prefill in zip(ASKED, (len(prompt), sample.num_context_tokens), strict=True):
+                    own = {"task": task, "length_tokens": length, "asked": asked}
+                    items.append({**own, "prompt": prompt, "num_prefill": num_prefill, "answer": sample.answer_ids})
+    return items
 
 
 def random_suite(vocab_size: int, size: SuiteSize, *, max_model_len: int, seed: int) -> dict[str, Any]:
@@ -72,7 +106,12 @@ def random_suite(vocab_size: int, size: SuiteSize, *, max_model_len: int, seed: 
     rng = random.Random(seed)
     length = min(size.sequence_tokens, max_model_len)
     sequences = [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(size.num_sequences)]
-    return {"is_text": False, "text": {"sequences": sequences, "num_prefill": length // 2}, "retrieval": []}
+    return {
+        "is_text": False,
+        "text": {"sequences": sequences, "num_prefill": length // 2},
+        "retrieval": [],
+        "ruler": [],
+    }
 
 
 def digest(suite: dict[str, Any]) -> str:

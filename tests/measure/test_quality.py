@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from codesign.bundled import target_path
+from codesign.bundled import heldout_texts, target_path
 from codesign.engine.build import build_engine
 from codesign.engine.engine import Engine
 from codesign.engine.models.tokenizer import Tokenizer
 from codesign.engine.step import StepPlan
 from codesign.measure import suite as suites
 from codesign.measure.quality import run_suite
+from codesign.measure.ruler import OUTPUT_TOKENS, TASKS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
+from tests.engine.driving import recorded_plans
 
 SIZE = suites.SuiteSize(num_sequences=2, sequence_tokens=160, num_prompts=2, prompt_tokens=320)
 MAX_MODEL_LEN = 352
@@ -32,6 +34,16 @@ def bundled_engine(**config: Any) -> Engine:
 def suite() -> dict[str, Any]:
     encode = Tokenizer(target_path()).encode
     return suites.make_suite(encode, SIZE, max_model_len=MAX_MODEL_LEN, seed=3)
+
+
+@pytest.fixture(scope="module")
+def asked() -> dict[str, Any]:
+    """Two samples of two tasks that the bundled model can do, asked both ways, and nothing else."""
+    encode = Tokenizer(target_path()).encode
+    filler = [token for document in heldout_texts()[:4] for token in encode(document.text)]
+    items = suites.ruler_items(encode, filler, lengths=[MAX_MODEL_LEN], count=2, seed=0)
+    ruler = [item for item in items if item["task"] in ("single_needle", "multi_key")]
+    return {"is_text": True, "text": {"sequences": [[1, 2]], "num_prefill": 1}, "retrieval": [], "ruler": ruler}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +119,56 @@ def test_likelihood_is_that_of_the_text(suite: dict[str, Any], reference: Path) 
     assert scores["nll"][0] == pytest.approx(by_hand, abs=1e-5)
     assert np.allclose(np.exp(log_probs.astype(np.float64)).sum(-1), 1.0, atol=1e-5)
     assert scores["nll"][0] < math.log(4096)
+
+
+def test_a_question_is_answered_with_all_rows_and_not_with_eight(asked: dict[str, Any]) -> None:
+    full, eight_rows = (run_suite(bundled_engine(**config), asked, lambda: None) for config in ({}, {"kv": EIGHT_ROWS}))
+
+    assert sum(full["is_exact"]) >= 7  # of 8
+    assert sum(eight_rows["is_exact"]) <= 1
+    assert max(full["log_prob"] + eight_rows["log_prob"]) <= 0
+    assert sum(full["log_prob"]) > sum(eight_rows["log_prob"]) + 8
+
+
+def test_a_question_that_is_asked_after_output_comes_token_by_token(asked: dict[str, Any]) -> None:
+    """The policy acts before it has seen the question, and the output before the question evicts too."""
+    engine = bundled_engine()
+    plans = recorded_plans(engine)
+    run_suite(engine, {**asked, "ruler": [asked["ruler"][1]]}, lambda: None)
+    own = [plan for plan in plans if plan.slots][-1 - len(asked["ruler"][1]["answer"]) :]
+
+    assert asked["ruler"][1]["asked"] == "after_output"
+    assert len(asked["ruler"][1]["prompt"]) - asked["ruler"][1]["num_prefill"] > OUTPUT_TOKENS
+    assert all(len(plan.token_ids) == 1 for plan in own)
+
+
+def test_an_answer_with_one_wrong_token_is_no_answer(asked: dict[str, Any]) -> None:
+    item = next(item for item in asked["ruler"] if item["task"] == "single_needle")
+    wrong = [*item["answer"][:-1], (item["answer"][-1] + 1) % 4096]
+    scores = run_suite(bundled_engine(), {**asked, "ruler": [item, {**item, "answer": wrong}]}, lambda: None)
+
+    assert scores["is_exact"] == [True, False]
+    assert scores["log_prob"][1] < scores["log_prob"][0]
+
+
+def test_the_two_ways_of_asking_force_the_same_tokens(asked: dict[str, Any]) -> None:
+    in_prompt, after_output = asked["ruler"][:2]
+
+    assert (in_prompt["prompt"], in_prompt["answer"]) == (after_output["prompt"], after_output["answer"])
+    assert in_prompt["num_prefill"] == len(in_prompt["prompt"])
+    scores = run_suite(bundled_engine(), {**asked, "ruler": [in_prompt, after_output]}, lambda: None)
+    assert scores["log_prob"][0] == pytest.approx(scores["log_prob"][1], abs=1e-4)
+
+
+def test_lengths_that_do_not_fit_are_left_out_and_screen_asks_nothing() -> None:
+    encode = Tokenizer(target_path()).encode
+    confirm, screen = (
+        suites.make_suite(encode, size, max_model_len=1100, seed=0) for size in (suites.CONFIRM, suites.SCREEN)
+    )
+
+    assert {item["length_tokens"] for item in confirm["ruler"]} == {512, 1024}
+    assert {item["task"] for item in confirm["ruler"]} == set(TASKS)
+    assert screen["ruler"] == []
 
 
 def test_a_suite_is_fixed_by_its_seed() -> None:

@@ -7,13 +7,24 @@ import pytest
 from codesign.measure.scores import checked_scores, vocab_size
 from codesign.measure.session import BuildFacts, TrialFailed
 
-SUITE = {"text": {"sequences": [[1] * 10, [2] * 10], "num_prefill": 4}, "retrieval": [{}, {}, {}]}
+ITEMS = [{"task": "multi_key", "length_tokens": 512, "asked": asked} for asked in ("in_prompt", "after_output")]
+SUITE = {
+    "text": {"sequences": [[1] * 10, [2] * 10], "num_prefill": 4},
+    "retrieval": [{}, {}, {}],
+    "ruler": [{**item, "prompt": [1, 2], "answer": [3], "num_prefill": 2} for item in ITEMS],
+}
 GOOD: dict[str, Any] = {
     "num_tokens": [6, 6],
     "nll": [1.0, 2],
     "kl": [0.0, 0.5],
     "top1": [1.0, 0.5],
     "retrieved": [True, False, True],
+    "is_exact": [True, False],
+    "log_prob": [-0.5, -3],
+}
+CHECKED = {
+    **{name: GOOD[name] for name in ("num_tokens", "nll", "kl", "top1", "retrieved")},
+    "ruler": [{**ITEMS[0], "is_exact": True, "log_prob": -0.5}, {**ITEMS[1], "is_exact": False, "log_prob": -3.0}],
 }
 WRONG: dict[str, Any] = {
     "num_tokens": [None, [6], [6, 7], "66", {}],
@@ -30,15 +41,17 @@ WRONG: dict[str, Any] = {
     "kl": [[-0.1, 0.0], [1.0, None]],
     "top1": [[1.1, 0.0], [1.0, 1.0, 1.0]],
     "retrieved": [None, [True, True], [True, True, 1], ["", "", ""]],
+    "is_exact": [None, [True], [True, 0]],
+    "log_prob": [None, [-1.0], [-1.0, 0.1], [-1.0, float("nan")], [-1.0, float("-inf")], [-1.0, False], [-1.0, "0"]],
 }
 
 
 def test_good_scores_come_through() -> None:
-    assert checked_scores(GOOD, SUITE) == GOOD
+    assert checked_scores(GOOD, SUITE) == CHECKED
 
 
 def test_what_nobody_asked_for_is_left_out() -> None:
-    assert checked_scores({**GOOD, "surprise": 1}, SUITE) == GOOD
+    assert checked_scores({**GOOD, "surprise": 1}, SUITE) == CHECKED
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from codesign.engine.models.tiny import tiny_config
+from codesign.measure import suite as suites
 from codesign.measure import trial as trials
+from codesign.measure.ruler import TASKS
 from codesign.measure.suite import SuiteSize
 from codesign.measure.tier import RULES
 from codesign.measure.trial import TrialRunner
@@ -161,6 +163,25 @@ def test_the_reference_is_made_once(runner: TrialRunner, folder: Path) -> None:
     measured(runner, 1)
 
     assert reference.stat().st_mtime_ns == before
+
+
+def test_every_answer_is_kept_in_the_record(
+    runner: TrialRunner, baseline: TrialRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = SuiteSize(num_sequences=1, sequence_tokens=8, num_prompts=0, num_ruler=1)
+    rule = dataclasses.replace(RULES["confirm"], min_s=0.05, min_requests=4, min_blocks=1, warm_up_s=0.05, suite=size)
+    monkeypatch.setitem(trials.RULES, "confirm", rule)
+    monkeypatch.setattr(suites, "RULER_LENGTHS", (256,))
+    record = runner.measure(TrialIdentity(study="s", number=1, uid="u1"), BASELINE, tier="confirm")
+    kept = TrialRecord.from_json(record.to_json()).quality["ruler"]
+
+    assert record.outcome.kind == "ok"
+    assert [(item["task"], item["asked"]) for item in kept] == [
+        (task, asked) for task in TASKS for asked in suites.ASKED
+    ]
+    assert all(item["length_tokens"] == 256 and item["log_prob"] <= 0 for item in kept)
+    assert kept[0]["task"] == "single_needle" and kept[0]["is_exact"]
+    assert baseline.quality["ruler"] == []
 
 
 def test_random_weights_are_timed_and_not_judged(profile: Profile, folder: Path) -> None:
