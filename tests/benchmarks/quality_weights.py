@@ -180,7 +180,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]], checks: list[dict[str, 
         "KL is to the unmodified model in bf16, in nats per token; brackets: 95 % bootstrap intervals over sequences.",
         "Bits are what the decoder's linear layers hold, over their weights. Builds were timed without the cache; the",
         "second of the mixed rows found the sensitivities that the first had measured.",
-        f"Load average in the end: {facts['load_average']}; other work on the machine makes builds slower.",
+        f"Load average: {facts['load_average']}; other work on the machine makes builds slower.",
     ]
     for model, own in results.items():
         lines += ["", f"## {model[0].upper()}{model[1:]}: {facts['models'][model]}", ""]
