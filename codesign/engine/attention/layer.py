@@ -165,6 +165,8 @@ class Attention:
         """Raises ValueError for a plan that breaks the rules of StepPlan or outgrows `max_model_len`."""
         plan = batch.plan
         self.store.commit(plan.commits)
+        for slot, num_tokens in plan.truncates:
+            self.store.truncate(slot, num_tokens)
         for slot in plan.frees:
             self.store.release(slot)
             for layer in self._where:
