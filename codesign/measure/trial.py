@@ -27,12 +27,13 @@ from codesign.measure.monitor import MIN_ENERGY_WINDOW_S, Monitor, make_probe
 from codesign.measure.nursery import Nursery
 from codesign.measure.phases import Phases
 from codesign.measure.provenance import provenance
-from codesign.measure.requests import RandomTokens, TextTokens, TokenSource, make_load
+from codesign.measure.requests import make_load
 from codesign.measure.sanity import impossible
 from codesign.measure.scores import checked_scores, vocab_size
 from codesign.measure.session import BuildFacts, TrialFailed
 from codesign.measure.summary import Readings, metrics, unsupported_objectives, violations
 from codesign.measure.tier import RULES, TierRule
+from codesign.measure.tokens import RandomTokens, TextTokens, TokenSource
 from codesign.results.measurement import percentile_supported
 from codesign.results.record import MetricValue, Outcome, Tier, TrialIdentity, TrialRecord
 from codesign.spec.engine_config import EngineConfig

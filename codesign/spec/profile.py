@@ -24,6 +24,7 @@ from codesign.spec.model_source import Fetch, cached_snapshot, model_from_text, 
 from codesign.spec.section import validate
 from codesign.spec.slo import Slo
 from codesign.spec.workload import Workload
+from codesign.spec.workload_files import read_workload
 from codesign.spec.yaml import Document, Key, load_yaml
 
 SECTIONS = ("hardware", "model", "workload", "slo", "objectives", "search_space")
@@ -90,7 +91,7 @@ def load_profile(path: str | Path, *, model_override: str | None = None, fetch: 
             raise document.error("is missing", (name,))
     document = _with_includes(document, path.parent)
     hardware = validate(Hardware, document, ("hardware",))
-    workload = validate(Workload, document, ("workload",))
+    workload = read_workload(document, ("workload",))
     slo = validate(Slo, document, ("slo",)) if "slo" in document.value else Slo()
     objectives = _objectives(document)
     model_spec = (

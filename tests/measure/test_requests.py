@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from codesign.measure.requests import RandomTokens, TextTokens, make_load
+from codesign.measure.requests import make_load
+from codesign.measure.tokens import RandomTokens, TextTokens
 from codesign.spec.workload import Workload
 
 TEXT = TextTokens([list(range(1000)), list(range(1000, 3000))])

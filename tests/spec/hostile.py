@@ -168,7 +168,7 @@ PROFILE_CASES: list[tuple[str, str, str, str]] = [
     ("+workload.seed", "-1", "workload.seed", "at least 0"),
     ("+workload.ignore_eos", "on", "workload.ignore_eos", "must be true or false"),
     ("+workload.min_duration_s", "forever", "workload.min_duration_s", "must be a number"),
-    ("+workload.trace", "x.jsonl", "workload.trace", "unknown key"),
+    ("+workload.trase", "x.jsonl", "workload.trase", "did you mean 'trace'"),
     ("slo", "[]", "slo", "must be a mapping"),
     ("slo", "null", "slo", "must be a mapping"),
     ("slo.tpot_ms", "50", "slo.tpot_ms", "must be a mapping"),

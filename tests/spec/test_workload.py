@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codesign.spec.workload import Arrival, Lengths, LogNormal, Workload
+from codesign.spec.lengths import Lengths, LogNormal
+from codesign.spec.workload import Arrival, Workload
 
 MANY = 20_000
 
