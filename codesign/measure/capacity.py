@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from codesign.measure.load import Load, LoadResult, drive
+from codesign.measure.percentiles import request_values
 from codesign.measure.session import Endpoint
-from codesign.measure.summary import request_values
 from codesign.results.measurement import min_requests, percentile, percentile_upper, statistic
 from codesign.spec.slo import Limit
 
@@ -90,6 +90,17 @@ class Capacity:
     stopped: Literal["resolved", "probes", "seconds", "floor"]
     alone_s: float
     probes: tuple[Probe, ...]
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence."""
+        if not self.probes:
+            return "too few seconds for a single probe"
+        if self.failed_per_s is None:
+            return (
+                f"at least {self.rate_per_s:.3g} requests/s; the search ran out of {self.stopped} before a rate failed"
+            )
+        return f"{self.rate_per_s:.3g} requests/s; {self.broke} breaks at {self.failed_per_s:.3g}"
 
 
 def find_capacity(

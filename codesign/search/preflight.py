@@ -92,7 +92,10 @@ def _missing(objective: Objective, profile: Profile) -> str | None:
         case "quality":
             return None if profile.model_spec.has_trained_weights else "the model's weights are random"
         case "slo":
-            return None if profile.slo.limits() else "the profile has no slo"
+            if not profile.slo.time_limits():
+                return "the slo limits no time of a request"
+            is_served = objective.metric != "capacity_requests_per_s" or profile.workload.scenario == "server"
+            return None if is_served else f"scenario {profile.workload.scenario} has no request rate, only server has"
         case _:
             return None
 

@@ -56,6 +56,7 @@ def _table(*rows: tuple[str, str, Direction, str, Needs, str]) -> dict[str, Metr
 METRICS: dict[str, Metric] = _table(
     ("throughput_tokens_per_s", "tokens/s", "maximize", "", "", "output tokens over wall time"),
     ("goodput_requests_per_s", "requests/s", "maximize", "", "slo", "requests per second that meet every SLO"),
+    ("capacity_requests_per_s", "requests/s", "maximize", "", "slo", "highest request rate that meets the SLO"),
     ("ttft_ms", "ms", "minimize", "p50", "", "request sent to first output token"),
     ("tpot_ms", "ms", "minimize", "p50", "", "time per output token after the first"),
     ("itl_ms", "ms", "minimize", "p50", "", "gap between successive output tokens"),

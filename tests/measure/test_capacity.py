@@ -65,7 +65,7 @@ def test_the_capacity_of_a_queue_is_found_from_below_and_from_above(start: float
 
 
 def test_a_limit_on_the_time_per_token_alone_is_held_to_what_can_be_sustained() -> None:
-    """The time between two tokens of this server is 50 ms at any rate; a queue is what breaks at 10 requests a second."""
+    """Between two tokens of this server are 50 ms at any rate; at 10 requests a second it is the queue that breaks."""
     found = search({"tpot_ms": {"p90": 100}})
 
     assert 8 <= found.rate_per_s <= 11
@@ -86,6 +86,7 @@ def test_an_endpoint_that_never_fails_has_at_least_the_highest_rate_tried() -> N
 
     assert found.rate_per_s == 2**8
     assert (found.failed_per_s, found.broke, found.stopped) == (None, "", "probes")
+    assert found.verdict.startswith("at least 256 requests/s")
     assert len(found.probes) == 9
 
 
