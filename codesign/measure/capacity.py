@@ -18,7 +18,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from codesign.measure.load import Load, LoadResult, drive
 from codesign.measure.percentiles import request_values
@@ -90,6 +90,11 @@ class Capacity:
     stopped: Literal["resolved", "probes", "seconds", "floor"]
     alone_s: float
     probes: tuple[Probe, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it reads back from JSON."""
+        probes = [{**dataclasses.asdict(probe), "unbounded": list(probe.unbounded)} for probe in self.probes]
+        return {**dataclasses.asdict(self), "probes": probes}
 
     @property
     def verdict(self) -> str:

@@ -381,7 +381,7 @@ class _Trial:
             bounds=Bounds(max_s=self._rule.capacity_s, confidence=self._rule.confidence),
             on_probe=lambda probe: self._phases.say("capacity", None),
         )
-        self._trust["capacity"] = dataclasses.asdict(found)
+        self._trust["capacity"] = found.to_dict()
         if found.failed_per_s is None:
             self._warnings.append(f"capacity: {found.verdict}")
         return found if found.probes else None
