@@ -8,8 +8,12 @@ requests, as the workload has them, with their arrivals stretched to exactly the
 What noise does to it: a rate passes only when the careful upper bound of each percentile keeps its limit, so a lucky
 sample is no pass; the failure that the answer rests on is tried twice, so one hiccup is no end. A rate must also be
 sustained: the backlog after the last arrival may not have grown by more than BACKLOG_SHARE of the time, else a limit on
-the time per token alone would pass at any rate. A probe lasts ten times the longest limit where there is time for it,
-since a queue that grows slowly breaks a limit late. All of this errs towards a lower capacity.
+the time per token alone would pass at any rate. A probe lasts ten times the longest limit, and longer where there is
+time for it, since a queue that grows slowly breaks a limit late.
+
+How far it is off: one server, Poisson arrivals, a p90 limit of four service times, 30 seeds in virtual time, against
+Lindley's recursion: 0.55 to 1.15 of the true capacity with 60 s (median 0.97, the search ends before it has settled),
+0.85 to 1.10 with 300 s, 0.93 to 1.06 with 3,000 s. A backlog alone lets up to 1.13 of what can be sustained pass.
 
 The server rule of MLPerf Inference (loadgen), with its early stopping; the search is ours.
 """
@@ -206,7 +210,8 @@ class _Search:
         shares = [float(limit.statistic[1:]) / 100 for limit in self._limits if limit.statistic.startswith("p")]
         confidence = self._bounds.confidence
         needed = max((min_requests(_NUM_OVER, share=share, confidence=confidence) for share in shares), default=0)
-        seconds = min(max(_SUSTAIN * self._longest_s, needed / rate), self._bounds.max_s / _PROBES_PER_BUDGET)
+        wanted_s = max(_SUSTAIN * self._longest_s, needed / rate, self._bounds.max_s / self._bounds.max_probes)
+        seconds = min(wanted_s, self._bounds.max_s / _PROBES_PER_BUDGET)
         return min(_MAX_REQUESTS, max(_MIN_REQUESTS, math.ceil(rate * seconds)))
 
     def _probe(self, rate: float) -> Probe:

@@ -70,7 +70,7 @@ class HttpEndpoint:
         )
         self._heard: queue.SimpleQueue[TokenEvent | BaseException] = queue.SimpleQueue()
         self._failure: BaseException | None = None
-        self._tasks: dict[str, asyncio.Task[None]] = {}  # only touched by the thread
+        self._tasks: dict[str, asyncio.Task[list[TokenEvent]]] = {}  # only touched by the thread
         self.num_tokens = self.num_pieces = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="http-endpoint", daemon=True)
@@ -123,7 +123,19 @@ class HttpEndpoint:
     # In the thread.
 
     def _start(self, request: Request) -> None:
-        self._tasks[request.request_id] = self._loop.create_task(self._complete(request))
+        task = self._loop.create_task(self._complete(request))
+        self._tasks[request.request_id] = task
+        task.add_done_callback(lambda done: self._finish(request.request_id, done))
+
+    def _finish(self, request_id: str, task: "asyncio.Task[list[TokenEvent]]") -> None:
+        """Puts what came of a request into the queue; a task that is cancelled at once never ran."""
+        del self._tasks[request_id]
+        if task.cancelled():
+            self._heard.put(TokenEvent(request_id, -1, time.perf_counter(), "aborted"))
+            return
+        error = task.exception()
+        for item in task.result() if error is None else [error]:
+            self._heard.put(item)
 
     def _cancel(self, request_id: str) -> None:
         if request_id in self._tasks:
@@ -136,20 +148,11 @@ class HttpEndpoint:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
 
-    async def _complete(self, request: Request) -> None:
-        """Sends one request and puts what comes of it into the queue."""
-        sent_s = time.perf_counter()
+    async def _complete(self, request: Request) -> list[TokenEvent]:
         try:
-            for event in await self._answer(request, sent_s):
-                self._heard.put(event)
-        except asyncio.CancelledError:
-            self._heard.put(TokenEvent(request.request_id, -1, time.perf_counter(), "aborted", sent_s))
+            return await self._answer(request, time.perf_counter())
         except httpx.HTTPError as error:
-            self._heard.put(TrialFailed(_outcome(error)))
-        except BaseException as error:  # a TrialFailed, or a bug of ours: poll raises it
-            self._heard.put(error)
-        finally:
-            del self._tasks[request.request_id]
+            raise TrialFailed(_outcome(error)) from None
 
     async def _answer(self, request: Request, sent_s: float) -> list[TokenEvent]:
         async with self._client.stream("POST", self._url, json=self._body(request)) as response:

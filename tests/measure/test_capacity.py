@@ -64,6 +64,24 @@ def test_the_capacity_of_a_queue_is_found_from_below_and_from_above(start: float
     assert found.stopped == "resolved"
 
 
+def test_the_answer_is_right_whatever_the_requests() -> None:
+    true = true_capacity(400, 0.1)
+    limits = Slo.model_validate({"e2e_ms": {"p90": 400}}).limits()
+    found = []
+    for seed in range(8):
+        clock = VirtualClock()
+
+        def fresh(probe: int, count: int, seed: int = seed) -> Load:
+            return poisson(1000 * seed + probe, count)
+
+        found.append(
+            find_capacity(QueueEndpoint(clock), fresh, limits, start_per_s=2.0, bounds=LONG, clock=clock).rate_per_s
+        )
+
+    assert all(0.8 * true <= rate <= 1.15 * true for rate in found)
+    assert 0.9 * true <= sorted(found)[4] <= 1.1 * true
+
+
 def test_a_limit_on_the_time_per_token_alone_is_held_to_what_can_be_sustained() -> None:
     """Between two tokens of this server are 50 ms at any rate; at 10 requests a second it is the queue that breaks."""
     found = search({"tpot_ms": {"p90": 100}})

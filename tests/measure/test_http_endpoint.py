@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from codesign.measure.capacity import Bounds, find_capacity
 from codesign.measure.http_endpoint import HttpEndpoint
 from codesign.measure.load import Load, LoadResult, drive
 from codesign.measure.session import TrialFailed
 from codesign.spec.request import Request, SamplingParams
+from codesign.spec.slo import Slo
 from tests.measure.completions_server import Body, Chunks, choice, serving, sse, steady, usage
 
 PAUSE_S = 0.02
@@ -103,6 +105,41 @@ def test_what_is_aborted_at_the_deadline_is_dropped_by_the_client() -> None:
 
     assert (len(result.samples), result.num_unfinished) == (0, 2)
     assert server.num_dropped == 2
+
+
+def test_a_request_that_is_aborted_before_it_is_sent_says_so() -> None:
+    with serving() as server, HttpEndpoint(server.url, model="m") as endpoint:
+        for request in requests(20):
+            endpoint.submit(request)
+            endpoint.abort(request.request_id)
+        endpoint.abort("unknown")
+        ended: list[str] = []
+        end_s = time.perf_counter() + 10
+        while len(ended) < 20 and time.perf_counter() < end_s:
+            ended += [event.finish_reason for event in endpoint.poll(0.1) if event.finish_reason]
+
+    assert len(ended) == 20
+    assert "aborted" in ended
+
+
+def test_the_capacity_of_a_server_is_searched_over_http() -> None:
+    """Two seconds on whatever machine say little of the rate; that the search ends, bounded and explained, they do."""
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+
+    def load(probe: int, count: int) -> Load:
+        made = tuple(
+            Request(request_id=f"{probe}-{index}", prompt_token_ids=(probe, index), sampling=sampling)
+            for index in range(count)
+        )
+        return Load(requests=made, arrivals_s=tuple(float(index) for index in range(count)))
+
+    limits = Slo.model_validate({"ttft_ms": {"p90": 20_000}}).limits()
+    with serving() as server, HttpEndpoint(server.url, model="m") as endpoint:
+        found = find_capacity(endpoint, load, limits, start_per_s=50, bounds=Bounds(max_s=2))
+
+    assert found.probes[0].num_requests == 17
+    assert found.rate_per_s >= 50
+    assert found.verdict
 
 
 FAULTS: dict[str, tuple[Callable[[Body], Chunks | tuple[int, str]], str, str]] = {
