@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.switched import SwitchedAttention
@@ -13,9 +14,9 @@ from codesign.engine.kernels.pieces import describe
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.runner import SingleRunner
-from codesign.engine.sampling import sample
+from codesign.engine.sampling import logprobs, sample
 from codesign.engine.sequence import Sequence, StepOutput
-from codesign.engine.step import StepPlan
+from codesign.engine.step import NO_DRAFTS, StepPlan
 from codesign.errors import InputError
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.request import Request
@@ -31,9 +32,11 @@ class Scheduler(Protocol):
 
     def abort(self, request_id: str) -> bool: ...
 
-    def plan(self) -> tuple[StepPlan, list[Sequence]]: ...
+    def decoding(self) -> list[Sequence]: ...
 
-    def commit(self, sampled: list[Sequence], token_ids: list[int]) -> list[StepOutput]: ...
+    def plan(self, drafts: Mapping[str, Items[int]] = NO_DRAFTS) -> tuple[StepPlan, list[Sequence]]: ...
+
+    def commit(self, sampled: Items[Sequence], tokens: Items[Items[int]]) -> list[StepOutput]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ class Engine:
         return self.parts.scheduler.abort(request_id)
 
     def step(self) -> list[StepOutput]:
-        """Runs one step: at most one token per request. Empty when there is no work or only prompt chunks were run.
+        """Runs one step: every token that it gave. Empty when there is no work or only prompt chunks were run.
 
         Raises:
             NumericalError: NaN or infinite logits; the engine is of no use afterwards.
@@ -122,9 +125,31 @@ class Engine:
             return []
         logits = parts.runner.run(plan)
         token_ids = sample(logits, [s.sampling for s in sampled], [s.stream for s in sampled]) if sampled else []
-        outputs = parts.scheduler.commit(sampled, token_ids)
+        outputs = parts.scheduler.commit(sampled, [[token_id] for token_id in token_ids])
+        outputs = self._with_logprobs(outputs, plan, sampled, logits)
         self._request_ids.difference_update(output.request_id for output in outputs if output.finish_reason)
         return outputs
+
+    def _with_logprobs(
+        self, outputs: list[StepOutput], plan: StepPlan, sampled: Items[Sequence], logits: Tensor
+    ) -> list[StepOutput]:
+        """Adds what requests want to know; the outputs of one are its first logits rows, in order."""
+        wanted: dict[str, tuple[int, int]] = {}  # request id -> next row, how many of the likeliest
+        row = 0
+        for own, count in zip(sampled, plan.num_logits, strict=True):
+            if own.sampling.logprobs is not None:
+                wanted[own.request_id] = row, own.sampling.logprobs
+            row += count
+        if not wanted:
+            return outputs
+        found = []
+        for output in outputs:
+            if output.request_id in wanted:
+                row, num_likeliest = wanted[output.request_id]
+                wanted[output.request_id] = row + 1, num_likeliest
+                output = dataclasses.replace(output, logprobs=logprobs(logits[row], output.token_id, num_likeliest))
+            found.append(output)
+        return found
 
     def facts(self) -> dict[str, Any]:
         """What was built, as plain data: resolved settings, bytes by part, kernels, phases in seconds."""

@@ -64,6 +64,18 @@ def token_law(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return torch.zeros_like(law).scatter_(-1, order, ranked)
 
 
+def logprobs(logits: Tensor, token_id: int, num_likeliest: int) -> tuple[tuple[int, float], ...]:
+    """(token, natural logarithm of its probability at temperature 1): the chosen one, then the likeliest.
+
+    Args:
+        logits: [V] fp32.
+    """
+    values = logits.double().log_softmax(dim=-1)
+    best = values.topk(min(num_likeliest, len(values)))
+    likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return ((token_id, float(values[token_id])), *likeliest)
+
+
 def _likeliest(logits: Tensor) -> tuple[list[int], list[float]]:
     """(id, value) of the largest logit of each row, the lowest id where several are equal.
 

@@ -55,5 +55,5 @@ def score(
         for row, running in enumerate(forced):
             index, length = int(running.request_id), len(running.token_ids)
             on_logits(index, length - 1, logits[row : row + 1])
-            next_tokens.append(int(sequences[index][length]))
+            next_tokens.append([int(sequences[index][length])])
         parts.scheduler.commit(forced, next_tokens)

@@ -12,11 +12,13 @@ class StepOutput:
 
     Attributes:
         finish_reason: "" while the request goes on.
+        logprobs: (token, log of its probability) of the chosen one, then of the likeliest, where they were asked for.
     """
 
     request_id: str
     token_id: int
     finish_reason: FinishReason | str = ""
+    logprobs: tuple[tuple[int, float], ...] = ()
 
 
 class Sequence:
@@ -42,12 +44,17 @@ class Sequence:
     def is_prefilling(self) -> bool:
         return self.num_computed < self.num_prompt
 
+    @property
+    def num_left(self) -> int:
+        """Output tokens that may still come."""
+        return self.sampling.max_tokens - (len(self.token_ids) - self.num_prompt)
+
     def append(self, token_id: int) -> StepOutput:
         """Takes the next output token; says whether it is the last."""
         self.token_ids.append(token_id)
         reason = ""
         if token_id in self.stop_ids:
             reason = "stop"
-        elif len(self.token_ids) - self.num_prompt >= self.sampling.max_tokens:
+        elif self.num_left <= 0:
             reason = "length"
         return StepOutput(self.request_id, token_id, reason)

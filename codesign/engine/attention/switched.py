@@ -98,6 +98,7 @@ def _share(batch: Batch, slots: range) -> _Share:
     tokens = [token for index in own for token in range(starts[index], starts[index + 1])]
     part = StepPlan(
         commits=tuple((slot - slots.start, count) for slot, count in plan.commits if slot in slots),
+        truncates=tuple((slot - slots.start, count) for slot, count in plan.truncates if slot in slots),
         frees=tuple(slot - slots.start for slot in plan.frees if slot in slots),
         slots=tuple(plan.slots[index] - slots.start for index in own),
         query_lens=tuple(plan.query_lens[index] for index in own),

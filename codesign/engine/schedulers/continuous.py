@@ -8,10 +8,11 @@ each, then prompt chunks fill what is left, so that a long prompt delays others 
 import dataclasses
 import heapq
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 from codesign.engine.sequence import Sequence, StepOutput
-from codesign.engine.step import StepPlan
+from codesign.engine.step import NO_DRAFTS, StepPlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class ContinuousScheduler:
         self._free_slots = list(range(num_slots))
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
-        self._has_pending: set[int] = set()
+        self._accepted: dict[int, int] = {}  # slot -> how many of its pending rows the next plan commits
         self._to_free: list[int] = []
         self._planned: list[tuple[Sequence, int]] = []
 
@@ -62,28 +63,39 @@ class ContinuousScheduler:
                 return True
         return False
 
-    def plan(self) -> tuple[StepPlan, list[Sequence]]:
-        """The next step, and the sequence behind each of its logits rows. The plan is empty when nothing has work."""
+    def decoding(self) -> list[Sequence]:
+        """The sequences whose output the next plan goes on with, by slot: those that drafts can be proposed for."""
+        return [self._running[slot] for slot in sorted(self._running) if not self._running[slot].is_prefilling]
+
+    def plan(self, drafts: Mapping[str, Items[int]] = NO_DRAFTS) -> tuple[StepPlan, list[Sequence]]:
+        """The next step, and the sequence behind its logits rows; the plan is empty when nothing has work.
+
+        Args:
+            drafts: request id -> tokens to verify behind its newest one. A plan takes as many of them, from the first,
+                as its tokens allow; such a sequence has a logits row for each and one before them, in order.
+        """
         budget = self._max_step_tokens
-        commits, slots, lengths, tokens, positions, rows = [], [], [], [], [], []
-        sampled: list[Sequence] = []
-        unfinished: list[Sequence] = []  # at most one: prompts are filled one after the other
-        for slot in sorted(self._running):
-            sequence = self._running[slot]
-            if sequence.is_prefilling:
-                unfinished.append(sequence)
-                continue
-            if slot in self._has_pending:
-                commits.append((slot, 1))
-            slots.append(slot)
-            tokens.append(sequence.token_ids[-1])
-            positions.append(sequence.num_computed)
-            sampled.append(sequence)
-        num_decodes = len(slots)
+        commits: list[tuple[int, int]] = []
+        slots: list[int] = []
+        lengths: list[int] = []
+        tokens: list[int] = []
+        positions: list[int] = []
+        sampled = self.decoding()
+        unfinished = [own for own in self._running.values() if own.is_prefilling]  # at most one: one after the other
+        num_decodes = len(sampled)
         budget -= num_decodes
-        lengths = [1] * num_decodes
-        rows = list(range(num_decodes))
-        self._planned = [(sequence, 1) for sequence in sampled]
+        for sequence in sampled:
+            slot, num_left = sequence.slot, sequence.num_left
+            if slot in self._accepted:
+                commits.append((slot, self._accepted[slot]))
+            draft = list(drafts.get(sequence.request_id, ()))[: min(budget, num_left - 1)]
+            budget -= len(draft)
+            slots.append(slot)
+            lengths.append(1 + len(draft))
+            tokens += [sequence.token_ids[-1], *draft]
+            positions += range(sequence.num_computed, sequence.num_computed + 1 + len(draft))
+        rows = list(range(len(tokens)))
+        self._planned = []
         ends = [False] * num_decodes
 
         while budget:
@@ -117,20 +129,27 @@ class ContinuousScheduler:
             logits_rows=tuple(rows),
         )
         self._to_free = []
-        self._has_pending = set(slots[:num_decodes])
+        self._accepted = {}
         return plan, sampled
 
-    def commit(self, sampled: Items[Sequence], token_ids: Items[int]) -> list[StepOutput]:
-        """Takes one token for each sequence behind a logits row of the last plan; who is done gives up its slot."""
+    def commit(self, sampled: Items[Sequence], tokens: Items[Items[int]]) -> list[StepOutput]:
+        """Takes the new tokens of each sequence of the last plan that has logits rows: the drafts that it keeps, then
+        one more. Who is done gives up its slot, and what comes after its last token is dropped."""
+        is_decoding = {own.request_id for own in sampled if not own.is_prefilling}
         for sequence, num_tokens in self._planned:
             sequence.num_computed += num_tokens
         self._planned = []
         outputs = []
-        for sequence, token_id in zip(sampled, token_ids, strict=True):
-            output = sequence.append(token_id)
-            if output.finish_reason:
-                self._release(sequence)
-            outputs.append(output)
+        for sequence, own in zip(sampled, tokens, strict=True):
+            if sequence.request_id in is_decoding:
+                sequence.num_computed += len(own)
+                self._accepted[sequence.slot] = len(own)
+            for token_id in own:
+                output = sequence.append(token_id)
+                outputs.append(output)
+                if output.finish_reason:
+                    self._release(sequence)
+                    break
         return outputs
 
     def _admit(self) -> Sequence | None:
@@ -143,6 +162,6 @@ class ContinuousScheduler:
 
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.slot]
-        self._has_pending.discard(sequence.slot)
+        self._accepted.pop(sequence.slot, None)
         self._to_free.append(sequence.slot)
         heapq.heappush(self._free_slots, sequence.slot)

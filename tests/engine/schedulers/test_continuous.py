@@ -32,7 +32,7 @@ class CheckedCache:
         assert 0 < len(plan.token_ids) <= self.max_step_tokens
         for slot, count in plan.commits:
             assert slot not in plan.frees
-            assert self.slots[slot].num_pending == count == 1
+            assert 1 <= count <= self.slots[slot].num_pending
             self.slots[slot].num_rows += count
             self.slots[slot].num_pending = 0
         assert len({slot for slot, _ in plan.commits}) == len(plan.commits)
@@ -50,9 +50,10 @@ class CheckedCache:
             if plan.is_prompt[index]:
                 held.num_rows += length
             else:
-                assert length == 1 and not plan.is_prompt_end[index]
-                held.num_pending = 1
-            if not plan.is_prompt[index] or plan.is_prompt_end[index]:
+                assert not plan.is_prompt_end[index]
+                held.num_pending = length
+                rows += range(starts[index], starts[index + 1])
+            if plan.is_prompt_end[index]:
                 rows.append(starts[index + 1] - 1)
         assert plan.logits_rows == tuple(rows)
 
@@ -74,10 +75,12 @@ def sequence(name: str, num_prompt: int, max_tokens: int) -> Sequence:
         ),
         max_size=60,
     ),
+    seed=st.integers(0, 999),
 )
-def test_any_mix_of_arrivals_and_aborts_keeps_the_contract_and_finishes(
-    num_slots: int, spare: int, events: list[tuple[str, int, int]]
+def test_any_mix_of_arrivals_aborts_and_drafts_keeps_the_contract_and_finishes(
+    num_slots: int, spare: int, events: list[tuple[str, int, int]], seed: int
 ) -> None:
+    rng = random.Random(seed)
     scheduler = Continuous().start(num_slots=num_slots, max_step_tokens=num_slots + spare)
     cache = CheckedCache(num_slots, num_slots + spare)
     live: dict[str, Sequence] = {}
@@ -86,13 +89,19 @@ def test_any_mix_of_arrivals_and_aborts_keeps_the_contract_and_finishes(
     num_added = 0
 
     def step() -> None:
-        plan, sampled = scheduler.plan()
+        drafts = {own.request_id: rng.choices(range(9), k=rng.randrange(5)) for own in scheduler.decoding()}
+        plan, sampled = scheduler.plan(drafts)
         if not plan.slots:
             assert not live
             return
+        for own, length, start in zip(sampled, plan.query_lens, plan.query_starts, strict=False):
+            if not own.is_prefilling:
+                taken = list(plan.token_ids[start + 1 : start + length])
+                assert taken == drafts[own.request_id][: len(taken)], "the first drafts, in order"
+                assert len(taken) < own.num_left
         cache.run(plan)
         started.extend(s.request_id for s in sampled if s.request_id not in started)
-        for output in scheduler.commit(sampled, [7] * len(sampled)):
+        for output in scheduler.commit(sampled, [[7] * rng.randint(1, count) for count in plan.num_logits]):
             if output.finish_reason:
                 done = live.pop(output.request_id)
                 assert len(done.token_ids) == done.num_prompt + done.sampling.max_tokens
@@ -128,7 +137,7 @@ def test_everything_is_done_with_one_token_per_step() -> None:
     while scheduler.has_work:
         plan, sampled = scheduler.plan()
         lengths.append(len(plan.token_ids))
-        scheduler.commit(sampled, [0] * len(sampled))
+        scheduler.commit(sampled, [[0]] * len(sampled))
 
     assert lengths == [1] * 7
 
@@ -143,7 +152,7 @@ def test_freed_slot_is_listed_before_it_is_used_again_in_the_same_plan() -> None
     scheduler.add(sequence("a", 5, 1))
     scheduler.add(sequence("b", 6, 1))
     _, sampled = scheduler.plan()
-    scheduler.commit(sampled, [0])
+    scheduler.commit(sampled, [[0]])
 
     plan, _ = scheduler.plan()
 
