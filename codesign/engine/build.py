@@ -1,6 +1,8 @@
 """build_engine: from a model and one EngineConfig to a running Engine. What cannot be built is refused by name here."""
 
+import dataclasses
 import functools
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ import torch
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.switched import SwitchedAttention, make_attention
+from codesign.engine.block_allocator import UNPAGED, Allocator, BlockAllocator
+from codesign.engine.block_pool import BlockPool
 from codesign.engine.engine import Engine, EngineParts
 from codesign.engine.kernels.pieces import Pieces, choose
 from codesign.engine.kv.policy import KVPolicy
@@ -18,6 +22,7 @@ from codesign.engine.models.load import read_config
 from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.shape import ModelShape, read_shape
 from codesign.engine.models.tokenizer import eos_token_ids
+from codesign.engine.prefix_cache import PrefixCache
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
 from codesign.engine.weights import build_decoder
@@ -68,7 +73,11 @@ def build_engine(
             config=config,
             model=decoder,
             attention=attention,
-            scheduler=scheduler.start(num_slots=num_slots, max_step_tokens=config.max_step_tokens),
+            scheduler=scheduler.start(
+                num_slots=num_slots,
+                max_step_tokens=config.max_step_tokens,
+                allocator=_allocator(model, config, getattr(attention, "num_blocks", 0)),
+            ),
             runner=SingleRunner(decoder, attention, place),
             workspace=workspace,
             device=place,
@@ -188,3 +197,19 @@ def _allocate(
         return attention(policy, num_slots), num_slots
     except ValueError as error:
         raise Unsupported(f"kv.policy {config.kv.policy.name!r}: {error}") from error
+
+
+def _allocator(model: ModelSpec, config: EngineConfig, num_blocks: int) -> Allocator:
+    """Who has which block of a paged cache; `num_blocks` is 0 where the cache is not paged.
+
+    The keys of the prefix cache are seeded with model and configuration: what is computed from equal tokens depends on
+    both. An engine's weights never change, so they need not be read for it. A codec other than native rounds rows when
+    a prompt ends; an output that had to become a prompt would be rounded later than it was, and go on otherwise.
+    """
+    if not num_blocks:
+        return UNPAGED
+    pool = BlockPool(num_blocks)
+    if not config.prefix_cache:
+        return BlockAllocator(pool, sets_aside=config.kv.codec.name != "native")
+    seed = json.dumps({"model": dataclasses.asdict(model), "config": config.to_dict()}, sort_keys=True)
+    return BlockAllocator(pool, PrefixCache(pool, seed=seed.encode()))

@@ -27,6 +27,27 @@ def senseless(config: EngineConfig) -> str | None:
             "prune with weights.method gptq: gptq pushes rounding errors into pruned weights, which are zero no "
             "longer; use method rtn, hqq or awq"
         )
+    return _senseless_sharing(config) if config.prefix_cache else None
+
+
+def _senseless_sharing(config: EngineConfig) -> str | None:
+    """What prompts share must be what each would have computed by itself: every row, in full precision."""
+    kv = config.kv
+    if kv.layout.name != "paged":
+        return (
+            f"prefix_cache with kv.layout {kv.layout.name}: rows can only be shared block by block; use kv.layout "
+            "paged, or prefix_cache false"
+        )
+    if kv.policy.name != "full":
+        return (
+            f"prefix_cache with kv.policy {kv.policy.name}: it drops rows by what comes after them, so another prompt "
+            "would find gaps; use kv.policy full, or prefix_cache false"
+        )
+    if kv.codec.name != "native":
+        return (
+            f"prefix_cache with kv.codec {kv.codec.name}: a prompt attends to its own rows before they are encoded and "
+            "would find another's encoded, so hits would change its output; use kv.codec native, or prefix_cache false"
+        )
     return None
 
 
