@@ -5,6 +5,7 @@ every layer and KV head. It comes with blocks for what is prefilled and grows wh
 nothing is set aside for output that may not come. `Unpaged` stands for a cache whose slots have room for everything.
 """
 
+from collections.abc import Collection
 from typing import Protocol
 
 from codesign.engine.block_pool import BlockPool
@@ -19,9 +20,10 @@ class Allocator(Protocol):
     def check(self, sequence: Sequence) -> None:
         """Raises ValueError for a sequence that never has room."""
 
-    def admit(self, sequence: Sequence, *, num_rows: int, spare: int) -> bool:
-        """Whether there are blocks for the first `num_rows` rows of a sequence, and `spare` more; then it has them.
-        Those that hold the beginning of it already come first, and count as computed."""
+    def admit(self, sequence: Sequence, *, num_rows: int, beside: Collection[Sequence]) -> bool:
+        """Whether there are blocks for the first `num_rows` rows of a sequence, and one more for each `beside` it that
+        can still grow; then it has them. Those that hold the beginning of it already come first, and count as
+        computed."""
 
     def room(self, sequence: Sequence) -> int:
         """How many tokens can come behind those that a sequence has computed."""
@@ -45,7 +47,7 @@ class Unpaged:
     def check(self, sequence: Sequence) -> None:
         pass
 
-    def admit(self, sequence: Sequence, *, num_rows: int, spare: int) -> bool:
+    def admit(self, sequence: Sequence, *, num_rows: int, beside: Collection[Sequence]) -> bool:
         return True
 
     def room(self, sequence: Sequence) -> int:
@@ -70,25 +72,22 @@ UNPAGED = Unpaged()
 class BlockAllocator:
     """Args:
     cache: what finds blocks that hold the beginning of a prompt already; None shares nothing.
-    sets_aside: gives a sequence blocks for the longest output it may have when it is admitted, so that nobody ever has
-        to give way: where rows that are computed again are not what they were.
     """
 
-    def __init__(self, pool: BlockPool, cache: PrefixCache | None = None, *, sets_aside: bool = False) -> None:
-        self._pool, self._cache, self._sets_aside = pool, cache, sets_aside
+    def __init__(self, pool: BlockPool, cache: PrefixCache | None = None) -> None:
+        self._pool, self._cache = pool, cache
 
     def check(self, sequence: Sequence) -> None:
         needed, num_blocks = _blocks_for(sequence.most_tokens), self._pool.num_blocks
         if needed > num_blocks:
             raise ValueError(f"request {sequence.request_id!r}: needs {needed} blocks, there are {num_blocks}")
 
-    def admit(self, sequence: Sequence, *, num_rows: int, spare: int) -> bool:
+    def admit(self, sequence: Sequence, *, num_rows: int, beside: Collection[Sequence]) -> bool:
         pool, found = self._pool, list[int]()
         if self._cache is not None and sequence.shares_prefix:
             found = self._cache.match(sequence)
-        if self._sets_aside:
-            num_rows, spare = sequence.most_tokens, 0
         num_new = _blocks_for(num_rows) - len(found)
+        spare = sum(len(own.blocks) < _blocks_for(own.most_tokens) for own in beside)
         if num_new + spare > pool.num_free - sum(map(pool.is_free, found)):
             return False
         for block in found:

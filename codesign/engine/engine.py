@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from codesign.engine.attention.layer import Attention
-from codesign.engine.attention.switched import SwitchedAttention
+from codesign.engine.attention.switched import AnyAttention
 from codesign.engine.kernels.pieces import describe
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.quantize.linear import Linear, Workspace
@@ -52,7 +51,7 @@ class EngineParts:
 
     config: EngineConfig
     model: Decoder
-    attention: Attention | SwitchedAttention
+    attention: AnyAttention
     scheduler: Scheduler
     runner: SingleRunner
     workspace: Workspace

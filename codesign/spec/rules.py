@@ -27,27 +27,34 @@ def senseless(config: EngineConfig) -> str | None:
             "prune with weights.method gptq: gptq pushes rounding errors into pruned weights, which are zero no "
             "longer; use method rtn, hqq or awq"
         )
-    return _senseless_sharing(config) if config.prefix_cache else None
+    return _not_in_blocks(config) if config.kv.layout.name == "paged" else _only_in_blocks(config)
 
 
-def _senseless_sharing(config: EngineConfig) -> str | None:
-    """What prompts share must be what each would have computed by itself: every row, in full precision."""
+def _not_in_blocks(config: EngineConfig) -> str | None:
     kv = config.kv
-    if kv.layout.name != "paged":
-        return (
-            f"prefix_cache with kv.layout {kv.layout.name}: rows can only be shared block by block; use kv.layout "
-            "paged, or prefix_cache false"
-        )
     if kv.policy.name != "full":
         return (
-            f"prefix_cache with kv.policy {kv.policy.name}: it drops rows by what comes after them, so another prompt "
-            "would find gaps; use kv.policy full, or prefix_cache false"
+            f"kv.layout paged with kv.policy {kv.policy.name}: blocks keep every row where it was written, and a "
+            "policy that evicts overwrites rows; use kv.policy full, or kv.layout dense"
         )
-    if kv.codec.name != "native":
+    if "group_size" in kv.codec.knob_dict:
         return (
-            f"prefix_cache with kv.codec {kv.codec.name}: a prompt attends to its own rows before they are encoded and "
-            "would find another's encoded, so hits would change its output; use kv.codec native, or prefix_cache false"
+            f"kv.layout paged with kv.codec {kv.codec.name}: blocks hold rows that are encoded one by one, and it "
+            "encodes groups of tokens; use kv.codec native, int8 or fp8, or kv.layout dense"
         )
+    if kv.place.name != "device":
+        return f"kv.layout paged with kv.place {kv.place.name}: blocks lie on the device; use kv.layout dense"
+    if config.prefix_cache and kv.codec.name != "native":
+        return (
+            f"prefix_cache with kv.codec {kv.codec.name}: a prompt attends to its own rows in native precision and "
+            "would find the shared ones rounded, so that its tokens depended on who came before; use kv.codec native"
+        )
+    return None
+
+
+def _only_in_blocks(config: EngineConfig) -> str | None:
+    if config.prefix_cache:
+        return "prefix_cache with kv.layout dense: sequences can only share blocks; use kv.layout paged"
     return None
 
 

@@ -23,7 +23,7 @@ def sequence(tokens: list[int], *, max_tokens: int = 1) -> Sequence:
 
 
 def admit(blocks: BlockAllocator, own: Sequence) -> bool:
-    return blocks.admit(own, num_rows=own.num_prefill, spare=0)
+    return blocks.admit(own, num_rows=own.num_prefill, beside=())
 
 
 class PrefixMachine(RuleBasedStateMachine):

@@ -154,11 +154,11 @@ class ContinuousScheduler:
 
     def _admit_next(self) -> bool:
         """Only the first in the queue may be admitted, and only when its blocks leave one for each that runs: those
-        will want another within BLOCK_TOKENS steps, and admitting somebody to preempt him soon gains nothing."""
+        will want it within BLOCK_TOKENS steps, and admitting somebody to preempt him soon gains nothing."""
         if not self._waiting or not self._slots.has_free:
             return False
         sequence = self._waiting[0]
-        if not self._allocator.admit(sequence, num_rows=sequence.num_prefill, spare=len(self._slots.running)):
+        if not self._allocator.admit(sequence, num_rows=sequence.num_prefill, beside=self._slots.running.values()):
             return False
         self._slots.enter(self._waiting.popleft())
         return True

@@ -102,7 +102,9 @@ class StaticScheduler:
         """As many as there are slots, and blocks for the longest output of each."""
         while self._waiting and self._slots.has_free:
             sequence = self._waiting[0]
-            if not self._allocator.admit(sequence, num_rows=sequence.most_tokens, spare=0):  # the last is padding's
+            if not self._allocator.admit(
+                sequence, num_rows=sequence.most_tokens, beside=()
+            ):  # the last row is padding's
                 return
             self._slots.enter(self._waiting.popleft())
 

@@ -46,12 +46,12 @@ def alone(prompt: Items[int], max_tokens: int, stop: int | None = None) -> list[
     return output
 
 
-def allocator(num_blocks: int, *, shares: bool, sets_aside: bool = False) -> Allocator:
+def allocator(num_blocks: int, *, shares: bool) -> Allocator:
     """0 blocks: not paged."""
     if not num_blocks:
         return UNPAGED
     pool = BlockPool(num_blocks)
-    return BlockAllocator(pool, PrefixCache(pool, seed=b"") if shares else None, sets_aside=sets_aside)
+    return BlockAllocator(pool, PrefixCache(pool, seed=b"") if shares else None)
 
 
 @dataclasses.dataclass

@@ -211,16 +211,3 @@ def test_the_oldest_is_never_preempted() -> None:
 
     assert driver.finished == [own.request_id for own in waiting]
     assert driver.scheduler.stats()["preemptions"] > 3
-
-
-def test_rows_that_would_be_others_when_computed_again_are_set_aside_for() -> None:
-    """No preemption at all: each has its longest output's blocks from the start."""
-    blocks = allocator(5, shares=False, sets_aside=True)
-    scheduler = Continuous().start(num_slots=2, max_step_tokens=128, allocator=blocks)
-    driver = Driver(scheduler, 2, 128, 5)
-    for name in ("old", "young"):
-        scheduler.add(sequence(name, 60, 30))
-    driver.finish()
-
-    assert scheduler.stats()["preemptions"] == 0
-    assert driver.plans[0].slots == (0,) and driver.plans[0].blocks == ((0, 1, 2),)
