@@ -1,25 +1,33 @@
 """build_engine: from a model and one EngineConfig to a running Engine. What cannot be built is refused by name here."""
 
+import dataclasses
 import functools
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from codesign.engine.attention.layer import Attention
-from codesign.engine.attention.switched import SwitchedAttention, make_attention
+from codesign.engine.attention.paged import PagedAttention
+from codesign.engine.attention.switched import AnyAttention, make_attention
+from codesign.engine.block_allocator import UNPAGED, Allocator, BlockAllocator
+from codesign.engine.block_pool import BlockPool
 from codesign.engine.engine import Engine, EngineParts
 from codesign.engine.kernels.pieces import Pieces, choose
 from codesign.engine.kv.policy import KVPolicy
+from codesign.engine.kv.tables import num_blocks_of
 from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.assemble import PackClock
 from codesign.engine.models.load import read_config
 from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.shape import ModelShape, read_shape
 from codesign.engine.models.tokenizer import eos_token_ids
+from codesign.engine.prefix_cache import PrefixCache
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
+from codesign.engine.step import BLOCK_TOKENS
 from codesign.engine.weights import build_decoder
 from codesign.errors import InputError, Unsupported
 from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, SCHEDULERS
@@ -68,7 +76,11 @@ def build_engine(
             config=config,
             model=decoder,
             attention=attention,
-            scheduler=scheduler.start(num_slots=num_slots, max_step_tokens=config.max_step_tokens),
+            scheduler=scheduler.start(
+                num_slots=num_slots,
+                max_step_tokens=config.max_step_tokens,
+                allocator=_allocator(model, config, getattr(attention, "num_blocks", 0)),
+            ),
             runner=SingleRunner(decoder, attention, place),
             workspace=workspace,
             device=place,
@@ -78,6 +90,7 @@ def build_engine(
                 "kv_budget_tokens": list(attention.kv_budget_tokens),
                 "kv_place": attention.kv_place,
                 "num_slots": num_slots,
+                **({"num_blocks": attention.num_blocks} if isinstance(attention, PagedAttention) else {}),
                 "dtype": config.dtype,
                 "device": str(place),
                 "num_threads": torch.get_num_threads(),
@@ -144,11 +157,11 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
 
 def _allocate(
     shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device, pieces: Pieces
-) -> tuple[Attention | SwitchedAttention, int]:
+) -> tuple[AnyAttention, int]:
     """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number."""
     policy: KVPolicy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
 
-    def attention(policy: KVPolicy, num_slots: int) -> Attention | SwitchedAttention:
+    def attention(policy: KVPolicy, num_slots: int, num_blocks: int | None = None) -> AnyAttention:
         return make_attention(
             num_layers=shape.num_layers,
             num_heads=shape.num_heads,
@@ -161,12 +174,16 @@ def _allocate(
             place=KV_PLACES.create(config.kv.place.name, key="kv.place", **config.kv.place.knob_dict),
             backend=ATTENTION.create(config.attention.name, key="attention", **config.attention.knob_dict),
             num_slots=num_slots,
+            num_blocks=num_blocks,
             max_model_len=config.max_model_len,
             max_query_len=_MAX_QUERY_LEN,
             dtype=dtype,
             device=device,
             pieces=pieces,
         )
+
+    if config.kv.layout.name == "paged":
+        return _allocate_blocks(config, functools.partial(attention, policy))
 
     @functools.cache
     def slot_bytes(policy: KVPolicy) -> int:
@@ -188,3 +205,44 @@ def _allocate(
         return attention(policy, num_slots), num_slots
     except ValueError as error:
         raise Unsupported(f"kv.policy {config.kv.policy.name!r}: {error}") from error
+
+
+def _allocate_blocks(config: EngineConfig, attention: Callable[[int, int], AnyAttention]) -> tuple[AnyAttention, int]:
+    """The cache in blocks: as many as the batch can fill, or `kv_memory_bytes` has room for.
+
+    Sequences share them, so that more can run than would fit at full length: what is then too much is preempted and
+    computed anew. Rows that a codec rounds come out of that different, since a prompt attends to native ones; so with
+    such a codec there are only as many sequences as always fit. A prefix cache keeps what is left of the memory filled.
+    """
+    num_slots, limit = config.max_batch_size, config.kv_memory_bytes
+    each = num_blocks_of(config.max_model_len)
+    num_blocks = num_slots * each
+    if limit is not None:
+        probe = attention(num_slots, 1)  # asked of a real one: only it knows what codec and table add up to
+        assert isinstance(probe, PagedAttention)
+        room = (limit - probe.kv_bytes) // probe.block_bytes + 1
+        if room < each:
+            least = probe.kv_bytes + (each - 1) * probe.block_bytes
+            raise Unsupported(
+                f"kv_memory_bytes {limit} ({format_bytes(limit)}): one sequence of max_model_len "
+                f"{config.max_model_len} needs {least} ({format_bytes(least)}), {each} blocks of {BLOCK_TOKENS} tokens"
+            )
+        num_blocks = room if config.prefix_cache else min(num_blocks, room)
+    if config.kv.codec.name != "native":
+        num_slots = min(num_slots, num_blocks // each)
+    return attention(num_slots, num_blocks), num_slots
+
+
+def _allocator(model: ModelSpec, config: EngineConfig, num_blocks: int) -> Allocator:
+    """Who has which block of a paged cache; `num_blocks` is 0 where the cache is not paged.
+
+    The keys of the prefix cache are seeded with model and configuration: what is computed from equal tokens depends on
+    both. An engine's weights never change, so they need not be read for it.
+    """
+    if not num_blocks:
+        return UNPAGED
+    pool = BlockPool(num_blocks)
+    if not config.prefix_cache:
+        return BlockAllocator(pool)
+    seed = json.dumps({"model": dataclasses.asdict(model), "config": config.to_dict()}, sort_keys=True)
+    return BlockAllocator(pool, PrefixCache(pool, seed=seed.encode()))

@@ -8,18 +8,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from codesign.engine.attention.layer import Attention
-from codesign.engine.attention.switched import SwitchedAttention
+from codesign.engine.attention.switched import AnyAttention
 from codesign.engine.kernels.pieces import describe
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.runner import SingleRunner
 from codesign.engine.sampling import logprobs, sample
 from codesign.engine.sequence import Sequence, StepOutput
-from codesign.engine.step import NO_DRAFTS, StepPlan
-from codesign.errors import InputError
+from codesign.engine.step import BLOCK_TOKENS, NO_DRAFTS, StepPlan
+from codesign.errors import InputError, Unsupported
 from codesign.spec.engine_config import EngineConfig
-from codesign.spec.request import Request
+from codesign.spec.request import Request, SamplingParams
 
 
 class Scheduler(Protocol):
@@ -38,6 +37,8 @@ class Scheduler(Protocol):
 
     def commit(self, sampled: Items[Sequence], tokens: Items[Items[int]]) -> list[StepOutput]: ...
 
+    def stats(self) -> dict[str, int]: ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineParts:
@@ -50,7 +51,7 @@ class EngineParts:
 
     config: EngineConfig
     model: Decoder
-    attention: Attention | SwitchedAttention
+    attention: AnyAttention
     scheduler: Scheduler
     runner: SingleRunner
     workspace: Workspace
@@ -113,6 +114,34 @@ class Engine:
         self._request_ids.discard(request_id)
         return self.parts.scheduler.abort(request_id)
 
+    def warm_prefix(self, token_ids: Items[int]) -> int:
+        """Computes the beginning that many prompts will have, with no output, and leaves it to the prefix cache, which
+        keeps it until it needs the room for something newer.
+
+        Returns how many of the tokens are kept: whole blocks.
+
+        Raises:
+            InputError: no tokens, too many for `max_model_len`, or tokens outside the vocabulary.
+            Unsupported: the configuration has no prefix cache.
+            ValueError: the engine has requests, whose steps would mix with these.
+        """
+        parts, limit = self.parts, self.parts.config.max_model_len
+        if not parts.config.prefix_cache:
+            raise Unsupported("warming a prefix needs `prefix_cache: true`: this configuration would forget it at once")
+        if self.has_work:
+            raise ValueError("the engine still has requests")
+        if not 1 <= len(token_ids) < limit:
+            raise InputError(f"a prefix has 1 to {limit - 1} tokens (max_model_len {limit}), got {len(token_ids)}")
+        prefix = tuple(token_ids)
+        check_tokens(prefix, self.vocab_size, "prefix")
+        only_token = SamplingParams(max_tokens=1)
+        parts.scheduler.add(Sequence(Request(request_id="", prompt_token_ids=prefix, sampling=only_token)))
+        while parts.scheduler.has_work:
+            plan, ending = parts.scheduler.plan()
+            parts.runner.run(plan)
+            parts.scheduler.commit(ending, [[0] for _ in ending])
+        return len(prefix) // BLOCK_TOKENS * BLOCK_TOKENS
+
     def step(self) -> list[StepOutput]:
         """Runs one step: every token that it gave. Empty when there is no work or only prompt chunks were run.
 
@@ -171,6 +200,10 @@ class Engine:
             },
             "phases": dict(parts.phases),
         }
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start and, where the cache is paged, its blocks as they are now."""
+        return self.parts.scheduler.stats()
 
     def device_busy_us(self) -> int:
         """Microseconds that the device spent inside steps since the last call, by CUDA events; 0 on a CPU."""

@@ -27,6 +27,34 @@ def senseless(config: EngineConfig) -> str | None:
             "prune with weights.method gptq: gptq pushes rounding errors into pruned weights, which are zero no "
             "longer; use method rtn, hqq or awq"
         )
+    return _not_in_blocks(config) if config.kv.layout.name == "paged" else _only_in_blocks(config)
+
+
+def _not_in_blocks(config: EngineConfig) -> str | None:
+    kv = config.kv
+    if kv.policy.name != "full":
+        return (
+            f"kv.layout paged with kv.policy {kv.policy.name}: blocks keep every row where it was written, and a "
+            "policy that evicts overwrites rows; use kv.policy full, or kv.layout dense"
+        )
+    if "group_size" in kv.codec.knob_dict:
+        return (
+            f"kv.layout paged with kv.codec {kv.codec.name}: blocks hold rows that are encoded one by one, and it "
+            "encodes groups of tokens; use kv.codec native, int8 or fp8, or kv.layout dense"
+        )
+    if kv.place.name != "device":
+        return f"kv.layout paged with kv.place {kv.place.name}: blocks lie on the device; use kv.layout dense"
+    if config.prefix_cache and kv.codec.name != "native":
+        return (
+            f"prefix_cache with kv.codec {kv.codec.name}: a prompt attends to its own rows in native precision and "
+            "would find the shared ones rounded, so that its tokens depended on who came before; use kv.codec native"
+        )
+    return None
+
+
+def _only_in_blocks(config: EngineConfig) -> str | None:
+    if config.prefix_cache:
+        return "prefix_cache with kv.layout dense: sequences can only share blocks; use kv.layout paged"
     return None
 
 

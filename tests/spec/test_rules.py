@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from codesign.registry import WEIGHT_FORMATS
+from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.hardware import Hardware
 from codesign.spec.rules import lacking, senseless, unjudged, unpaid
@@ -49,6 +49,42 @@ def test_a_cpu_has_no_sparse_kernel_at_any_batch() -> None:
 
     assert "no kernel there skips the zeros" in str(lacking(asked, CPU))
     assert lacking(asked, Hardware(name="x", device="cuda", compute_capability="9.0")) is None
+
+
+@pytest.mark.parametrize("name", KV_CODECS.names())
+def test_blocks_hold_the_codecs_whose_rows_are_encoded_one_by_one(name: str) -> None:
+    reason = senseless(config(kv={"layout": "paged", "codec": name}))
+
+    if KV_CODECS.create(name).group_size:
+        assert reason is not None and f"kv.codec {name}" in reason and "use kv.codec native, int8 or fp8" in reason
+    else:
+        assert reason is None
+
+
+@pytest.mark.parametrize("name", KV_POLICIES.names())
+def test_blocks_hold_what_keeps_every_row(name: str) -> None:
+    reason = senseless(config(kv={"layout": "paged", "policy": name}))
+
+    assert reason is None if name == "full" else f"kv.policy {name}" in str(reason)
+
+
+def test_blocks_lie_on_the_device() -> None:
+    assert "kv.place offload" in str(senseless(config(kv={"layout": "paged", "place": "offload"})))
+
+
+@pytest.mark.parametrize(
+    ("kv", "said"),
+    [
+        ({"layout": "paged"}, None),
+        ({"layout": "dense"}, "prefix_cache with kv.layout dense"),
+        ({"layout": "paged", "codec": "int8"}, "prefix_cache with kv.codec int8"),
+        ({"layout": "paged", "codec": "fp8"}, "prefix_cache with kv.codec fp8"),
+    ],
+)
+def test_prefixes_are_shared_in_native_blocks(kv: dict[str, Any], said: str | None) -> None:
+    reason = senseless(config(kv=kv, prefix_cache=True))
+
+    assert reason is None if said is None else said in str(reason)
 
 
 def test_the_unmodified_configuration_breaks_no_rule() -> None:
