@@ -146,13 +146,17 @@ def refused(refusal: Refusal) -> Response:
 
 async def read_body(http: HttpRequest) -> bytes:
     """Raises Refusal: 413 too large, whatever was announced; 408 too slow."""
-    body = bytearray()
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(bounds.BODY_S):
             async for part in http.stream():
-                body += part
-                if len(body) > bounds.BODY_BYTES:
-                    raise too_large()
+                size += len(part)
+                if size <= bounds.BODY_BYTES:
+                    body += part
+                elif size > bounds.DISCARDED_BYTES:
+                    break
     except TimeoutError:
         raise Refusal(408, f"the body did not come within {bounds.BODY_S:g} s") from None
+    if size > bounds.BODY_BYTES:
+        raise too_large()
     return bytes(body)

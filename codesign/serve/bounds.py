@@ -7,6 +7,7 @@ What has no bound elsewhere became advisories: `n` (CVE-2026-34756), lists of pr
 from codesign.units import KIB, MIB
 
 BODY_BYTES = MIB
+DISCARDED_BYTES = 8 * MIB  # read and forgotten of a body that is refused, so that the client can read why
 BODY_S = 30.0  # to send a body; a client that trickles gives its connection back
 CHOICES = 8  # n
 PROMPTS = 64  # of one request

@@ -105,8 +105,10 @@ def serve(asked: ServeRequest, say: Callable[[str], None]) -> dict[str, Any]:
             record=lambda path, status: _count(metrics, path, status),
         )
         url = _url(listener)
-        say(_ready(model, config, built.num_slots, service.kv_bytes, url, has_key=api_key is not None))
-        ended_by = _run(Server(app=guard, dispatcher=dispatcher, engine=engine, listener=listener, say=say), say)
+        ready = _ready(model, config, built.num_slots, service.kv_bytes, url, has_key=api_key is not None)
+        ended_by = _run(
+            Server(app=guard, dispatcher=dispatcher, engine=engine, listener=listener, ready=ready, say=say), say
+        )
         if not engine.stop(_STOP_S):
             say(f"the engine's last step takes longer than {_STOP_S:g} s; leaving without it")
         return {

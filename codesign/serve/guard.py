@@ -8,6 +8,7 @@ body               bounded by what it says and by what comes
 Plain ASGI, because Starlette's middleware classes hide from a handler that its client has left.
 """
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from codesign.serve import bounds
 from codesign.serve.refusal import Refusal
 
+_DISCARD_S = 2.0
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]{1,253})(:[0-9]{1,5})?")
 
 
@@ -83,6 +85,7 @@ class Guard:
         try:
             self._check(scope)
         except Refusal as refusal:
+            await _discard_body(receive)
             await _answer(refusal, recorded)
         else:
             await self._app(scope, receive, recorded)
@@ -131,11 +134,24 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+async def _discard_body(receive: Receive) -> None:
+    """Reads what the client still sends, within bounds: a connection closed before that loses the answer."""
+    left = bounds.DISCARDED_BYTES
+    try:
+        async with asyncio.timeout(_DISCARD_S):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
 async def _answer(refusal: Refusal, send: Send) -> None:
     body = json.dumps(refusal.document).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
-    # The body that may follow is not read: the connection cannot be used again.
-    headers["connection"] = "close"
+    headers["connection"] = "close"  # there may be more of the body than was read
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

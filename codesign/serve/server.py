@@ -29,6 +29,7 @@ class Server:
     """Args:
     app: with its guard.
     listener: bound; uvicorn listens on it.
+    ready: said once requests and signals are taken.
     drain_s: for running requests after a signal.
     say: messages for a person.
     """
@@ -37,6 +38,7 @@ class Server:
     dispatcher: Dispatcher
     engine: EngineThread
     listener: socket.socket
+    ready: str
     say: Callable[[str], None]
     drain_s: float = bounds.DRAIN_S
 
@@ -52,7 +54,7 @@ class Server:
         loop = asyncio.get_running_loop()
         self._ended_by = ""
         self._ending: asyncio.Task[None] | None = None
-        self._uvicorn = _Uvicorn(uvicorn_config(self.app), self._on_signal)
+        self._uvicorn = _Uvicorn(uvicorn_config(self.app), self._on_signal, lambda: self.say(self.ready))
 
         def bring(report: Report) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
@@ -101,9 +103,15 @@ class Server:
 class _Uvicorn(uvicorn.Server):
     """uvicorn's server with our reaction to signals."""
 
-    def __init__(self, config: uvicorn.Config, on_signal: Callable[[signal.Signals], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_signal: Callable[[signal.Signals], None], on_started: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._on_signal = on_signal
+        self._on_signal, self._on_started = on_signal, on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
