@@ -21,7 +21,7 @@ USER_CHARS = 512
 
 WAITING = 256  # sequences beyond those that the engine has slots for; more are answered 429
 RETRY_AFTER_S = 1
-CONNECTIONS = 1024  # open at once; more are answered 503 by uvicorn
+CONNECTIONS = 768  # open at once, below the usual 1024 files of a process; more are answered 503 by uvicorn
 
 TEMPLATE_BYTES = MIB  # of a chat template's source
 TEMPLATE_S = 1.0

@@ -17,7 +17,9 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -47,9 +49,19 @@ def main(limit_s: float, memory_bytes: int, output_bytes: int) -> int:
     return 0
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks what the model itself said, for training; here it is what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012  # as Jinja has it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def environment() -> ImmutableSandboxedEnvironment:
     """As transformers sets it up, which is what templates are written for."""
-    found = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    found = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     found.filters["tojson"] = _tojson
     found.globals["raise_exception"] = _raise_exception
     found.globals["strftime_now"] = _strftime_now

@@ -66,6 +66,31 @@ def test_a_chatml_template_reads_as_transformers_renders_it(chatml: ChatTemplate
     )
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        CHATML,
+        "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n[INST] {{ m.content }} [/INST]\n  "
+        "{% else %}\n{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n  {% endif %}\n{% endfor %}",
+        "{%- set ns = namespace(n=0) -%}\n{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}: "
+        "{{ m | tojson }}\n{% if loop.last %}{% break %}{% endif %}{% endfor %}",
+    ],
+    ids=["chatml", "instruct", "tojson"],
+)
+def test_transformers_renders_the_same(source: str) -> None:
+    rendering = pytest.importorskip("transformers.utils.chat_template_utils", reason="transformers is not installed")
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    messages = [*MESSAGES, {"role": "user", "content": "\u00e9 <b> \"quoted\"\n"}]
+    template = ChatTemplate(source, special)
+
+    (expected,), _ = rendering.render_jinja_template(
+        [messages], chat_template=source, add_generation_prompt=True, **special
+    )
+
+    assert template.render(messages) == expected
+    template.close()
+
+
 def test_special_tokens_dates_json_and_loops_are_there() -> None:
     source = (
         "{{ bos_token }}{{ strftime_now('%Y')|length }}{{ {'a': '<\u00e9>'}|tojson }}"

@@ -1,20 +1,25 @@
 """How a server starts and ends, as a process."""
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import httpx
 import pytest
 
+from codesign.bundled import target_path
 from codesign.cli import main
-from tests.serve.process import ServerProcess, wait_until
+from tests.serve.process import ROOT, ServerProcess, wait_until
+from tests.serve.test_chat_template import HOSTILE
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
-LONG = {"model": "bundled", "prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
+LONG = {"model": "bundled", "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
 CONFIG = "{dtype: fp32, max_batch_size: 2, max_model_len: 1024}"
 
 
@@ -50,7 +55,7 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones(tmp_path: Pa
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert status == 0, process.stderr
-    assert "SIGTERM: served 1 sequences, 300 tokens; 0 were cut off" in process.stderr
+    assert "SIGTERM: served 1 sequences, 200 tokens; 0 were cut off" in process.stderr
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
@@ -189,3 +194,40 @@ def test_what_cannot_be_built_is_exit_2(capfd: pytest.CaptureFixture[str], confi
 
     assert status == 2
     assert "max_model_len" in err and "Traceback" not in err
+
+
+def test_a_template_that_never_ends_holds_nobody_up(tmp_path: Path) -> None:
+    """The model directory brings the template; whoever chats is refused in time, and everybody else goes on."""
+    model = tmp_path / "hostile"
+    model.mkdir()
+    for file in target_path().iterdir():
+        (model / file.name).symlink_to(file)
+    (model / "chat_template.jinja").write_text(HOSTILE["nested_range"])
+    process = ServerProcess(tmp_path, CONFIG, "--model", str(model))
+    chat = {"model": "hostile", "messages": [{"role": "user", "content": "x"}]}
+    with httpx.Client(base_url=process.url, headers=process.headers, timeout=60) as client:
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(client.post("/v1/chat/completions", json=chat)))
+        thread.start()
+        completion = client.post("/v1/completions", json={"model": "hostile", "prompt": "x", "max_tokens": 1})
+        was_first = not answers
+        thread.join()
+
+    assert completion.status_code == 200 and was_first
+    assert answers[0].status_code == 400
+    assert answers[0].json()["error"]["code"] == "chat_template_failed"
+    assert answers[0].elapsed.total_seconds() < 5  # 1 s of its own, on a machine that does other things too
+    process.stop()
+
+
+def test_without_the_extra_the_way_to_it_is_said(config: Path) -> None:
+    code = (
+        "import sys; sys.modules['fastapi'] = None; from codesign.cli import main; "
+        f"sys.exit(main(['serve', {str(config)!r}, '--model', 'bundled']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+
+    assert done.returncode == 2
+    assert "pip install 'codesign[serve]'" in done.stderr and "Traceback" not in done.stderr
