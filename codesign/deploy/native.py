@@ -1,10 +1,10 @@
-"""Export to this project's own engine: the configuration file that `codesign measure` takes, with its evidence.
+"""Export to this project's own engine: the configuration that `codesign measure` and `serve` take, with its evidence.
 
 config.yaml     the engine's configuration
 profile.yaml    what it was measured for: hardware, model, workload, service level
 space.yaml      the search space that the profile names
 evidence.json   the trial's record, unchanged
-README.md       what it is, what it gave, how to measure it again
+README.md       what it is, what it gave, how to measure and serve it
 """
 
 import dataclasses
@@ -62,6 +62,10 @@ def readme(record: TrialRecord) -> str:
             "Measure it again, with more care than a search has time for:",
             "",
             "    codesign measure profile.yaml --config config.yaml --tier confirm",
+            "",
+            "Serve it to OpenAI-compatible clients, with the model that `profile.yaml` names:",
+            "",
+            "    codesign serve config.yaml",
             "",
         ]
     )
