@@ -2,34 +2,34 @@
 
 import functools
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.switched import SwitchedAttention, make_attention
-from codesign.engine.engine import Engine, EngineParts
+from codesign.engine.engine import Engine, EngineParts, Scheduler
 from codesign.engine.kernels.pieces import Pieces, choose
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.assemble import PackClock
-from codesign.engine.models.load import read_config
+from codesign.engine.models.describe import describe
 from codesign.engine.models.rope_scaling import rope_of
-from codesign.engine.models.shape import ModelShape, read_shape
-from codesign.engine.models.tokenizer import eos_token_ids
+from codesign.engine.models.shape import ModelShape
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
+from codesign.engine.speculate.adaptive import Adaptive
+from codesign.engine.speculate.calibrate import calibrate
+from codesign.engine.speculate.proposer import Proposer, Speculator, Target
+from codesign.engine.speculate.speculation import Speculation
 from codesign.engine.weights import build_decoder
 from codesign.errors import InputError, Unsupported
-from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, SCHEDULERS
+from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, SCHEDULERS, SPECULATORS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from codesign.spec.rules import senseless
 from codesign.units import format_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MAX_QUERY_LEN = 1  # output tokens of one sequence in one step
 
 
 def build_engine(
@@ -48,8 +48,7 @@ def build_engine(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     place, dtype = _device(device), DTYPES[config.dtype]
-    plain, file, eos = _describe(model)
-    shape = read_shape(plain, file=file)
+    shape, eos = describe(model)
     _check(shape, config)
 
     workspace, clock = Workspace(), PackClock()
@@ -57,23 +56,51 @@ def build_engine(
     decoder = build_decoder(model, shape, config, dtype=dtype, device=place, workspace=workspace, clock=clock)
     pieces = choose(config.kernels.fused, dtype=dtype, device=place)
     decoder.use(pieces)
+    speculator: Speculator = SPECULATORS.create(config.speculate.name, key="speculate", **config.speculate.knob_dict)
+    proposer = speculator.start(
+        Target(model=model, shape=shape, config=config, dtype=dtype, device=place, pieces=pieces, workspace=workspace)
+    )
     loaded = time.perf_counter()
-    attention, num_slots = _allocate(shape, config, dtype, place, pieces)
+    attention, num_slots = _allocate(
+        shape,
+        config,
+        dtype,
+        place,
+        pieces,
+        max_query_len=speculator.num_draft_tokens + 1,
+        draft_bytes=0 if proposer is None else proposer.slot_bytes,
+    )
+    if proposer is not None:
+        proposer.allocate(num_slots)
     return_freed_memory()
     allocated = time.perf_counter()
 
-    scheduler = SCHEDULERS.create(config.scheduler.name, key="scheduler", **config.scheduler.knob_dict)
+    member = SCHEDULERS.create(config.scheduler.name, key="scheduler", **config.scheduler.knob_dict)
+    scheduler: Scheduler = member.start(num_slots=num_slots, max_step_tokens=config.max_step_tokens)
+    runner = SingleRunner(decoder, attention, place)
+    speculation = None
+    if proposer is not None:
+        adaptive = _adaptive(speculator, proposer, scheduler, runner, shape, config, num_slots)
+        speculation = Speculation(
+            proposer,
+            KV_CODECS.create(config.kv.codec.name, key="kv.codec", **config.kv.codec.knob_dict),
+            num_draft_tokens=speculator.num_draft_tokens,
+            max_step_tokens=config.max_step_tokens,
+            adaptive=adaptive,
+        )
+    calibrated = time.perf_counter()
     return Engine(
         EngineParts(
             config=config,
             model=decoder,
             attention=attention,
-            scheduler=scheduler.start(num_slots=num_slots, max_step_tokens=config.max_step_tokens),
-            runner=SingleRunner(decoder, attention, place),
+            scheduler=scheduler,
+            runner=runner,
             workspace=workspace,
             device=place,
             num_slots=num_slots,
             eos_token_ids=eos,
+            speculation=speculation,
             resolved={
                 "kv_budget_tokens": list(attention.kv_budget_tokens),
                 "kv_place": attention.kv_place,
@@ -89,11 +116,13 @@ def build_engine(
                 "eos_token_ids": sorted(eos),
                 "weight_cache": clock.cache,
                 "weight_notes": clock.notes,
+                **({} if speculation is None else {"speculation": speculation.stats()}),
             },
             phases={
                 "load_s": loaded - started - clock.quantize_s,
                 "quantize_s": clock.quantize_s,
                 "allocate_s": allocated - loaded,
+                **({} if speculation is None else {"calibrate_s": calibrated - allocated}),
             },
         )
     )
@@ -108,15 +137,6 @@ def _device(name: str) -> torch.device:
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise Unsupported(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
-
-
-def _describe(model: ModelSpec) -> tuple[dict[str, Any], object, frozenset[int]]:
-    """(config keys, the file they come from, ids that end an output)."""
-    if model.path is None:
-        assert model.architecture is not None, "ModelSpec holds a path or an architecture"
-        return dict(model.architecture), None, frozenset()
-    path = Path(model.path)
-    return read_config(path), path / "config.json", eos_token_ids(path)
 
 
 def _check(shape: ModelShape, config: EngineConfig) -> None:
@@ -142,10 +162,46 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
         )
 
 
+def _adaptive(
+    speculator: Speculator,
+    proposer: Proposer,
+    scheduler: Scheduler,
+    runner: SingleRunner,
+    shape: ModelShape,
+    config: EngineConfig,
+    num_slots: int,
+) -> Adaptive | None:
+    """What chooses how many tokens are drafted, from costs measured now; None where that is fixed."""
+    if not speculator.adaptive:
+        return None
+    costs = calibrate(
+        scheduler,
+        runner,
+        proposer,
+        num_slots=num_slots,
+        num_draft_tokens=speculator.num_draft_tokens,
+        max_step_tokens=config.max_step_tokens,
+        max_model_len=config.max_model_len,
+        vocab_size=shape.vocab_size,
+    )
+    return Adaptive(costs, speculator.num_draft_tokens) if costs.target else None  # no room for a single draft
+
+
 def _allocate(
-    shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device, pieces: Pieces
+    shape: ModelShape,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    pieces: Pieces,
+    *,
+    max_query_len: int,
+    draft_bytes: int,
 ) -> tuple[Attention | SwitchedAttention, int]:
-    """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number."""
+    """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number.
+
+    Args:
+        draft_bytes: that a slot costs beside this cache, within the same bound.
+    """
     policy: KVPolicy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
 
     def attention(policy: KVPolicy, num_slots: int) -> Attention | SwitchedAttention:
@@ -162,7 +218,7 @@ def _allocate(
             backend=ATTENTION.create(config.attention.name, key="attention", **config.attention.knob_dict),
             num_slots=num_slots,
             max_model_len=config.max_model_len,
-            max_query_len=_MAX_QUERY_LEN,
+            max_query_len=max_query_len,
             dtype=dtype,
             device=device,
             pieces=pieces,
@@ -173,7 +229,8 @@ def _allocate(
         return attention(policy, 1).kv_bytes  # asked of a real one: only it knows what policy and codec add up to
 
     def num_bytes(num_slots: int) -> int:
-        return sum(count * slot_bytes(own) for count, own in policy.slot_policies(num_slots))
+        own_bytes = sum(count * slot_bytes(own) for count, own in policy.slot_policies(num_slots))
+        return own_bytes + num_slots * draft_bytes
 
     try:
         num_slots, limit = config.max_batch_size, config.kv_memory_bytes

@@ -29,7 +29,17 @@ class Sequence:
     stream: the request's own random numbers, so that what is drawn does not depend on who else is in the batch.
     """
 
-    __slots__ = ("num_computed", "num_prompt", "request_id", "sampling", "slot", "stop_ids", "stream", "token_ids")
+    __slots__ = (
+        "_streams",
+        "num_computed",
+        "num_prompt",
+        "request_id",
+        "sampling",
+        "slot",
+        "stop_ids",
+        "stream",
+        "token_ids",
+    )
 
     def __init__(self, request: Request, *, eos_token_ids: frozenset[int] = frozenset()) -> None:
         self.request_id, self.sampling = request.request_id, request.sampling
@@ -39,6 +49,14 @@ class Sequence:
         ignores = self.sampling.ignore_eos
         self.stop_ids = frozenset() if ignores else eos_token_ids | frozenset(self.sampling.stop_token_ids)
         self.stream = random.Random(self.sampling.seed)
+        self._streams: dict[str, random.Random] = {}
+
+    def stream_for(self, purpose: str) -> random.Random:
+        """Random numbers that are independent of `stream` and of those for other purposes. It lives as long as the
+        request: a number is never used twice, whatever is computed again."""
+        if purpose not in self._streams:
+            self._streams[purpose] = random.Random(f"{self.sampling.seed} {purpose}")
+        return self._streams[purpose]
 
     @property
     def is_prefilling(self) -> bool:

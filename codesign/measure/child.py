@@ -157,7 +157,7 @@ class _Child:
         self._device = command["device"]
         build, self._score = named(command["factory"]), named(command["quality"])
         self._engine = build(
-            ModelSpec(**command["model"]),
+            ModelSpec.from_dict(command["model"]),
             EngineConfig.from_dict(command["config"]),
             device=self._device,
             num_threads=command["num_threads"],
