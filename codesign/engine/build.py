@@ -26,7 +26,7 @@ from codesign.errors import InputError, Unsupported
 from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, SCHEDULERS, SPECULATORS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
-from codesign.spec.rules import senseless
+from codesign.spec.rules import senseless, undrafted
 from codesign.units import format_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,7 +49,7 @@ def build_engine(
         torch.set_num_threads(num_threads)
     place, dtype = _device(device), DTYPES[config.dtype]
     shape, eos = describe(model)
-    _check(shape, config)
+    _check(model, shape, config)
 
     workspace, clock = Workspace(), PackClock()
     started = time.perf_counter()
@@ -139,7 +139,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _check(shape: ModelShape, config: EngineConfig) -> None:
+def _check(model: ModelSpec, shape: ModelShape, config: EngineConfig) -> None:
     """Combinations that would compute something else than the model."""
     length = config.max_model_len
     if length > shape.max_positions:
@@ -152,7 +152,7 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
             f"max_model_len {length} is longer than the model's sliding window of {shape.sliding_window} tokens, which "
             f"this engine does not mask; use at most {shape.sliding_window}"
         )
-    reason = senseless(config)
+    reason = senseless(config) or undrafted(config, model)
     if reason is not None:
         raise Unsupported(reason)
     if config.max_step_tokens < config.max_batch_size:

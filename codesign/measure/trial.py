@@ -218,6 +218,9 @@ class _Trial:
             with phases("measure"):
                 blocks, reading = self._window(session, runner.tokens(size))
                 memory = session.memory()
+            if self._config.speculate.name != "none":
+                speculation = {"speculation": dict(session.speculation())}
+                self._facts = dataclasses.replace(self._facts, resolved={**self._facts.resolved, **speculation})
             quality = None
             suite = runner.suite(self._rule.suite, self._config.max_model_len, size)
             if suite is not None:

@@ -51,11 +51,7 @@ class DraftModel:
 
     def start(self, target: Target) -> DraftProposer:
         model = target.model.draft if self.draft is None else ModelSpec(name=self.draft, path=self.draft)
-        if model is None:
-            raise Unsupported(
-                f"speculate draft_model: model {target.model.name!r} names no draft; give `draft:` beside `model:` in "
-                "the profile, or a directory as the knob `draft`"
-            )
+        assert model is not None, "spec.rules.undrafted"
         shape, _ = describe(model)
         if shape.vocab_size != target.shape.vocab_size:
             raise Unsupported(
