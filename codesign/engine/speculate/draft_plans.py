@@ -70,7 +70,8 @@ class DraftPlans:
         missing = {own.slot: len(own.token_ids) - self._held[own.slot].num_tokens for own in sequences}
         is_prompt = {slot: count > CATCH_UP_TOKENS for slot, count in missing.items()}
         budget, chosen = self._max_step_tokens, []
-        for own in sorted(sequences, key=lambda s: (is_prompt[s.slot], s.slot)):
+        # Outputs first and by slot, as attention batches them; then the shortest, which are drafted for soonest.
+        for own in sorted(sequences, key=lambda s: (is_prompt[s.slot], is_prompt[s.slot] * missing[s.slot], s.slot)):
             count = min(missing[own.slot], budget)
             if count:
                 chosen.append((own, count))

@@ -74,14 +74,17 @@ class DraftModel:
                 f"{min(shape.max_positions, shape.sliding_window or length)} positions that draft {model.name!r} sees"
             )
         config = EngineConfig(dtype=target.config.dtype, weights=Choice(self.draft_weights)).resolve()
-        decoder = build_decoder(
-            model,
-            shape,
-            config,
-            dtype=target.dtype,
-            device=target.device,
-            workspace=target.workspace,
-            clock=PackClock(),
-        )
+        try:
+            decoder = build_decoder(
+                model,
+                shape,
+                config,
+                dtype=target.dtype,
+                device=target.device,
+                workspace=target.workspace,
+                clock=PackClock(),
+            )
+        except Unsupported as error:
+            raise Unsupported(f"speculate draft_model: draft {model.name!r}: {error}") from error
         decoder.use(target.pieces)
         return DraftProposer(decoder, shape, target)
