@@ -58,7 +58,16 @@ def build_engine(
     decoder.use(pieces)
     speculator: Speculator = SPECULATORS.create(config.speculate.name, key="speculate", **config.speculate.knob_dict)
     proposer = speculator.start(
-        Target(model=model, shape=shape, config=config, dtype=dtype, device=place, pieces=pieces, workspace=workspace)
+        Target(
+            model=model,
+            shape=shape,
+            config=config,
+            dtype=dtype,
+            device=place,
+            pieces=pieces,
+            workspace=workspace,
+            clock=clock,
+        )
     )
     loaded = time.perf_counter()
     attention, num_slots = _allocate(

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from codesign.engine.kernels.pieces import Pieces
+from codesign.engine.models.assemble import PackClock
 from codesign.engine.models.shape import ModelShape
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.sequence import Sequence
@@ -25,7 +26,11 @@ from codesign.spec.model import ModelSpec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is drafted for."""
+    """What is drafted for.
+
+    Attributes:
+        workspace, clock: the target's own, which a draft shares and adds to.
+    """
 
     model: ModelSpec
     shape: ModelShape
@@ -34,6 +39,7 @@ class Target:
     device: torch.device
     pieces: Pieces
     workspace: Workspace
+    clock: PackClock
 
 
 class Proposer(Protocol):

@@ -2,6 +2,7 @@
 likeliest tokens were nearly as likely (one step of five rows sums in another order than five steps of one)."""
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from codesign.engine.sampling import sample
 from codesign.engine.score import score
 from codesign.engine.sequence import Sequence
 from codesign.engine.speculate.exact import Draft, verify
+from codesign.registry import SPECULATORS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from codesign.spec.model_source import model_from_text
 from codesign.spec.request import Request, SamplingParams
 from tests.engine.driving import DEFAULTS, finish, generate, recorded_plans, request
+from tests.engine.usable_backends import USABLE_BACKENDS
 
 MODEL = tiny_spec(seed=1, intermediate_size=128)
 SPEC = dataclasses.replace(MODEL, draft=MODEL)
@@ -108,6 +111,26 @@ def test_greedy_output_is_the_same_with_an_encoded_cache(codec: Any) -> None:
 
         assert found == plain
         assert built.speculation_stats()["num_accepted"] > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*({"attention": name} for name in USABLE_BACKENDS), {"kv": {"place": "offload"}}, {"kernels": {"fused": True}}],
+    ids=str,
+)
+def test_greedy_output_is_the_same_with_every_backend_place_and_kernel(config: dict[str, Any]) -> None:
+    plain = generate(engine(SPEC, "none", **config), *MIXED)
+
+    check_same(SPEC, MIXED, plain, generate(engine(SPEC, {**DRAFT, "draft_weights": "int3"}, **config), *MIXED))
+
+
+@pytest.mark.parametrize("name", SPECULATORS.names())
+def test_every_speculator_by_itself_gives_the_greedy_output(name: str, expected: dict[str, list[int]]) -> None:
+    """With the knobs as they are by default, costs measured: whatever K they lead to."""
+    built = engine(SPEC, name)
+
+    check_same(SPEC, MIXED, expected, generate(built, *MIXED))
+    json.dumps([built.facts(), built.speculation_stats()], allow_nan=False)
 
 
 def test_a_policy_whose_budget_holds_everything_speculates() -> None:

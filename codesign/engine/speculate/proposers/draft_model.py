@@ -30,7 +30,9 @@ class DraftModel:
     num_draft_tokens: most tokens that one step verifies per sequence.
     draft: directory of the draft, relative to the working directory; absent: the one that the model names.
     draft_weights: weight format of the draft, with its default knobs.
-    adaptive: choose how many from 0 to num_draft_tokens by measured acceptance and step costs; false: always all.
+    adaptive: choose how many from 0 to num_draft_tokens by measured acceptance and step costs; false: always all. How
+        many are drafted decides which random numbers a request uses: drawn output keeps its law, and with `true` the
+        same seed gives the same tokens only while the same number is drafted.
     """
 
     num_draft_tokens: int = 4
@@ -74,6 +76,7 @@ class DraftModel:
                 f"{min(shape.max_positions, shape.sliding_window or length)} positions that draft {model.name!r} sees"
             )
         config = EngineConfig(dtype=target.config.dtype, weights=Choice(self.draft_weights)).resolve()
+        clock = PackClock()
         try:
             decoder = build_decoder(
                 model,
@@ -82,9 +85,11 @@ class DraftModel:
                 dtype=target.dtype,
                 device=target.device,
                 workspace=target.workspace,
-                clock=PackClock(),
+                clock=clock,
             )
         except Unsupported as error:
             raise Unsupported(f"speculate draft_model: draft {model.name!r}: {error}") from error
+        target.clock.quantize_s += clock.quantize_s
+        target.clock.notes += [f"draft {note}" for note in clock.notes]
         decoder.use(target.pieces)
         return DraftProposer(decoder, shape, target)

@@ -25,7 +25,8 @@ class Ngram:
     """Args:
     num_draft_tokens: most tokens that one step verifies per sequence.
     max_ngram, min_ngram: longest and shortest suffix that is looked for.
-    adaptive: choose how many from 0 to num_draft_tokens by measured acceptance and step costs; false: always all.
+    adaptive: choose how many from 0 to num_draft_tokens by measured acceptance and step costs; false: always all
+        (drawn output: see draft_model).
     """
 
     num_draft_tokens: int = 8
