@@ -13,8 +13,10 @@ from codesign.engine.kernels.pieces import describe
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.runner import SingleRunner
-from codesign.engine.sampling import logprobs, sample
+from codesign.engine.sampling import logprobs
 from codesign.engine.sequence import Sequence, StepOutput
+from codesign.engine.speculate.exact import verify
+from codesign.engine.speculate.speculation import Speculation
 from codesign.engine.step import BLOCK_TOKENS, NO_DRAFTS, StepPlan
 from codesign.errors import InputError, Unsupported
 from codesign.spec.engine_config import EngineConfig
@@ -45,6 +47,7 @@ class EngineParts:
     """What `build_engine` puts together.
 
     Attributes:
+        speculation: None where one output token comes at a time.
         resolved: what the build derived from the configuration.
         phases: phase -> seconds.
     """
@@ -58,6 +61,7 @@ class EngineParts:
     device: torch.device
     num_slots: int
     eos_token_ids: frozenset[int]
+    speculation: Speculation | None
     resolved: Mapping[str, Any]
     phases: Mapping[str, float]
 
@@ -112,6 +116,7 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """Drops a request; no further output comes for it. Whether it was still in the engine."""
         self._request_ids.discard(request_id)
+        self._release_drafts([request_id])
         return self.parts.scheduler.abort(request_id)
 
     def warm_prefix(self, token_ids: Items[int]) -> int:
@@ -149,15 +154,26 @@ class Engine:
             NumericalError: NaN or infinite logits; the engine is of no use afterwards.
         """
         parts = self.parts
-        plan, sampled = parts.scheduler.plan()
+        speculation = parts.speculation
+        drafts = speculation.propose(parts.scheduler.decoding()) if speculation is not None else {}
+        plan, sampled = parts.scheduler.plan({request_id: draft.token_ids for request_id, draft in drafts.items()})
         if not plan.slots:
             return []
         logits = parts.runner.run(plan)
-        token_ids = sample(logits, [s.sampling for s in sampled], [s.stream for s in sampled]) if sampled else []
-        outputs = parts.scheduler.commit(sampled, [[token_id] for token_id in token_ids])
+        verdicts = verify(logits, plan.num_logits, sampled, drafts)
+        if speculation is not None and verdicts:
+            speculation.observe(verdicts, plan.num_logits)
+        outputs = parts.scheduler.commit(sampled, [verdict.token_ids for verdict in verdicts])
         outputs = self._with_logprobs(outputs, plan, sampled, logits)
-        self._request_ids.difference_update(output.request_id for output in outputs if output.finish_reason)
+        finished = [output.request_id for output in outputs if output.finish_reason]
+        self._request_ids.difference_update(finished)
+        self._release_drafts(finished)
         return outputs
+
+    def _release_drafts(self, request_ids: Items[str]) -> None:
+        if self.parts.speculation is not None:
+            for request_id in request_ids:
+                self.parts.speculation.release(request_id)
 
     def _with_logprobs(
         self, outputs: list[StepOutput], plan: StepPlan, sampled: Items[Sequence], logits: Tensor
@@ -191,6 +207,7 @@ class Engine:
                 "kv": parts.attention.kv_bytes,
                 "kv_staging": parts.attention.staging_bytes,
                 "workspace": parts.workspace.num_bytes,
+                **({} if parts.speculation is None else parts.speculation.proposer.num_bytes()),
             },
             "kernels": {
                 "weights": ", ".join(layer_kernels),
@@ -207,7 +224,13 @@ class Engine:
 
     def device_busy_us(self) -> int:
         """Microseconds that the device spent inside steps since the last call, by CUDA events; 0 on a CPU."""
-        return self.parts.runner.device_busy_us()
+        speculation = self.parts.speculation
+        drafting = 0 if speculation is None else speculation.proposer.device_busy_us()
+        return self.parts.runner.device_busy_us() + drafting
+
+    def speculation_stats(self) -> dict[str, Any]:
+        """What became of drafts since the build, and the table of batch size -> K, as plain data; empty without any."""
+        return {} if self.parts.speculation is None else self.parts.speculation.stats()
 
     def close(self) -> None:
         """Lets go of weights and cache; a second call does nothing."""

@@ -39,6 +39,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_streams",
         "block_keys",
         "blocks",
         "finish_reason",
@@ -72,6 +73,14 @@ class Sequence:
         self.blocks: list[int] = []
         self.block_keys: list[bytes] = []
         self.num_sent_blocks = self.num_known_blocks = self.num_preemptions = 0
+        self._streams: dict[str, random.Random] = {}
+
+    def stream_for(self, purpose: str) -> random.Random:
+        """Random numbers that are independent of `stream` and of those for other purposes. It lives as long as the
+        request: a number is never used twice, whatever is computed again."""
+        if purpose not in self._streams:
+            self._streams[purpose] = random.Random(f"{self.sampling.seed} {purpose}")
+        return self._streams[purpose]
 
     @property
     def is_prefilling(self) -> bool:

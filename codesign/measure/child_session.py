@@ -213,6 +213,10 @@ class ChildSession:
         device = self._checked(messages.sizes, self._await("memory", self._limits.progress_s))
         return {"peak_memory_bytes": device.get("device_peak_bytes", 0), **device, **host}
 
+    def speculation(self) -> Mapping[str, Any]:
+        self._send({"op": "speculation"})
+        return self._checked(messages.speculation, self._await("speculation", self._limits.progress_s))
+
     def close(self) -> None:
         """Ends the child and waits until nothing of it is left. What had to be forced is logged, not raised."""
         if not self._is_open:

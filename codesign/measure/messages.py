@@ -47,6 +47,11 @@ def sizes(message: Mapping[str, Any]) -> dict[str, int]:
     return {key: _size(value, key) for key, value in message.items() if key != "event"}
 
 
+def speculation(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of drafts, for the record."""
+    return _mapping(message, "stats")
+
+
 def scores(message: Mapping[str, Any]) -> dict[str, Any]:
     """The quality numbers; what stands in them is for measure.quality to judge."""
     return _mapping(message, "scores")

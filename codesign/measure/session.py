@@ -86,4 +86,7 @@ class Session(Endpoint, Protocol):
     def memory(self) -> Mapping[str, int]:
         """Peak and current memory of the device and the child process, in bytes, read by the parent where it can."""
 
+    def speculation(self) -> Mapping[str, Any]:
+        """What became of drafts since the build, and the table of batch size -> K; empty without speculation."""
+
     def close(self) -> None: ...

@@ -245,6 +245,9 @@ class _Trial:
             with phases("measure"):
                 blocks, reading = self._window(session, size)
                 memory = session.memory()
+            if self._config.speculate.name != "none":
+                speculation = {"speculation": dict(session.speculation())}
+                self._facts = dataclasses.replace(self._facts, resolved={**self._facts.resolved, **speculation})
             capacity = None
             if "capacity_requests_per_s" in runner.profile.asked_metrics:
                 with phases("capacity"):

@@ -57,6 +57,9 @@ class FakeEngine:
     def facts(self) -> Mapping[str, Any]:
         return FACTS
 
+    def speculation_stats(self) -> Mapping[str, Any]:
+        return {"table": {"1": 4}, "acceptance": 0.5}
+
     def close(self) -> None:
         self.has_closed = True
 

@@ -68,6 +68,13 @@ def test_build_gives_the_facts(nursery: Nursery) -> None:
     )
 
 
+def test_what_became_of_drafts_is_told(nursery: Nursery) -> None:
+    with open_session(nursery) as session:
+        session.build(EngineConfig())
+
+        assert session.speculation() == {"table": {"1": 4}, "acceptance": 0.5}
+
+
 def test_a_fork_is_much_faster_than_a_start(nursery: Nursery) -> None:
     spawns = []
     for _ in range(3):
