@@ -79,4 +79,7 @@ class Session(Endpoint, Protocol):
     def memory(self) -> Mapping[str, int]:
         """Peak and current memory of the device and the child process, in bytes, read by the parent where it can."""
 
+    def stats(self) -> Mapping[str, int]:
+        """What the engine has counted since it was built, such as `preemptions` and `prefix_hit_tokens`."""
+
     def close(self) -> None: ...

@@ -57,6 +57,9 @@ class FakeEngine:
     def facts(self) -> Mapping[str, Any]:
         return FACTS
 
+    def stats(self) -> Mapping[str, int]:
+        return {"preemptions": 3}
+
     def close(self) -> None:
         self.has_closed = True
 

@@ -194,3 +194,12 @@ def test_random_weights_are_timed_and_not_judged(profile: Profile, folder: Path)
     assert record.metrics["throughput_tokens_per_s"].value > 0
     assert "kl_divergence" not in record.metrics
     assert record.quality == {}
+
+
+def test_a_record_says_how_often_memory_ran_out_and_what_prompts_shared(runner: TrialRunner) -> None:
+    plain = measured(runner, 7)
+    paged = measured(runner, 8, kv={"layout": "paged"}, prefix_cache=True)
+
+    assert not {"preemptions", "prefix_hit_rate"} & plain.trust.keys()
+    assert paged.outcome.kind == "ok"
+    assert paged.trust["preemptions"] == 0 and 0 <= paged.trust["prefix_hit_rate"] < 1
