@@ -27,6 +27,12 @@ def senseless(config: EngineConfig) -> str | None:
             "prune with weights.method gptq: gptq pushes rounding errors into pruned weights, which are zero no "
             "longer; use method rtn, hqq or awq"
         )
+    chunk = config.scheduler.knob_dict.get("prefill_chunk_tokens")
+    if isinstance(chunk, int) and chunk > config.max_step_tokens:
+        return (
+            f"scheduler.prefill_chunk_tokens {chunk} with max_step_tokens {config.max_step_tokens}: no step has room "
+            "for such a chunk, so it bounds nothing; use a smaller one, or leave it out"
+        )
     return _not_in_blocks(config) if config.kv.layout.name == "paged" else _only_in_blocks(config)
 
 
