@@ -62,7 +62,8 @@ def rule(
 
 
 def decode_case(dtype: str, codec: str, num_queries: int, head_dim: int, *, extras: str) -> Case:
-    block, options, words = rule(dtype, num_queries, head_dim)
+    most_at_once = BLOCK_TOKENS if "table" in extras else 64
+    block, options, words = rule(dtype, num_queries, head_dim, most_at_once)
     rows, of_row = STORED.get(codec, f"*{dtype}"), "*bf16" if codec in STORED else f"*{dtype}"
     pointers = {
         **FOUND,

@@ -1,7 +1,7 @@
 """The paged cache replays random traffic beside the slow oracle and beside the dense cache, and agrees with both."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from replay import (
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.paged import PagedAttention
 from codesign.engine.batch import Batch
+from codesign.engine.kv.paged import PagedStore
 from codesign.engine.kv.policies.full import Full
 from codesign.engine.kv.tables import num_blocks_of
 from codesign.engine.step import BLOCK_TOKENS, StepPlan
@@ -169,3 +170,28 @@ def test_random_traffic_gives_what_the_dense_cache_gives(codec: str, backend: st
 
     assert attention.store.num_tokens == dense.store.num_tokens
     assert attention.staging_bytes == dense.staging_bytes
+
+
+def heads_over_each_other(store: PagedStore) -> None:
+    store._head.zero_()
+
+
+def blocks_in_another_order(store: PagedStore) -> None:
+    own = store.table_of
+    store.table_of = lambda slots, num_rows: own(slots, num_rows).roll(1, 2)  # type: ignore[method-assign]
+
+
+def blocks_of_another_slot(store: PagedStore) -> None:
+    own = store.table_of
+    store.table_of = lambda slots, num_rows: own(slots[::-1], num_rows)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("bug", [heads_over_each_other, blocks_in_another_order, blocks_of_another_slot])
+@pytest.mark.parametrize("backend", USABLE_BACKENDS)
+def test_the_oracle_sees_rows_that_are_not_where_they_belong(backend: str, bug: Callable[[PagedStore], None]) -> None:
+    attention = paged(backend=backend)
+    bug(attention.store)
+    plans = sharing_plans(0, num_steps=30, num_blocks=NUM_BLOCKS, **TRAFFIC)
+
+    with pytest.raises(AssertionError):
+        replay(attention, plans)

@@ -41,13 +41,13 @@ def attend(
             and row r of a sequence's KV head h is row r % 32 of h in block table[b, h, r // 32]; R = 32 n.
         mask: additive, broadcasts to [B, H_kv, M, R].
         want_columns: also [B, H_kv, num_tokens, R] fp32, the weight each row received, averaged over the query group.
-        config: instead of the rule's.
+        config: instead of the rule's; with a table rows that are read at once lie in one block.
     Raises:
         ValueError: strides that the kernel cannot follow.
     """
     num_batch, num_heads, num_queries, _ = query.shape
     num_rows = key[0].shape[2] * (1 if table is None else table.shape[2])
-    config = config or config_for(query, num_rows)
+    config = config or config_for(query, num_rows, most_at_once=64 if table is None else key[0].shape[2])
     scores: Tensor | None = None
     if want_columns:
         scores = query.new_empty(num_batch, num_heads, num_queries, num_rows, dtype=torch.float32)
@@ -203,6 +203,8 @@ def _decode(
         is_side_by_side = table.shape[2] < 2 or table.stride(2) == 1
         if not is_side_by_side or not key[0].is_contiguous() or not value[0].is_contiguous():
             raise ValueError("blocks must be contiguous, and so must each table")
+        if block_rows % config.block_r:
+            raise ValueError(f"blocks of {block_rows} rows, {config.block_r} of which would be read at once")
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         mask_strides = mask.expand(num_batch, num_heads, num_queries, num_rows).stride()

@@ -65,8 +65,8 @@ def decode_kernel(
 ):
     """Grid: (splits, KV heads x blocks of queries, sequences). Scales lie as their rows do, one for HEAD_DIM codes.
 
-    TABLE_ROWS 0: no table. Otherwise its blocks take the place of sequences: `*_stride_b` is theirs, of keys and values
-    alike.
+    TABLE_ROWS 0: no table. Otherwise a multiple of BLOCK_R, and its blocks take the place of sequences: `*_stride_b` is
+    theirs, of keys and values alike.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     num_blocks = tl.cdiv(num_queries, BLOCK_M)
@@ -110,8 +110,8 @@ def decode_kernel(
         r = start + tl.arange(0, BLOCK_R)
         seen = r < stop
         rows = r
-        if TABLE_ROWS:
-            block = tl.load(table_ptr + r // TABLE_ROWS, mask=seen, other=0).to(tl.int64)
+        if TABLE_ROWS:  # rows that are read at once lie in one block
+            block = tl.load(table_ptr + start // TABLE_ROWS).to(tl.int64)
             rows = block * (key_stride_b // key_stride_r) + r % TABLE_ROWS
         k = load_rows(key_ptr, key_stride_r, rows, seen, q.dtype, CODEC, HEAD_DIM, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)

@@ -327,3 +327,13 @@ def test_tables_that_the_kernel_cannot_follow_are_refused() -> None:
         attend(query, (blocks,), (blocks,), counts=count, table=table[..., ::2], scale=1.0)
     with pytest.raises(ValueError, match="blocks must be contiguous"):
         attend(query, (blocks[::2],), (blocks,), counts=count, table=table, scale=1.0)
+    with pytest.raises(ValueError, match="blocks of 16 rows, 32 of which"):
+        attend(
+            query,
+            (blocks[:, :, :16].contiguous(),),
+            (blocks[:, :, :16].contiguous(),),
+            counts=count,
+            table=table,
+            scale=1.0,
+            config=CONFIG,
+        )
