@@ -106,10 +106,14 @@ class Slots:
 
     def _add(self, sequence: Sequence, token_ids: list[int], *, is_prompt: bool, is_prompt_end: bool) -> None:
         step, first = self._step, sequence.num_computed
-        is_new = bool(sequence.blocks) and not sequence.num_sent_blocks
-        step.num_cached.append(first if is_new else 0)
-        step.blocks.append(tuple(sequence.blocks[sequence.num_sent_blocks :]))
-        sequence.num_sent_blocks = len(sequence.blocks)
+        new_blocks: tuple[int, ...] = ()
+        num_cached = 0
+        if len(sequence.blocks) > sequence.num_sent_blocks:
+            new_blocks = tuple(sequence.blocks[sequence.num_sent_blocks :])
+            num_cached = 0 if sequence.num_sent_blocks else first
+            sequence.num_sent_blocks = len(sequence.blocks)
+        step.blocks.append(new_blocks)
+        step.num_cached.append(num_cached)
         step.slots.append(sequence.slot)
         step.query_lens.append(len(token_ids))
         step.token_ids += token_ids

@@ -1,7 +1,7 @@
 """The process of one engine: takes commands, steps the engine while it has work, says one line per step.
 
-    in   {"op":"build",...}  submit  abort  score  memory  speculation; the end of the channel means: close
-    out  {"event":"ready"} built  step  aborted  progress  scored  memory  speculation  failed
+    in   {"op":"build",...}  submit  abort  score  memory  speculation  stats; the end of the channel means: close
+    out  {"event":"ready"} built  step  aborted  progress  scored  memory  speculation  stats  failed
 
 It believes its parent and is not believed by it. It runs in a fork of the nursery, so it ends by `os._exit`: nothing
 that the nursery registered may run a second time.
@@ -152,6 +152,8 @@ class _Child:
                 self._say({"event": "memory", **device_memory(self._device, self._engine)})
             case "speculation":
                 self._say_numbers({"event": "speculation", "stats": self._engine.speculation_stats()})
+            case "stats":
+                self._say({"event": "stats", "stats": self._engine.stats()})
             case other:
                 raise AssertionError(f"unknown command {other!r}")
 

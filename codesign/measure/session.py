@@ -89,4 +89,7 @@ class Session(Endpoint, Protocol):
     def speculation(self) -> Mapping[str, Any]:
         """What became of drafts since the build, and the table of batch size -> K; empty without speculation."""
 
+    def stats(self) -> Mapping[str, int]:
+        """What the engine has counted since it was built, such as `preemptions` and `prefix_hit_tokens`."""
+
     def close(self) -> None: ...

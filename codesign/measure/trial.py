@@ -24,6 +24,7 @@ from codesign.measure import suite as suites
 from codesign.measure.capacity import Bounds, Capacity, find_capacity
 from codesign.measure.child_session import ChildSession, Limits
 from codesign.measure.client import client_facts
+from codesign.measure.counters import memory_events
 from codesign.measure.load import Load, LoadResult, drive
 from codesign.measure.monitor import MIN_ENERGY_WINDOW_S, Monitor, make_probe
 from codesign.measure.nursery import Nursery
@@ -320,6 +321,7 @@ class _Trial:
         attempts = []
         for _ in range(2):
             session.memory()  # the device's busy time counts from here
+            before = session.stats()
             with Monitor(make_probe(self._runner.profile.device, session.pid)) as monitor:
                 blocks = self._blocks(session, vocab_size)
             wall_s = sum(block.wall_s for block in blocks)
@@ -327,10 +329,10 @@ class _Trial:
             busy_us = session.memory().get("device_busy_us")
             if busy_us is not None:
                 reading["device_busy"] = busy_us / 1e6 / wall_s
-            attempts.append((blocks, reading))
+            attempts.append((blocks, reading, memory_events(before, session.stats())))
             if not _is_disturbed(monitor.reading):
                 break
-        blocks, reading = min(attempts, key=lambda attempt: attempt[1].get("foreign_cpu", 0.0))
+        blocks, reading, counted = min(attempts, key=lambda attempt: attempt[1].get("foreign_cpu", 0.0))
         self._trust |= {
             "num_blocks": len(blocks),
             "num_requests": sum(len(block.samples) for block in blocks),
@@ -339,6 +341,7 @@ class _Trial:
             "windows": len(attempts),
             "is_disturbed": _is_disturbed(reading),
             "ignore_eos": self._runner.profile.workload.ignore_eos,
+            **counted,
         }
         facts, warnings = client_facts(blocks, self._runner.replay, confidence=self._rule.confidence)
         self._trust |= facts

@@ -36,6 +36,12 @@ def senseless(config: EngineConfig) -> str | None:
             "see rows that decoding one by one had evicted by then, so the output would be another one; use kv.policy "
             "full or speculate none"
         )
+    chunk = config.scheduler.knob_dict.get("prefill_chunk_tokens")
+    if isinstance(chunk, int) and chunk > config.max_step_tokens:
+        return (
+            f"scheduler.prefill_chunk_tokens {chunk} with max_step_tokens {config.max_step_tokens}: no step has room "
+            "for such a chunk, so it bounds nothing; use a smaller one, or leave it out"
+        )
     return _not_in_blocks(config) if config.kv.layout.name == "paged" else _only_in_blocks(config)
 
 

@@ -202,6 +202,18 @@ def test_looking_up_costs_the_prompt_and_not_what_is_known() -> None:
     assert counts == [20 * 3, 20 * 3]
 
 
+def test_rows_of_drafts_behind_the_end_of_an_output_get_no_key() -> None:
+    blocks, _ = make()
+    own = sequence([1] * 30)
+    admit(blocks, own)
+    own.append(2)
+    own.num_computed = BLOCK_TOKENS  # one draft more was accepted than its output had room for
+
+    blocks.learn(own)
+
+    assert own.num_known_blocks == 0 and not own.block_keys
+
+
 def test_a_prompt_asked_about_again_and_again_is_hashed_once() -> None:
     """The first in the queue is looked up at every step until it has room."""
     blocks, _ = make(num_blocks=4)

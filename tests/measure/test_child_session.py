@@ -199,6 +199,17 @@ def test_memory_counts_what_the_child_took_since_its_birth(nursery: Nursery) -> 
     assert after["host_bytes"] - before["host_bytes"] < 40 * MIB
 
 
+def test_counters_are_asked_of_an_engine_that_has_nothing_to_do(nursery: Nursery) -> None:
+    with open_session(nursery, "fake_engine:build") as session:
+        session.build(EngineConfig())
+        session.submit(request("r"))
+        with pytest.raises(ValueError, match="1 requests are still running"):
+            session.stats()
+        drain(session, 1)
+
+        assert session.stats() == {"preemptions": 3}
+
+
 def test_a_failed_session_stays_failed(nursery: Nursery) -> None:
     with open_session(nursery, "hostile_engines:unsupported") as session:
         for _ in range(2):

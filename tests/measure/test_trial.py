@@ -272,3 +272,12 @@ def test_a_trace_is_replayed_and_what_was_cut_is_said(folder: Path, monkeypatch:
     assert [sample.output_tokens for sample in record.requests[:5]] == [2, 3, 4, 5, 6]
     assert record.trust["trace"]["prompts_cut"] == 3
     assert any("3 prompts cut" in warning for warning in record.warnings)
+
+
+def test_a_record_says_how_often_memory_ran_out_and_what_prompts_shared(runner: TrialRunner) -> None:
+    plain = measured(runner, 7)
+    paged = measured(runner, 8, kv={"layout": "paged"}, prefix_cache=True)
+
+    assert not {"preemptions", "prefix_hit_rate"} & plain.trust.keys()
+    assert paged.outcome.kind == "ok"
+    assert paged.trust["preemptions"] == 0 and 0 <= paged.trust["prefix_hit_rate"] < 1

@@ -27,6 +27,15 @@ def test_pruning_before_gptq_makes_no_sense_in_any_format(name: str) -> None:
     assert senseless(config(weights={"name": name, "method": "gptq"})) is None
 
 
+@pytest.mark.parametrize(("chunk", "is_refused"), [(512, False), (513, True)])
+def test_a_prompt_chunk_larger_than_a_step_makes_no_sense(chunk: int, is_refused: bool) -> None:
+    scheduler = {"name": "continuous", "prefill_chunk_tokens": chunk}
+    reason = senseless(config(scheduler=scheduler, max_step_tokens=512))
+
+    assert (reason is not None) == is_refused
+    assert reason is None or "prefill_chunk_tokens 513 with max_step_tokens 512" in reason
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -98,10 +98,11 @@ class ContinuousScheduler:
         decoding = self.decoding()
         budget = self._max_step_tokens - len(decoding)
         for sequence in decoding:
-            room = min(budget, sequence.num_left - 1, self._allocator.room(sequence) - 1)
-            draft = list(drafts.get(sequence.request_id, ()))[:room]
-            self._allocator.grow(sequence, sequence.num_computed + 1 + len(draft))
-            budget -= len(draft)
+            draft = drafts.get(sequence.request_id, ())
+            if draft:
+                draft = draft[: min(budget, sequence.num_left - 1, self._allocator.room(sequence) - 1)]
+                self._allocator.grow(sequence, sequence.num_computed + 1 + len(draft))
+                budget -= len(draft)
             self._slots.add_output(sequence, draft)
 
         # At most one is unfinished: the one admitted last, since prompts come one after the other.

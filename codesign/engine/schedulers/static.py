@@ -80,7 +80,7 @@ class StaticScheduler:
                 if sequence.finish_reason:
                     self._slots.add_padding(sequence)
                     continue
-                draft = list(drafts.get(sequence.request_id, ()))[: min(budget, sequence.num_left - 1)]
+                draft = drafts.get(sequence.request_id, ())[: min(budget, sequence.num_left - 1)]
                 budget -= len(draft)
                 self._slots.add_output(sequence, draft)
         return self._slots.finish_plan()
