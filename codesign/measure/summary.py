@@ -194,8 +194,8 @@ def _device(readings: Readings, profile: Profile) -> dict[str, MetricValue]:
     found = dict(
         [
             one("peak_memory_bytes", readings.bytes["peak"]),
-            one("weights_bytes", readings.bytes["weights"]),
-            one("kv_bytes", readings.bytes["kv"]),
+            one("weights_bytes", readings.bytes["weights"] + readings.bytes.get("draft_weights", 0)),
+            one("kv_bytes", readings.bytes["kv"] + readings.bytes.get("draft_kv", 0)),
         ]
     )
     energy_j = readings.monitor.get("energy_j")

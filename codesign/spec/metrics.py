@@ -69,8 +69,8 @@ METRICS: dict[str, Metric] = _table(
     ("power_w", "W", "minimize", "", "energy", "mean device power"),
     ("cost_per_mtok", "1/Mtok", "minimize", "", "price", "price of a million output tokens"),
     ("peak_memory_bytes", "bytes", "minimize", "", "", "peak memory of the trial"),
-    ("weights_bytes", "bytes", "minimize", "", "", "resident weights"),
-    ("kv_bytes", "bytes", "minimize", "", "", "resident KV cache"),
+    ("weights_bytes", "bytes", "minimize", "", "", "resident weights, a draft's included"),
+    ("kv_bytes", "bytes", "minimize", "", "", "resident KV cache, a draft's included"),
 )
 
 STATISTICS_ALLOWED = "a percentile such as p50, p99, p99.9, or mean, max"

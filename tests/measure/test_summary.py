@@ -67,6 +67,15 @@ def profile(*objectives: Objective, **changes: Any) -> Profile:
     return Profile(**{**fields, **changes})
 
 
+def test_bytes_of_a_draft_count_as_weights_and_cache() -> None:
+    plain = metrics(readings([[sample(tokens=5)]]), profile())
+    sizes = {"peak": 300, "weights": 200, "kv": 100, "draft_weights": 20, "draft_kv": 10}
+    drafting = metrics(readings([[sample(tokens=5)]], bytes=sizes), profile())
+
+    assert [plain[name].value for name in ("weights_bytes", "kv_bytes")] == [200, 100]
+    assert [drafting[name].value for name in ("weights_bytes", "kv_bytes")] == [220, 110]
+
+
 def test_throughput_is_all_output_tokens_over_all_wall_time() -> None:
     found = metrics(readings([[sample()] * 4] * 3, wall_s=2.0), profile())["throughput_tokens_per_s"]
 

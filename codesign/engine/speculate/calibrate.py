@@ -19,7 +19,7 @@ from codesign.engine.speculate.proposer import Proposer
 from codesign.spec.request import Request, SamplingParams
 
 _PROMPT_TOKENS = 64
-_MIN_ROUNDS, _MAX_ROUNDS = 3, 7
+_MIN_ROUNDS, _MAX_ROUNDS = 3, 15
 _MAX_S = 2.0  # for one batch size, once it has its least number of rounds
 _MAX_STEPS_TO_FILL = 1000
 
