@@ -80,7 +80,7 @@ def test_a_chatml_template_reads_as_transformers_renders_it(chatml: ChatTemplate
 def test_transformers_renders_the_same(source: str) -> None:
     rendering = pytest.importorskip("transformers.utils.chat_template_utils", reason="transformers is not installed")
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    messages = [*MESSAGES, {"role": "user", "content": "\u00e9 <b> \"quoted\"\n"}]
+    messages = [*MESSAGES, {"role": "user", "content": '\u00e9 <b> "quoted"\n'}]
     template = ChatTemplate(source, special)
 
     (expected,), _ = rendering.render_jinja_template(
