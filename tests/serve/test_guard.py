@@ -2,7 +2,9 @@
 
 import pytest
 
-from codesign.serve.command import hosts_of
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+
+from codesign.serve.command import hosts_of  # once it is known to be importable
 from codesign.serve.guard import Hosts
 
 LOOPBACK = hosts_of("127.0.0.1", (), is_loopback=True)
