@@ -103,8 +103,8 @@ def report(parts: dict[str, Any]) -> str:
     lines = [
         "# Serving techniques on this CPU",
         "",
-        "Random-weights Qwen2 of 0.39 B parameters or the bundled pair, bf16. Each figure is a ratio of wall times within a",
-        "round, contenders taking turns: median [smallest, largest].",
+        "Random-weights Qwen2 of 0.39 B parameters or the bundled pair, bf16. Each figure is a ratio of wall times",
+        "within a round, contenders taking turns: median [smallest, largest].",
         "",
         "| bar | wanted | found | rounds | met |",
         "|---|---|---|---|---|",

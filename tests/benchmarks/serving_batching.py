@@ -108,11 +108,13 @@ def chunked(setting: Setting) -> dict[str, Any]:
     p99 = turn_about(list(engines), setting.rounds, p99_ms)
     gain = ratio(p99["whole prompts"], p99["chunks of 64"])
     return {
-        "what": f"{num_short} running outputs of 200 tokens while {num_long} prompts of {long_tokens} tokens arrive, one "
-        "every 2 s",
+        "what": f"{num_short} running outputs of 200 tokens while {num_long} prompts of {long_tokens} tokens arrive, "
+        "one every 2 s",
         "itl_p99_ms": p99,
         "itl_p50_ms": {name: [percentile(gaps_ms(own, "short"), 50) for own in runs] for name, runs in found.items()},
-        "ttft_of_long_ms": {name: [long_ttft_ms(own, arrivals_s[num_short:]) for own in runs] for name, runs in found.items()},
+        "ttft_of_long_ms": {
+            name: [long_ttft_ms(own, arrivals_s[num_short:]) for own in runs] for name, runs in found.items()
+        },
         "wall_s": {name: [own.wall_s for own in runs] for name, runs in found.items()},
         "bars": [bar("p99 of the gaps, whole prompts over chunks", gain, 2.0)],
     }
@@ -150,9 +152,11 @@ def prefix(setting: Setting) -> dict[str, Any]:
         walls = turn_about(
             list(engines),
             setting.rounds + 2 * (share == 0),  # a difference of one percent wants more rounds
-            lambda name, index, share=share: run(  # type: ignore[misc]
-                engines[name], shared_prompts(count, prompt_tokens, share, setting.vocab_size, f"{share} {index}")
-            ).wall_s,
+            lambda name, index, share=share: (
+                run(  # type: ignore[misc]
+                    engines[name], shared_prompts(count, prompt_tokens, share, setting.vocab_size, f"{share} {index}")
+                ).wall_s
+            ),
         )
         gain = ratio(walls["off"], walls["on"])
         setting.say(f"prefix {share:.0%} shared: {gain['median']:.2f} x")
@@ -191,7 +195,8 @@ def lookup(setting: Setting) -> dict[str, Any]:
             assert hits == [prompt_tokens // 2 // BLOCK_TOKENS] * asked
     few, many = (found[str(count)] for count in counts)
     return {
-        "what": f"prompts of {prompt_tokens} tokens, half of each known, among {counts[0]} and {counts[1]} cached prompts",
+        "what": f"prompts of {prompt_tokens} tokens, half of each known, among {counts[0]} and {counts[1]} cached "
+        "prompts",
         "lookup_us": found,
         "bars": [bar("lookup among 100 cached prompts over among 10 000, time", ratio(few, many), 0.5)],
     }

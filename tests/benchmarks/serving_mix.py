@@ -1,7 +1,7 @@
 """The mix of serving.py: many requests of different lengths, ours beside transformers' generation and vLLM on the CPU.
 
-Every contender gets the same requests at once and may order and batch them as it does; its time is until the last token.
-transformers generates in batches as large as ours, sorted by output length so that it pads as little as it can.
+Every contender gets the same requests at once and may order and batch them as it does; its time is until the last
+token. transformers generates in batches as large as ours, sorted by output length so that it pads as little as it can.
 """
 
 import json
@@ -75,10 +75,12 @@ def mix(setting: Setting, *, scale: float, vllm_python: Path | None) -> dict[str
         vllm.close()
     bars = [bar("mix, ours over transformers", ratio(walls["transformers bf16"], walls["codesign bf16"]), 3.0)]
     if vllm is not None:
-        bars.append(bar("mix, ours over vLLM (the mark to reach)", ratio(walls["vLLM bf16"], walls["codesign bf16"]), 1.0))
+        bars.append(
+            bar("mix, ours over vLLM (the mark to reach)", ratio(walls["vLLM bf16"], walls["codesign bf16"]), 1.0)
+        )
     return {
-        "what": f"{NUM_REQUESTS} requests, prompts and outputs of {low} to {high} tokens (100 to 1024, times {scale:g}), "
-        f"at most {BATCH} at once, all there from the start",
+        "what": f"{NUM_REQUESTS} requests, prompts and outputs of {low} to {high} tokens (100 to 1024, times "
+        f"{scale:g}), at most {BATCH} at once, all there from the start",
         "prompt_tokens": sum(map(len, prompts)),
         "output_tokens": sum(counts),
         "wall_s": walls,
@@ -110,7 +112,9 @@ def transformers_wall_s(folder: Path) -> Callable[[list[list[int]], list[int]], 
             seen = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in own])
             most = max(counts[i] for i in own)
             with torch.inference_mode():
-                out = loaded.generate(ids, attention_mask=seen, min_new_tokens=most, max_new_tokens=most, do_sample=False)
+                out = loaded.generate(
+                    ids, attention_mask=seen, min_new_tokens=most, max_new_tokens=most, do_sample=False
+                )
             assert out.shape[1] == longest + most
         return time.perf_counter() - started
 

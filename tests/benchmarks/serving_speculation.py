@@ -74,15 +74,20 @@ def copying(setting: Setting) -> dict[str, Any]:
     ngram = {"name": "ngram", "num_draft_tokens": 8}
     engines = pair(bundled(), setting, {"off": "none", "n-gram": ngram}, max_model_len=512)
     copied = single_stream("copying", engines, requests, setting)
-    new_text = [request(f"{index}", prompt, 96, temperature=1.0, seed=index) for index, prompt in enumerate(text_prompts(6, 128, seed=2))]
+    new_text = [
+        request(f"{index}", prompt, 96, temperature=1.0, seed=index)
+        for index, prompt in enumerate(text_prompts(6, 128, seed=2))
+    ]
     fresh = single_stream("new text", engines, new_text, setting)
     return {
-        "what": "one stream, greedy after a repeated passage, and drawn at temperature 1 after text that repeats little",
+        "what": "one stream: greedy after a repeated passage, then at temperature 1 after text that repeats little",
         "copying": copied,
         "new text": fresh,
         "bars": [
             bar("n-gram over none on copying text", ratio(copied["wall_s"]["off"], copied["wall_s"]["n-gram"]), 1.5),
-            bar("n-gram over none where it finds little", ratio(fresh["wall_s"]["off"], fresh["wall_s"]["n-gram"]), 0.97),
+            bar(
+                "n-gram over none where it finds little", ratio(fresh["wall_s"]["off"], fresh["wall_s"]["n-gram"]), 0.97
+            ),
         ],
     }
 
@@ -123,9 +128,7 @@ def pair(
     }
 
 
-def single_stream(
-    what: str, engines: dict[str, Engine], requests: list[Request], setting: Setting
-) -> dict[str, Any]:
+def single_stream(what: str, engines: dict[str, Engine], requests: list[Request], setting: Setting) -> dict[str, Any]:
     """Wall times in turns; requests one after the other where the engine has one slot."""
     tokens: dict[str, dict[str, list[int]]] = {}
     for engine in engines.values():
@@ -142,11 +145,11 @@ def single_stream(
     return {
         "wall_s": walls,
         "same_tokens": {
-            name: sum(own[key] == base[key] for key in base) / len(base) for name, own in tokens.items() if name != "off"
+            name: sum(own[key] == base[key] for key in base) / len(base)
+            for name, own in tokens.items()
+            if name != "off"
         },
-        "speculation": {
-            name: engine.speculation_stats() for name, engine in engines.items() if name != "off"
-        },
+        "speculation": {name: engine.speculation_stats() for name, engine in engines.items() if name != "off"},
     }
 
 
@@ -182,7 +185,11 @@ def write_target(source: Path, folder: Path, scale: float) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(source / "model.safetensors").items()}
     for name, tensor in tensors.items():
         parts = name.split(".")
-        if parts[1] == "layers" and int(parts[2]) >= DRAFT_LAYERS and name.endswith(("o_proj.weight", "down_proj.weight")):
+        if (
+            parts[1] == "layers"
+            and int(parts[2]) >= DRAFT_LAYERS
+            and name.endswith(("o_proj.weight", "down_proj.weight"))
+        ):
             tensor *= scale
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(source / "config.json", folder / "config.json")

@@ -1,6 +1,6 @@
 """Runs in vLLM's own environment: one line of JSON in (lengths and prompts), one line out (seconds), until the end.
 
-    VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 python serving_vllm.py MODEL_DIR MAX_MODEL_LEN BATCH
+VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-1 python serving_vllm.py MODEL_DIR MAX_MODEL_LEN BATCH
 """
 
 import json
