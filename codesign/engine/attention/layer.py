@@ -122,6 +122,7 @@ class Attention:
                     dtype=dtype,
                     device=device,
                 )
+        self._is_native = codec.is_native and self.store.stream is None
         self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
         self.kernel = self._attend_slots.named(
             has_weights=is_bounded and policy.evidence == "column_sums",
@@ -240,13 +241,20 @@ class Attention:
                 group.sinks.store(index, part.new_sinks, k)
             if part.turn is not None:
                 group.sinks.apply(index, part.turn)
-        q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
-        if step.rows:
-            tokens = step.output_tokens
-            new_key, new_value = (k, v) if tokens is None else (k[tokens], v[tokens])
-            self.store.write(layer, step.rows[layer], new_key, new_value)
-            if group.recent is not None and step.slots_positions is not None:
-                group.recent.write(index, *step.slots_positions, q if tokens is None else q[tokens])
+        tokens = step.output_tokens
+        if step.rows and tokens is None and self._is_native:
+            q = self._pieces.rotate_into(
+                *(q, k, v, step.cos, step.signed_sin),
+                key=self.store.key[0],
+                value=self.store.value[0],
+                rows=step.rows[layer],
+            )
+        else:
+            q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
+            if step.rows:
+                self.store.write(layer, step.rows[layer], *((k, v) if tokens is None else (k[tokens], v[tokens])))
+        if step.rows and group.recent is not None and step.slots_positions is not None:
+            group.recent.write(index, *step.slots_positions, q if tokens is None else q[tokens])
         if len(part.calls) == 1:
             return self._attend(part.calls[0], layer, group, index, q, k, v)
         out = q.new_empty(q.shape)
