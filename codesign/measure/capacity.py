@@ -105,11 +105,12 @@ class Capacity:
         """In a sentence."""
         if not self.probes:
             return "too few seconds for a single probe"
+        ended = f"; the search ran out of {self.stopped} first" if self.stopped in ("probes", "seconds") else ""
         if self.failed_per_s is None:
-            return (
-                f"at least {self.rate_per_s:.3g} requests/s; the search ran out of {self.stopped} before a rate failed"
-            )
-        return f"{self.rate_per_s:.3g} requests/s; {self.broke} breaks at {self.failed_per_s:.3g}"
+            return f"at least {self.rate_per_s:.3g} requests/s{ended}"
+        if not self.rate_per_s:
+            return f"below {self.failed_per_s:.3g} requests/s, where {self.broke} breaks{ended}"
+        return f"{self.rate_per_s:.3g} requests/s, {self.broke} breaks at {self.failed_per_s:.3g}{ended}"
 
 
 def find_capacity(

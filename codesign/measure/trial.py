@@ -388,7 +388,7 @@ class _Trial:
             on_probe=lambda probe: self._phases.say("capacity", None),
         )
         self._trust["capacity"] = found.to_dict()
-        if found.failed_per_s is None:
+        if found.stopped in ("probes", "seconds"):
             self._warnings.append(f"capacity: {found.verdict}")
         return found if found.probes else None
 

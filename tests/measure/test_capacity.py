@@ -97,6 +97,7 @@ def test_an_endpoint_that_fails_at_the_lowest_rate_has_none() -> None:
     assert found.failed_per_s is not None
     assert found.failed_per_s < 0.25 / 0.1
     assert (found.broke, found.stopped) == ("slo.e2e_ms.p90", "floor")
+    assert found.verdict.startswith("below ") and "slo.e2e_ms.p90 breaks" in found.verdict
 
 
 def test_an_endpoint_that_never_fails_has_at_least_the_highest_rate_tried() -> None:
@@ -104,7 +105,7 @@ def test_an_endpoint_that_never_fails_has_at_least_the_highest_rate_tried() -> N
 
     assert found.rate_per_s == 2**8
     assert (found.failed_per_s, found.broke, found.stopped) == (None, "", "probes")
-    assert found.verdict.startswith("at least 256 requests/s")
+    assert found.verdict == "at least 256 requests/s; the search ran out of probes first"
     assert len(found.probes) == 9
 
 
@@ -188,3 +189,10 @@ def test_the_failure_that_the_answer_rests_on_was_seen_twice() -> None:
 def test_a_capacity_needs_a_limit_on_a_time() -> None:
     with pytest.raises(ValueError, match="limit"):
         find_capacity(QueueEndpoint(VirtualClock()), poisson, (), start_per_s=1.0, bounds=LONG)
+
+
+def test_a_rate_too_low_for_the_seconds_is_not_tried_and_not_called_zero() -> None:
+    found = search({"e2e_ms": {"p90": 400}}, start=0.1, bounds=Bounds(max_s=10))
+
+    assert (found.probes, found.stopped) == ((), "seconds")
+    assert found.verdict == "too few seconds for a single probe"

@@ -33,7 +33,7 @@ from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.step import StepPlan
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Step:
     """Attributes:
     written: packed tokens whose rows go into blocks now; None means all of them.
@@ -46,6 +46,7 @@ class _Step:
     signed_sin: Tensor
     written: Tensor | None
     rows: Tensor
+    has_prompts: bool
     calls: tuple[tuple[Call, Tensor], ...]
     admitted: dict[int, Tensor]
 
@@ -178,7 +179,13 @@ class PagedAttention:
         tables = [store.table_of([span.slot for span in call.spans], call.num_rows) for call in calls]
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
         self._step = _Step(
-            cos[:, None], signed_sin[:, None], written, rows, tuple(zip(calls, tables, strict=True)), admitted
+            cos=cos[:, None],
+            signed_sin=signed_sin[:, None],
+            written=written,
+            rows=rows,
+            has_prompts=any(plan.is_prompt),
+            calls=tuple(zip(calls, tables, strict=True)),
+            admitted=admitted,
         )
 
     def _spans(self, plan: StepPlan) -> list[Span]:
@@ -218,11 +225,19 @@ class PagedAttention:
         """[N, H, D] from q [N, H, D] and k, v [N, H_kv, D], packed as in the batch, before RoPE."""
         step = self._step
         assert step is not None, "begin(batch) comes first"
-        q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
-        if len(step.rows):
-            tokens = step.written
-            new_key, new_value = (k, v) if tokens is None else (k[tokens], v[tokens])
-            self.store.write(layer, step.rows, new_key, new_value)
+        if self.codec.is_native and not step.has_prompts:
+            (key,), (value,) = self.store.parts(layer)
+            q = self._pieces.rotate_into(
+                *(q, k, v, step.cos, step.signed_sin),
+                key=key.view(-1, key.shape[3]),
+                value=value.view(-1, key.shape[3]),
+                rows=step.rows,
+            )
+        else:
+            q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
+            if len(step.rows):
+                tokens = step.written
+                self.store.write(layer, step.rows, *((k, v) if tokens is None else (k[tokens], v[tokens])))
         if len(step.calls) == 1:
             return self._attend(*step.calls[0], layer, q, k, v)
         out = q.new_empty(q.shape)

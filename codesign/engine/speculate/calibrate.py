@@ -1,14 +1,15 @@
 """Step costs, measured on the built engine before its first request: the only place of it that reads a clock.
 
 Random sequences go through the engine's own scheduler and runner. For each batch size (powers of two and the largest)
-rounds over all K are interleaved, so that a machine that gets slower meanwhile does so for every K; after a round of
-warm-up the median of the others counts. Afterwards nothing of it is left in a slot.
+rounds over all K are interleaved, so that a machine that gets slower meanwhile does so for every K. After a round of
+warm-up the least of the others counts: whatever else the machine does only ever adds, and one of a few rounds is mostly
+free of it where their median is not (beside other work on both of two cores, medians of seven rounds chose K = 1 where
+3 was best). Afterwards nothing of it is left in a slot.
 """
 
 import random
 import time
 from collections.abc import Sequence as Items
-from statistics import median
 
 from codesign.engine.engine import Scheduler
 from codesign.engine.runner import SingleRunner
@@ -50,8 +51,8 @@ def calibrate(
         if len(seen) < 2:
             break  # so many do not fit: their size is never asked for
         rounds = seen[1:]
-        draft[batch_size] = {k: 1e3 * median(own[k][0] for own in rounds) for k in counts}
-        target[batch_size] = {k: 1e3 * median(own[k][1] for own in rounds) for k in counts}
+        draft[batch_size] = {k: 1e3 * min(own[k][0] for own in rounds) for k in counts}
+        target[batch_size] = {k: 1e3 * min(own[k][1] for own in rounds) for k in counts}
     bench.clear()
     return StepCosts(target=target, draft=draft)
 

@@ -28,6 +28,8 @@ from replay import (
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.paged import PagedAttention
 from codesign.engine.batch import Batch
+from codesign.engine.kernels.pieces import Pieces, choose
+from codesign.engine.kernels.plain import PLAIN, Plain
 from codesign.engine.kv.paged import PagedStore
 from codesign.engine.kv.policies.full import Full
 from codesign.engine.kv.tables import num_blocks_of
@@ -65,8 +67,8 @@ def arguments(codec: str, backend: str) -> dict[str, Any]:
     }
 
 
-def paged(codec: str = "native", backend: str = "sdpa") -> PagedAttention:
-    return PagedAttention(**arguments(codec, backend), num_blocks=NUM_BLOCKS)
+def paged(codec: str = "native", backend: str = "sdpa", pieces: Pieces = PLAIN) -> PagedAttention:
+    return PagedAttention(**arguments(codec, backend), num_blocks=NUM_BLOCKS, pieces=pieces)
 
 
 def replay(attention: PagedAttention, plans: Iterable[StepPlan], *, seed: int = 0) -> int:
@@ -139,6 +141,15 @@ def test_random_traffic_with_shared_prefixes_agrees_with_the_oracle(backend: str
     plans = sharing_plans(seed, num_steps=120, num_blocks=NUM_BLOCKS, **TRAFFIC)
 
     assert replay(paged(backend=backend), plans, seed=seed) > 10 * BLOCK_TOKENS
+
+
+def test_fused_pieces_write_rows_into_blocks() -> None:
+    pieces = choose(True, dtype=torch.float32, device=CPU)
+    if isinstance(pieces, Plain):
+        pytest.skip(pieces.kernel)
+    plans = sharing_plans(7, num_steps=60, num_blocks=NUM_BLOCKS, **TRAFFIC)
+
+    assert replay(paged(pieces=pieces), plans, seed=7) > 0
 
 
 @pytest.mark.parametrize("seed", range(2))
