@@ -124,7 +124,7 @@ class Attention:
                     dtype=dtype,
                     device=device,
                 )
-        self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
+        self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, dtype=dtype, device=device)
         self.kernel = self._attend_slots.named(
             has_weights=is_bounded and policy.evidence == "column_sums",
             has_ragged=is_bounded and policy.head_budgets == "ragged",

@@ -63,7 +63,7 @@ def attend(
     head_dim, dtype = store.head_dim, store.dtype
     spans = [Span(slot, slot * num_queries, num_queries, length, False, False) for slot, length in enumerate(lengths)]
     attention = OutputAttention(
-        store.codec, ATTENTION.create(backend), scale=head_dim**-0.5, head_dim=head_dim, device=CPU
+        store.codec, ATTENTION.create(backend), scale=head_dim**-0.5, head_dim=head_dim, dtype=dtype, device=CPU
     )
     shape = (len(lengths), NUM_KV_HEADS, num_groups * num_queries, head_dim)
     query = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -142,7 +142,9 @@ def test_slices_are_every_plane_once_and_no_more_than_may_be_decoded(num_planes:
 def test_with_a_kernel_nothing_is_decoded(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [100, 101]
     store = filled(codec, lengths, num_queries=1, head_dim=16, dtype=torch.float32)
-    attention = OutputAttention(store.codec, ATTENTION.create("sdpa"), scale=0.25, head_dim=16, device=CPU)
+    attention = OutputAttention(
+        store.codec, ATTENTION.create("sdpa"), scale=0.25, head_dim=16, dtype=store.dtype, device=CPU
+    )
     spans = [Span(slot, slot, 1, length, False, False) for slot, length in enumerate(lengths)]
     (call,) = cut(spans, num_groups=1, dtype=torch.float32, device=CPU)
     monkeypatch.delattr(LayerGroup, "read")

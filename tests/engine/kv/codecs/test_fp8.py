@@ -56,7 +56,7 @@ def test_the_kernel_reads_every_finite_code_as_torch_does() -> None:
     value = codes[:, None, None, None].expand(-1, 1, 1, 8).contiguous()
     scale = torch.ones(len(codes), 1, 1, 1, dtype=torch.bfloat16)
     query = torch.zeros(len(codes), 1, 1, 8)
-    queries = Queries(query, [0] * len(codes), num_tokens=1, num_rows=1, scale=1.0, want_weights=False)
+    queries = Queries(query, [0] * len(codes), num_tokens=1, num_rows=1, scale=1.0, want_columns=False)
     kernel.rows("fp8", queries, (value, scale), (value, scale))
 
     assert torch.equal(queries.out[:, 0, 0, 0], codes.view(torch.float8_e4m3fn).float())
