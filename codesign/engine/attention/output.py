@@ -65,7 +65,8 @@ class OutputAttention:
             self.kernel += f" over decoded slices ({found.reason})"
             return
         self._fused = found
-        name = found.name(type(codec).__name__.lower(), head_dim=head_dim, dtype=dtype)
+        stored = type(codec).__name__.lower()
+        name = found.name(stored, head_dim=head_dim, dtype=dtype, group_size=codec.group_size)
         self.kernel = f"{name}, prompts {backend.kernel}"
 
     def named(self, *, has_weights: bool, has_ragged: bool) -> str:

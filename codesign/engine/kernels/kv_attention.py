@@ -98,14 +98,15 @@ class KVAttention:
     library: ctypes.CDLL
     bf16: ctypes.CDLL | Missing
 
-    def is_bf16(self, name: str, *, head_dim: int, dtype: torch.dtype) -> bool:
+    def is_bf16(self, name: str, *, head_dim: int, dtype: torch.dtype, group_size: int = 0) -> bool:
         """Whether rows so stored are read by the bf16 kernel for queries of this dtype."""
         has = not isinstance(self.bf16, Missing) and dtype == torch.bfloat16
-        return has and name == "native" and head_dim % 32 == 0
+        return has and head_dim % (64 if name == "int4" else 32) == 0 and group_size % 32 == 0
 
-    def name(self, name: str, *, head_dim: int, dtype: torch.dtype) -> str:
+    def name(self, name: str, *, head_dim: int, dtype: torch.dtype, group_size: int = 0) -> str:
         """For a record: codesign::attend_int8, codesign::attend_int8_bf16."""
-        return f"codesign::attend_{name}" + ("_bf16" if self.is_bf16(name, head_dim=head_dim, dtype=dtype) else "")
+        is_bf16 = self.is_bf16(name, head_dim=head_dim, dtype=dtype, group_size=group_size)
+        return f"codesign::attend_{name}" + ("_bf16" if is_bf16 else "")
 
     def beats_sdpa(self, *, head_dim: int, dtype: torch.dtype) -> bool:
         """Whether native rows are read faster than by ATen's fused attention.
@@ -173,10 +174,12 @@ class KVAttention:
             group_size,
             key.shape[3] // encoded[-1].shape[3],
             _DTYPES[key.dtype],
+            group_size=group_size,
         )
 
-    def _run(self, name: str, queries: Queries, *args: object) -> None:
-        library = self.bf16 if self.is_bf16(name, head_dim=queries.struct.dim, dtype=queries.dtype) else self.library
+    def _run(self, name: str, queries: Queries, *args: object, group_size: int = 0) -> None:
+        is_bf16 = self.is_bf16(name, head_dim=queries.struct.dim, dtype=queries.dtype, group_size=group_size)
+        library = self.bf16 if is_bf16 else self.library
         by = [ctypes.byref(arg) if isinstance(arg, _Table) else arg for arg in args]
         if getattr(library, f"attend_{name}")(ctypes.byref(queries.struct), *by):
             raise MemoryError(f"no memory for attention over {queries.struct.num_rows} rows")

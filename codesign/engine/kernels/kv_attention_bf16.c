@@ -1,7 +1,7 @@
 /* Attention of output tokens over a KV cache, on AVX-512 with BF16 and VNNI: what kv_attention.c does in 256 bits.
  *
- * Keys, queries, values and weights are multiplied as bf16 with fp32 sums, in tiles of eight queries (see
- * kv_attention_tile.h). The rows of a (sequence, KV head) plane are cut into parts of PART rows, so that long contexts
+ * In tiles of eight queries, CHUNK rows at a time. Native rows, fp8 and int4 codes are multiplied as bf16 with fp32 sums
+ * (kv_attention_tile.h, kv_attention_decode.h), int8 codes as integers (kv_attention_digits.h). The rows of a (sequence, KV head) plane are cut into parts of PART rows, so that long contexts
  * keep every thread busy; each part keeps unnormalised outputs, the largest score and the sum of the weights, and parts
  * are put together at the end:
  *
@@ -15,10 +15,12 @@
 
 #include "kv_attention.h"
 #include "kv_attention_tile.h"
+#include "kv_attention_decode.h"
+#include "kv_attention_digits.h"
 
 #define PART 1024 /* rows of one piece of work */
 
-/* What one part found for one tile: base, sum [LANES], then vectors [dim / 16][LANES][16]. */
+/* What one part found for one tile; out is [num_vectors][LANES][16]. */
 typedef struct {
     float base[LANES], sum[LANES];
     float out[];
@@ -28,7 +30,8 @@ typedef struct {
  * times what is kept. */
 typedef struct {
     int num_tiles, num_parts, num_chunks; /* of the longest plane */
-    size_t found_bytes;                   /* of one Found */
+    int num_vectors;
+    size_t found_bytes; /* of one Found */
     char *found;                          /* [planes, tiles, parts] */
     uint16_t *kept;                       /* [planes, tiles, chunks CHUNK, LANES] */
     float *chunk_base;                    /* [planes, tiles, chunks, LANES] */
@@ -43,7 +46,8 @@ static int make_room(const Call *call, Room *room) {
     room->num_tiles = (call->num_queries + LANES - 1) / LANES;
     room->num_parts = (call->num_rows + PART - 1) / PART;
     room->num_chunks = (call->num_rows + CHUNK - 1) / CHUNK;
-    room->found_bytes = sizeof(Found) + sizeof(float) * LANES * call->dim;
+    room->num_vectors = (call->dim + 63) / 64 * 4;
+    room->found_bytes = sizeof(Found) + sizeof(float) * LANES * 16 * room->num_vectors;
     room->found = aligned_alloc(64, num_planes * room->num_tiles * room->num_parts * room->found_bytes);
     room->kept = NULL, room->chunk_base = NULL;
     if (!room->found) return 0;
@@ -56,46 +60,84 @@ static int make_room(const Call *call, Room *room) {
 
 static void give_back(Room *room) { free(room->found), free(room->kept), free(room->chunk_base); }
 
-/* Where native rows are. */
+enum { NATIVE = 0, INT8 = 1, FP8 = 2, INT4 = 3 };
+
+/* What is stored of the rows of a plane, the row at 0 of its place being the first of each pointer. */
 typedef struct {
-    const uint16_t *key, *value;
+    const char *key, *value;                  /* rows or codes */
+    const uint16_t *key_scale, *value_scale;  /* int8, fp8: bf16; int4: fp16 steps */
+    const uint16_t *key_low, *value_low;      /* int4 */
+    int group_size, channels;                 /* int4 */
 } Stored;
 
 /* Scratch of one thread. */
 typedef struct {
     _Alignas(64) float scores[CHUNK * LANES];
-    uint32_t pairs[CHUNK / 2 * LANES];
-    uint16_t *tail[2]; /* [GROUP, dim] of keys and of values: the last rows, filled up with zeros */
-    uint32_t *query;   /* [tiles, dim / 2, LANES] pairs of channels */
+    uint32_t pairs[CHUNK / 2 * LANES]; /* of weights, or digits of them */
+    float largest[LANES], steps[LANES]; /* of the weights of a chunk; what the digits count */
+    float row_scale[2][CHUNK];
+    uint16_t *rows[2];       /* [2, CHUNK, dim] of keys and of values: decoded ones; last ones, filled up with zeros */
+    uint32_t *query;         /* [tiles, dim / 2, LANES] pairs of channels, or digits */
+    float *query_steps;      /* [tiles, LANES] */
+    int32_t *query_start;    /* [tiles, 2, LANES] */
+    uint32_t *folded;        /* [dim / 2, LANES] */
+    float *wide;             /* [tiles, dim, LANES] queries */
+    float *key_range[2];     /* [dim] steps and middles of a group */
+    float *value_range[2];   /* [CHUNK, dim / channels], at least 8 channels a range */
 } Scratch;
 
-static uint32_t to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits >> 16; /* queries are bf16 that were widened */
+static size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* One piece of memory for all of them; NULL: there is none. */
+static char *scratch_of(const Call *call, int num_tiles, Scratch *scratch) {
+    size_t dim = call->dim, lanes = sizeof(float) * LANES;
+    size_t sizes[] = {2 * lines(CHUNK * dim * 2),  2 * lines(CHUNK * dim * 2),    num_tiles * lines(dim / 2 * lanes),
+                      lines(num_tiles * lanes),    lines(2 * num_tiles * lanes), lines(dim / 2 * lanes),
+                      num_tiles * lines(dim * lanes), lines(dim * 4),            lines(dim * 4),
+                      lines(CHUNK * dim / 8 * 4),  lines(CHUNK * dim / 8 * 4)};
+    void *parts[11];
+    size_t total = 0;
+    for (int i = 0; i < 11; i++) total += sizes[i];
+    char *own = aligned_alloc(64, total), *next = own;
+    for (int i = 0; i < 11; next += sizes[i++]) parts[i] = next;
+    scratch->rows[0] = parts[0], scratch->rows[1] = parts[1], scratch->query = parts[2];
+    scratch->query_steps = parts[3], scratch->query_start = parts[4], scratch->folded = parts[5];
+    scratch->wide = parts[6], scratch->key_range[0] = parts[7], scratch->key_range[1] = parts[8];
+    scratch->value_range[0] = parts[9], scratch->value_range[1] = parts[10];
+    return own;
 }
 
-static void pair_queries(const Call *call, long plane, int num_tiles, uint32_t *pairs) {
+static int num_in(const Call *call, int tile) {
+    int rest = call->num_queries - tile * LANES;
+    return rest < LANES ? rest : LANES;
+}
+
+/* The queries of a plane as the rows of `format` want them. */
+static void prepare(int format, const Call *call, long plane, int num_tiles, Scratch *scratch) {
     int dim = call->dim;
-    memset(pairs, 0, sizeof(uint32_t) * num_tiles * dim / 2 * LANES);
-    for (int m = 0; m < call->num_queries; m++) {
-        const float *query = call->query + (plane * call->num_queries + m) * dim;
-        uint32_t *own = pairs + (long)(m / LANES) * dim / 2 * LANES + m % LANES;
-        for (int i = 0; i < dim / 2; i++) own[i * LANES] = to_bf16(query[2 * i]) | to_bf16(query[2 * i + 1]) << 16;
+    for (int tile = 0; tile < num_tiles; tile++) {
+        const float *query = call->query + (plane * call->num_queries + tile * LANES) * dim;
+        uint32_t *own = scratch->query + (long)tile * dim / 2 * LANES;
+        int num = num_in(call, tile);
+        if (format == INT8) {
+            query_digits(num, dim, query, own, scratch->query_steps + tile * LANES, scratch->query_start + tile * 2 * LANES);
+            continue;
+        }
+        float *wide = scratch->wide + (long)tile * dim * LANES;
+        for (int d = 0; d < dim; d++)
+            for (int m = 0; m < LANES; m++) wide[d * LANES + m] = m < num ? query[m * dim + d] : 0;
+        for (int d = 0; d < dim; d += 2)
+            _mm256_storeu_si256((__m256i *)(own + d / 2 * LANES), paired(_mm512_loadu_ps(wide + d * LANES)));
     }
 }
 
-/* Pointers to groups of rows; the last one to `tail`, if rows lack. */
-static void point(const uint16_t *rows, const Place *place, int row, int count, int dim, uint16_t *tail,
-                  const uint16_t **groups) {
-    for (int g = 0; g * GROUP < count; g++) {
-        int rest = count - g * GROUP;
-        groups[g] = rows + stored_at(place, row + g * GROUP) * dim;
-        if (rest >= GROUP) continue;
-        memcpy(tail, groups[g], sizeof(uint16_t) * rest * dim);
-        memset(tail + rest * dim, 0, sizeof(uint16_t) * (GROUP - rest) * dim);
-        groups[g] = tail;
-    }
+/* `rows` rows of `size` bytes from place on, `count` of them; if others lack, in `tail`, zeros for them. */
+static const void *filled_up(const char *stored, long first, int count, int rows, long size, void *tail) {
+    const char *from = stored + first * size;
+    if (count == rows) return from;
+    memcpy(tail, from, count * size);
+    memset((char *)tail + count * size, 0, (rows - count) * size);
+    return tail;
 }
 
 /* Turns the scores of a chunk of `rows` rows, filled up, into weights 2^(score - base), base the largest so far. Where
@@ -108,14 +150,16 @@ static void weigh(const Call *call, const Room *room, Scratch *scratch, long pla
         for (int i = 0; i < LANES; i++) seen[i] = last + (tile * LANES + i) % call->num_tokens;
         hide(scratch->scores, rows, _mm256_loadu_si256((const __m256i *)seen));
     }
-    __m256 old = _mm256_loadu_ps(found->base), base = _mm256_max_ps(old, largest_of(scratch->scores, rows));
+    __m256 old = _mm256_loadu_ps(found->base), largest = largest_of(scratch->scores, rows);
+    __m256 base = _mm256_max_ps(old, largest);
+    _mm256_storeu_ps(scratch->largest, lower(exp2_of(_mm512_sub_ps(twice(largest), twice(or_zero(base))))));
     __m256 sum = _mm256_loadu_ps(found->sum);
     if (_mm256_cmp_ps_mask(base, old, _CMP_NEQ_UQ)) {
         float factor[16];
         vec shrink = exp2_of(_mm512_sub_ps(twice(old), twice(or_zero(base))));
         _mm512_storeu_ps(factor, shrink);
         sum = _mm256_mul_ps(sum, lower(shrink));
-        for (int v = 0; v < call->dim / 16; v++)
+        for (int v = 0; v < room->num_vectors; v++)
             for (int m = 0; m < LANES; m++) {
                 float *own = found->out + (v * LANES + m) * 16;
                 _mm512_storeu_ps(own, _mm512_mul_ps(_mm512_loadu_ps(own), _mm512_set1_ps(factor[m])));
@@ -131,59 +175,117 @@ static void weigh(const Call *call, const Room *room, Scratch *scratch, long pla
     _mm256_storeu_ps(found->sum, _mm256_add_ps(sum, soften(scratch->scores, rows, base, kept)));
 }
 
-/* Rows row .. last - 1 of a plane, native ones. */
-static void attend_part(const Call *call, const Room *room, Scratch *scratch, long plane, const Place *place,
-                        Stored stored, int row, int last) {
-    int dim = call->dim, part = row / PART;
-    __m256 scale = _mm256_set1_ps(call->scale * 1.44269504f);
-    for (int tile = 0; tile < room->num_tiles; tile++) {
-        Found *found = found_of(room, plane, tile, part);
-        memset(found, 0, room->found_bytes);
-        for (int i = 0; i < LANES; i++) found->base[i] = -INFINITY;
+/* One chunk of rows for one tile: `key` and `value` as they are stored (int8) or as bf16, the next ones to be fetched. */
+INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch *scratch, long plane, int tile, int row,
+                        int rows, const void *key, const void *value, const char *next_key, const char *next_value,
+                        int channels) {
+    int dim = call->dim, num = num_in(call, tile), size = format == INT8 ? dim : 2 * dim;
+    __m256 scale = _mm256_set1_ps(call->scale * 1.44269504f), start = _mm256_setzero_ps();
+    const uint32_t *query = scratch->query + (long)tile * dim / 2 * LANES;
+    Found *found = found_of(room, plane, tile, row / PART);
+    if (format == INT4) {
+        const float *wide = scratch->wide + (long)tile * dim * LANES;
+        start = fold_ranges(dim, wide, scratch->key_range[0], scratch->key_range[1], scratch->folded);
+        query = scratch->folded;
     }
-    const uint16_t *key[CHUNK / GROUP], *value[CHUNK / GROUP], *next[CHUNK / GROUP];
-    for (; row < last; row += CHUNK) {
-        int count = last - row < CHUNK ? last - row : CHUNK, num_groups = (count + GROUP - 1) / GROUP;
-        point(stored.key, place, row, count, dim, scratch->tail[0], key);
-        point(stored.value, place, row, count, dim, scratch->tail[1], value);
-        for (int g = 0; g < num_groups; g++) {
-            int later = row + CHUNK + g * GROUP;
-            next[g] = stored.key + stored_at(place, later < last ? later : row) * dim;
+    if (format == INT8) scale = _mm256_mul_ps(scale, _mm256_loadu_ps(scratch->query_steps + tile * LANES));
+    for (int first = 0; first < rows; first += GROUP) {
+        const char *own = (const char *)key + (long)first * size, *later = next_key + (long)first * size;
+        float *scores = scratch->scores + first * LANES;
+        if (format == INT8)
+            score_codes(dim, (const uint8_t *)own, scratch->row_scale[0] + first, query,
+                        scratch->query_start + tile * 2 * LANES, scale, (const uint8_t *)later, scores);
+        else score_group(dim, (const uint16_t *)own, query, start, scale, (const uint16_t *)later, scores);
+    }
+    if (format == FP8)
+        for (int r = 0; r < rows; r++) {
+            __m256 own = _mm256_mul_ps(_mm256_loadu_ps(scratch->scores + LANES * r), _mm256_broadcast_ss(scratch->row_scale[0] + r));
+            _mm256_storeu_ps(scratch->scores + LANES * r, own);
         }
-        for (int tile = 0; tile < room->num_tiles; tile++) {
-            Found *found = found_of(room, plane, tile, part);
-            const uint32_t *query = scratch->query + (long)tile * dim / 2 * LANES;
-            int num = call->num_queries - tile * LANES < LANES ? call->num_queries - tile * LANES : LANES;
-            for (int g = 0; g < num_groups; g++)
-                score_group(dim, key[g], query, _mm256_setzero_ps(), scale, value[g], scratch->scores + g * GROUP * LANES);
-            weigh(call, room, scratch, plane, tile, row, num_groups * GROUP, found);
-            pair_up(scratch->scores, num_groups * GROUP, scratch->pairs);
-            for (int d = 0; d < dim; d += 32) {
-                const uint16_t *own[CHUNK / GROUP], *later[CHUNK / GROUP];
-                for (int g = 0; g < num_groups; g++) own[g] = value[g] + d, later[g] = next[g] + d;
-                add_values_of(num, dim, own, later, num_groups, scratch->pairs, found->out + d * LANES);
-            }
-        }
+    weigh(call, room, scratch, plane, tile, row, rows, found);
+    if (format == INT8) {
+        weight_digits(scratch->scores, rows, _mm256_loadu_ps(scratch->largest), scratch->row_scale[1], scratch->pairs,
+                      scratch->steps);
+        for (int d = 0; d < dim; d += 64)
+            add_codes_of(num, dim, (const uint8_t *)value + d, dim - d < 64 ? 0xFFFFFFFF : ~0ull, rows, scratch->pairs,
+                         scratch->steps, (const uint8_t *)next_value + d, found->out + d * LANES);
+        return;
+    }
+    float added[LANES] = {0};
+    if (format != INT4) pair_up(scratch->scores, rows, format == FP8 ? scratch->row_scale[1] : NULL, scratch->pairs);
+    for (int d = 0; d < dim; d += 32) {
+        if (format == INT4 && d % channels == 0)
+            _mm256_storeu_ps(added, weigh_ranges(scratch->scores, rows, scratch->value_range[0] + d / channels,
+                                                 scratch->value_range[1] + d / channels, dim / channels, scratch->pairs));
+        add_values_of(num, dim, (const uint16_t *)value + d, (const uint16_t *)next_value + d, rows, scratch->pairs, added,
+                      found->out + d * LANES);
     }
 }
 
-/* Puts the parts of one tile together in the first of them, normalised, and writes its outputs. */
-static void merge(const Call *call, const Room *room, long plane, int tile, int num_parts) {
+/* Rows row .. last - 1 of a plane, all in one part. */
+INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch *scratch, long plane, Place place,
+                        const Stored *stored, int row, int last) {
+    int dim = call->dim, size = format == NATIVE ? 2 * dim : format == INT4 ? dim / 2 : dim;
+    for (; row < last; row += CHUNK) {
+        int count = last - row < CHUNK ? last - row : CHUNK, rows = (count + GROUP - 1) / GROUP * GROUP;
+        long first = stored_at(&place, row), then = row + CHUNK < last ? stored_at(&place, row + CHUNK) : first;
+        const void *key = filled_up(stored->key, first, count, rows, size, scratch->rows[0] + CHUNK * dim);
+        const void *value = filled_up(stored->value, first, count, rows, size, scratch->rows[1] + CHUNK * dim);
+        const char *next_key = value, *next_value = stored->key + then * size; /* native keys are followed by values */
+        if (format == INT8 || format == FP8) {
+            widen(0, stored->key_scale + first, count, rows, scratch->row_scale[0]);
+            widen(0, stored->value_scale + first, count, rows, scratch->row_scale[1]);
+        }
+        if (format == INT8) next_key = next_value, next_value = stored->value + then * size;
+        if (format == FP8 || format == INT4) {
+            const uint8_t *later[2] = {(const uint8_t *)stored->key + then * size, (const uint8_t *)stored->value + then * size};
+            const void *codes[2] = {key, value};
+            for (int i = 0; i < 2; i++) {
+                uint16_t *out = scratch->rows[i];
+                if (format == INT4) decode_int4(codes[i], later[i], rows, dim, out);
+                else decode_fp8(codes[i], later[i], rows * dim, out);
+                for (int r = 0; format == FP8 && r < CHUNK; r++) scratch->row_scale[i][r] *= 256;
+            }
+            key = next_key = (const char *)scratch->rows[0], value = next_value = (const char *)scratch->rows[1];
+        }
+        if (format == INT4) {
+            long group = first / stored->group_size * dim, range = first * (dim / stored->channels);
+            widen_ranges(stored->key_scale + group, stored->key_low + group, dim, scratch->key_range[0],
+                         scratch->key_range[1]);
+            widen_ranges(stored->value_scale + range, stored->value_low + range, rows * (dim / stored->channels),
+                         scratch->value_range[0], scratch->value_range[1]);
+        }
+        for (int tile = 0; tile < room->num_tiles; tile++)
+            attend_tile(format, call, room, scratch, plane, tile, row, rows, key, value, next_key, next_value,
+                        stored->channels);
+    }
+}
+
+/* Puts the parts of one tile together in the first of them and writes its outputs, normalised. */
+static void merge(const Call *call, const Room *room, int is_int8, long plane, int tile, int num_parts) {
     Found *all = found_of(room, plane, tile, 0);
-    for (int i = 0; i < LANES && tile * LANES + i < call->num_queries; i++) {
-        float base = -INFINITY, sum = 0, *out = call->out + (plane * call->num_queries + tile * LANES + i) * call->dim;
-        for (int part = 0; part < num_parts; part++) base = fmaxf(base, found_of(room, plane, tile, part)->base[i]);
-        for (int d = 0; d < call->dim; d++) out[d] = 0;
+    for (int m = 0; m < num_in(call, tile); m++) {
+        float *out = call->out + (plane * call->num_queries + tile * LANES + m) * call->dim;
+        float base = -INFINITY, sum = 0, lanes[16];
+        for (int part = 0; part < num_parts; part++) base = fmaxf(base, found_of(room, plane, tile, part)->base[m]);
         for (int part = 0; part < num_parts; part++) {
             const Found *found = found_of(room, plane, tile, part);
-            float factor = exp2f(found->base[i] - base);
-            sum += factor * found->sum[i];
-            for (int v = 0; v < call->dim / 16; v++)
-                for (int lane = 0; lane < 16; lane++)
-                    out[channel_of(v, lane)] += factor * found->out[(v * LANES + i) * 16 + lane];
+            float factor = exp2f(found->base[m] - base);
+            sum += factor * found->sum[m];
+            for (int v = 0; v < room->num_vectors; v++) {
+                float *own = all->out + (v * LANES + m) * 16;
+                vec added = _mm512_mul_ps(_mm512_loadu_ps(found->out + (v * LANES + m) * 16), _mm512_set1_ps(factor));
+                _mm512_storeu_ps(own, part ? _mm512_add_ps(_mm512_loadu_ps(own), added) : added);
+            }
         }
-        for (int d = 0; d < call->dim; d++) out[d] /= sum;
-        all->base[i] = base, all->sum[i] = sum;
+        for (int v = 0; v < room->num_vectors; v++) {
+            _mm512_storeu_ps(lanes, _mm512_div_ps(_mm512_loadu_ps(all->out + (v * LANES + m) * 16), _mm512_set1_ps(sum)));
+            for (int i = 0; i < 16; i++) {
+                int channel = is_int8 ? code_channel_of(v, i) : channel_of(v, i);
+                if (channel < call->dim) out[channel] = lanes[i];
+            }
+        }
+        all->base[m] = base, all->sum[m] = sum;
     }
 }
 
@@ -217,35 +319,45 @@ static void add_columns(const Call *call, const Room *room, long plane, int row,
     }
 }
 
-/* Native rows [.., dim] of bf16: those of each plane begin at first [B, H_kv], or lie in blocks. 1: no memory. */
-int attend_native(const Call *call, const Table *table, const int64_t *first, const uint16_t *key,
-                  const uint16_t *value, int32_t dtype) {
-    (void)dtype;
+static void start_part(const Room *room, long plane, int part) {
+    for (int tile = 0; tile < room->num_tiles; tile++) {
+        Found *found = found_of(room, plane, tile, part);
+        memset(found, 0, room->found_bytes);
+        for (int i = 0; i < LANES; i++) found->base[i] = -INFINITY;
+    }
+}
+
+/* All planes. Rows from num_encoded [B] on, all where it is NULL, are as `rest` says. 1: no memory. */
+INLINE int attend(int format, const Call *call, const Table *table, const int64_t *first, const Stored *stored,
+                  int64_t capacity, const int32_t *num_encoded, const Stored *rest, int64_t rest_capacity) {
     Room room;
-    int lacks_memory = !make_room(call, &room), dim = call->dim;
+    int lacks_memory = !make_room(call, &room);
     long num_planes = (long)call->num_slots * call->num_heads, num_items = num_planes * room.num_parts;
 #pragma omp parallel num_threads(call->num_threads) reduction(| : lacks_memory) if (!lacks_memory)
     if (!lacks_memory) {
         Scratch scratch;
-        char *own = aligned_alloc(64, (room.num_tiles * dim / 2L * LANES * 4 + 2L * GROUP * dim * 2 + 63) / 64 * 64);
-        scratch.query = (uint32_t *)own;
-        scratch.tail[0] = (uint16_t *)(own + room.num_tiles * dim / 2L * LANES * 4);
-        scratch.tail[1] = scratch.tail[0] + GROUP * dim;
+        char *own = scratch_of(call, room.num_tiles, &scratch);
         lacks_memory = !own;
 #pragma omp for schedule(dynamic)
         for (long item = 0; item < num_items; item++) {
             long plane = item / room.num_parts;
-            int row = item % room.num_parts * PART, last = call->past[plane] + call->num_tokens;
+            int part = item % room.num_parts, row = part * PART, last = call->past[plane] + call->num_tokens;
             if (row >= last || !own) continue;
-            Place place = table ? in_blocks(call, table, plane) : (Place){.first = first[plane]};
-            pair_queries(call, plane, room.num_tiles, scratch.query);
-            attend_part(call, &room, &scratch, plane, &place, (Stored){key, value}, row,
-                        last < row + PART ? last : row + PART);
+            if (last > row + PART) last = row + PART;
+            Place place = table ? in_blocks(call, table, plane) : (Place){.first = first ? first[plane] : plane * capacity};
+            prepare(format, call, plane, room.num_tiles, &scratch);
+            start_part(&room, plane, part);
+            if (format == INT4) {
+                int encoded = num_encoded[plane / call->num_heads], stop = encoded < last ? encoded : last;
+                attend_rows(INT4, call, &room, &scratch, plane, place, stored, row, stop);
+                place.first = plane * rest_capacity - encoded;
+                attend_rows(NATIVE, call, &room, &scratch, plane, place, rest, row > stop ? row : stop, last);
+            } else attend_rows(format, call, &room, &scratch, plane, place, stored, row, last);
         }
 #pragma omp for schedule(dynamic)
         for (long plane = 0; plane < num_planes; plane++)
-            for (int tile = 0; tile < room.num_tiles; tile++)
-                merge(call, &room, plane, tile, (call->past[plane] + call->num_tokens + PART - 1) / PART);
+            for (int tile = 0; tile < room.num_tiles && own; tile++)
+                merge(call, &room, format == INT8, plane, tile, (call->past[plane] + call->num_tokens + PART - 1) / PART);
         if (call->columns) {
 #pragma omp for schedule(dynamic)
             for (long item = 0; item < num_items; item++) {
@@ -258,4 +370,42 @@ int attend_native(const Call *call, const Table *table, const int64_t *first, co
     }
     give_back(&room);
     return lacks_memory;
+}
+
+/* Native rows [.., dim] of bf16: those of each plane begin at first [B, H_kv], or lie in blocks. */
+int attend_native(const Call *call, const Table *table, const int64_t *first, const char *key, const char *value,
+                  int32_t dtype) {
+    (void)dtype; /* bf16, like the queries */
+    Stored stored = {.key = key, .value = value};
+    return attend(NATIVE, call, table, first, &stored, 0, NULL, NULL, 0);
+}
+
+/* Rows that are encoded one by one: codes [B, H_kv, capacity, dim], scales [B, H_kv, capacity]; or both in blocks. */
+int attend_int8(const Call *call, const Table *table, const char *key, const uint16_t *key_scale, const char *value,
+                const uint16_t *value_scale, int64_t capacity) {
+    Stored stored = {.key = key, .value = value, .key_scale = key_scale, .value_scale = value_scale};
+    return attend(INT8, call, table, NULL, &stored, capacity, NULL, NULL, 0);
+}
+
+int attend_fp8(const Call *call, const Table *table, const char *key, const uint16_t *key_scale, const char *value,
+               const uint16_t *value_scale, int64_t capacity) {
+    Stored stored = {.key = key, .value = value, .key_scale = key_scale, .value_scale = value_scale};
+    return attend(FP8, call, table, NULL, &stored, capacity, NULL, NULL, 0);
+}
+
+/* Tokens in int4 groups and the native rows after them, as in kv_attention.c. */
+int attend_int4(const Call *call, const int32_t *encoded, const char *key_code, const uint16_t *key_step,
+                const uint16_t *key_low, const char *value_code, const uint16_t *value_step, const uint16_t *value_low,
+                const char *key, const char *value, int64_t num_tokens, int64_t num_rows, int32_t group_size,
+                int32_t channels, int32_t dtype) {
+    (void)dtype;
+    Stored rest = {.key = key, .value = value}, stored = {.key = key_code,
+                                                          .value = value_code,
+                                                          .key_scale = key_step,
+                                                          .value_scale = value_step,
+                                                          .key_low = key_low,
+                                                          .value_low = value_low,
+                                                          .group_size = group_size,
+                                                          .channels = channels};
+    return attend(INT4, call, NULL, NULL, &stored, num_tokens, encoded, &rest, num_rows);
 }

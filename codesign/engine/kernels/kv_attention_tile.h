@@ -106,34 +106,42 @@ INLINE vec shared_out(const uint16_t *kept, __m256 shares) {
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15), sums);
 }
 
-/* Weights [rows][LANES] as pairs of rows in bf16. */
-INLINE void pair_up(const float *weights, int rows, uint32_t *pairs) {
+INLINE vec two_of(const float *one, const float *other) {
+    return _mm512_insertf32x8(_mm512_set1_ps(*one), _mm256_broadcast_ss(other), 1);
+}
+
+/* [LANES] of one row (or channel) and of the next as bf16 pairs. */
+INLINE __m256i paired(vec both) {
     const __m256i order = _mm256_setr_epi16(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    return _mm256_permutexvar_epi16(order, (__m256i)_mm512_cvtneps_pbh(both));
+}
+
+/* Weights [rows][LANES] as pairs of rows in bf16, times the rows' scales where they have some. */
+INLINE void pair_up(const float *weights, int rows, const float *row_scale, uint32_t *pairs) {
     for (int r = 0; r < rows; r += 2) {
-        __m256bh both = _mm512_cvtneps_pbh(_mm512_loadu_ps(weights + LANES * r));
-        _mm256_storeu_si256((__m256i *)(pairs + LANES / 2 * r), _mm256_permutexvar_epi16(order, (__m256i)both));
+        vec both = _mm512_loadu_ps(weights + LANES * r);
+        if (row_scale) both = _mm512_mul_ps(both, two_of(row_scale + r, row_scale + r + 1));
+        _mm256_storeu_si256((__m256i *)(pairs + LANES / 2 * r), paired(both));
     }
 }
 
-/* Adds (pairs of weights) (values) to out [2][LANES][16], 32 channels; what lies in the vectors is set down in
- * channel_of. `later` of each group is fetched meanwhile. */
-INLINE void add_values(int num, int dim, const uint16_t *const *value, const uint16_t *const *later, int num_groups,
-                       const uint32_t *pairs, float *out) {
+/* Adds start [LANES] and (pairs of weights) (values [rows, dim]) to out [2][LANES][16], 32 channels; what lies in the
+ * vectors is set down in channel_of. `later` is fetched meanwhile. */
+INLINE void add_values(int num, int dim, const uint16_t *value, const uint16_t *later, int rows, const uint32_t *pairs,
+                       const float *start, float *out) {
     vec sum[LANES][2];
     for (int m = 0; m < num; m++)
-        for (int half = 0; half < 2; half++) sum[m][half] = _mm512_loadu_ps(out + (half * LANES + m) * 16);
-    for (int g = 0; g < num_groups; g++) {
-        const uint16_t *row = value[g], *next = later[g];
-        for (int p = 0; p < GROUP / 2; p++, row += 2 * dim, next += 2 * dim, pairs += LANES) {
-            __m512i one = _mm512_loadu_si512(row), two = _mm512_loadu_si512(row + dim);
-            __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), high = (__m512bh)_mm512_unpackhi_epi16(one, two);
-            _mm_prefetch(next, _MM_HINT_T1);
-            _mm_prefetch(next + dim, _MM_HINT_T1);
-            for (int m = 0; m < num; m++) {
-                __m512bh weight = (__m512bh)_mm512_set1_epi32((int)pairs[m]);
-                sum[m][0] = _mm512_dpbf16_ps(sum[m][0], weight, low);
-                sum[m][1] = _mm512_dpbf16_ps(sum[m][1], weight, high);
-            }
+        for (int half = 0; half < 2; half++)
+            sum[m][half] = _mm512_add_ps(_mm512_loadu_ps(out + (half * LANES + m) * 16), _mm512_set1_ps(start[m]));
+    for (int r = 0; r < rows; r += 2, value += 2 * dim, later += 2 * dim, pairs += LANES) {
+        __m512i one = _mm512_loadu_si512(value), two = _mm512_loadu_si512(value + dim);
+        __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), high = (__m512bh)_mm512_unpackhi_epi16(one, two);
+        _mm_prefetch(later, _MM_HINT_T1);
+        _mm_prefetch(later + dim, _MM_HINT_T1);
+        for (int m = 0; m < num; m++) {
+            __m512bh weight = (__m512bh)_mm512_set1_epi32((int)pairs[m]);
+            sum[m][0] = _mm512_dpbf16_ps(sum[m][0], weight, low);
+            sum[m][1] = _mm512_dpbf16_ps(sum[m][1], weight, high);
         }
     }
     for (int m = 0; m < num; m++)
@@ -145,11 +153,11 @@ INLINE int channel_of(int v, int i) { return v / 2 * 32 + i / 4 * 8 + v % 2 * 4 
 
 #define ADD_VALUES(N) \
     case N: \
-        add_values(N, dim, value, later, num_groups, pairs, out); \
+        add_values(N, dim, value, later, rows, pairs, start, out); \
         break;
 
-static void add_values_of(int num, int dim, const uint16_t *const *value, const uint16_t *const *later, int num_groups,
-                          const uint32_t *pairs, float *out) {
+static void add_values_of(int num, int dim, const uint16_t *value, const uint16_t *later, int rows,
+                          const uint32_t *pairs, const float *start, float *out) {
     switch (num) {
         ADD_VALUES(1) ADD_VALUES(2) ADD_VALUES(3) ADD_VALUES(4) ADD_VALUES(5) ADD_VALUES(6) ADD_VALUES(7) ADD_VALUES(8)
     }
