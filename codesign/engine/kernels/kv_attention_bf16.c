@@ -211,15 +211,29 @@ INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch 
                          scratch->steps, (const uint8_t *)next_value + d, found->out + d * LANES);
         return;
     }
-    float added[LANES] = {0};
-    if (format != INT4) pair_up(scratch->scores, rows, format == FP8 ? scratch->row_scale[1] : NULL, scratch->pairs);
-    for (int d = 0; d < dim; d += 32) {
-        if (format == INT4 && d % channels == 0)
-            _mm256_storeu_ps(added, weigh_ranges(scratch->scores, rows, scratch->value_range[0] + d / channels,
-                                                 scratch->value_range[1] + d / channels, dim / channels, scratch->pairs));
-        add_values_of(num, dim, (const uint16_t *)value + d, (const uint16_t *)next_value + d, rows, scratch->pairs, added,
-                      found->out + d * LANES);
+    if (format == INT4) {
+        int half = dim / 2, num_ranges = dim / channels, known[2] = {-1, -1};
+        _Alignas(32) float start[2][LANES];
+        uint32_t pairs[2][CHUNK / 2 * LANES];
+        for (int d = 0; d < half; d += 32) {
+            for (int i = 0; i < 2; i++) {
+                int range = (d + i * half) / channels;
+                if (range == known[i]) continue;
+                _mm256_store_ps(start[i], weigh_ranges(scratch->scores, rows, scratch->value_range[0] + range,
+                                                       scratch->value_range[1] + range, num_ranges, pairs[i]));
+                known[i] = range;
+            }
+            const uint32_t *own_pairs[2] = {pairs[0], pairs[1]};
+            const float *own_start[2] = {start[0], start[1]};
+            add_nibbles_of(num, dim, (const uint8_t *)value + d, (const uint8_t *)next_value + d, rows, own_pairs,
+                           own_start, found->out + d * LANES, found->out + (half + d) * LANES);
+        }
+        return;
     }
+    pair_up(scratch->scores, rows, format == FP8 ? scratch->row_scale[1] : NULL, scratch->pairs);
+    for (int d = 0; d < dim; d += 32)
+        add_values_of(num, dim, (const uint16_t *)value + d, (const uint16_t *)next_value + d, rows, scratch->pairs,
+                      found->out + d * LANES);
 }
 
 /* Rows row .. last - 1 of a plane, all in one part. */
@@ -236,24 +250,29 @@ INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch 
             widen(0, stored->key_scale + first, count, rows, scratch->row_scale[0]);
             widen(0, stored->value_scale + first, count, rows, scratch->row_scale[1]);
         }
-        if (format == INT8) next_key = next_value, next_value = stored->value + then * size;
+        if (format == INT8) {
+            make_unsigned(key, rows * dim, (uint8_t *)scratch->rows[0]);
+            key = scratch->rows[0], next_key = next_value, next_value = stored->value + then * size;
+        }
         if (format == FP8 || format == INT4) {
-            const uint8_t *later[2] = {(const uint8_t *)stored->key + then * size, (const uint8_t *)stored->value + then * size};
+            const char *later[2] = {stored->key + then * size, stored->value + then * size};
             const void *codes[2] = {key, value};
             for (int i = 0; i < 2; i++) {
-                uint16_t *out = scratch->rows[i];
-                if (format == INT4) decode_int4(codes[i], later[i], rows, dim, out);
-                else decode_fp8(codes[i], later[i], rows * dim, out);
-                for (int r = 0; format == FP8 && r < CHUNK; r++) scratch->row_scale[i][r] *= 256;
+                if (format == INT4 && i == 0)
+                    decode_int4(codes[0], (const uint8_t *)later[0], rows, dim, scratch->rows[0]);
+                if (format == FP8) decode_fp8(codes[i], (const uint8_t *)later[i], rows * dim, scratch->rows[i]);
             }
-            key = next_key = (const char *)scratch->rows[0], value = next_value = (const char *)scratch->rows[1];
+            key = next_key = (const char *)scratch->rows[0], next_value = later[1];
+            if (format == FP8) value = next_value = (const char *)scratch->rows[1];
         }
         if (format == INT4) {
-            long group = first / stored->group_size * dim, range = first * (dim / stored->channels);
-            widen_ranges(stored->key_scale + group, stored->key_low + group, dim, scratch->key_range[0],
-                         scratch->key_range[1]);
-            widen_ranges(stored->value_scale + range, stored->value_low + range, rows * (dim / stored->channels),
-                         scratch->value_range[0], scratch->value_range[1]);
+            int num_ranges = dim / stored->channels;
+            long group = first / stored->group_size * dim, later = then / stored->group_size * dim;
+            widen_ranges(stored->key_scale + group, stored->key_low + group, dim, stored->key_scale + later,
+                         stored->key_low + later, scratch->key_range);
+            widen_ranges(stored->value_scale + first * num_ranges, stored->value_low + first * num_ranges,
+                         rows * num_ranges, stored->value_scale + then * num_ranges,
+                         stored->value_low + then * num_ranges, scratch->value_range);
         }
         for (int tile = 0; tile < room->num_tiles; tile++)
             attend_tile(format, call, room, scratch, plane, tile, row, rows, key, value, next_key, next_value,

@@ -35,7 +35,15 @@ static void query_digits(int num, int dim, const float *query, uint32_t *digits,
     }
 }
 
-/* scores [GROUP][LANES] of codes [GROUP, dim] with scales [GROUP]; `later` is fetched meanwhile. */
+/* Codes + 128 of keys, once for all queries. */
+static void make_unsigned(const uint8_t *codes, int count, uint8_t *out) {
+    for (int i = 0; i < count; i += 32) {
+        __m256i part = _mm256_loadu_si256((const __m256i *)(codes + i));
+        _mm256_storeu_si256((__m256i *)(out + i), _mm256_xor_si256(part, _mm256_set1_epi8((char)0x80)));
+    }
+}
+
+/* scores [GROUP][LANES] of codes + 128 [GROUP, dim] with scales [GROUP]; `later` is fetched meanwhile. */
 INLINE void score_codes_any(int dim, const uint8_t *codes, const float *row_scale, const uint32_t *digits,
                             const int32_t *start, __m256 scale, const uint8_t *later, float *scores) {
     __m256i first = _mm256_loadu_si256((const __m256i *)start), second = _mm256_loadu_si256((const __m256i *)start + 1);
@@ -43,16 +51,17 @@ INLINE void score_codes_any(int dim, const uint8_t *codes, const float *row_scal
         const uint8_t *rows = codes + half * dim;
         __m256i high[8], low[8];
         for (int r = 0; r < 8; r++) high[r] = first, low[r] = second;
-        for (int i = 0; i < dim / 4; i++) {
-            __m256i big = _mm256_loadu_si256((const __m256i *)digits + 2 * i);
-            __m256i small = _mm256_loadu_si256((const __m256i *)digits + 2 * i + 1);
-            if (i % 2 == 0) _mm_prefetch(later + half * dim + 32 * i, _MM_HINT_T1);
-            for (int r = 0; r < 8; r++) {
-                int four;
-                memcpy(&four, rows + r * dim + 4 * i, 4);
-                __m256i key = _mm256_xor_si256(_mm256_set1_epi32(four), _mm256_set1_epi32((int)0x80808080));
-                high[r] = _mm256_dpbusd_epi32(high[r], key, big);
-                low[r] = _mm256_dpbusd_epi32(low[r], key, small);
+        for (int i = 0; i < dim / 4; i += 2) {
+            _mm_prefetch(later + half * dim + 32 * i, _MM_HINT_T1);
+            for (int j = i; j < i + 2; j++) {
+                __m256i big = _mm256_loadu_si256((const __m256i *)digits + 2 * j);
+                __m256i small = _mm256_loadu_si256((const __m256i *)digits + 2 * j + 1);
+                for (int r = 0; r < 8; r++) {
+                    int four;
+                    memcpy(&four, rows + r * dim + 4 * j, 4);
+                    high[r] = _mm256_dpbusd_epi32(high[r], _mm256_set1_epi32(four), big);
+                    low[r] = _mm256_dpbusd_epi32(low[r], _mm256_set1_epi32(four), small);
+                }
             }
         }
         for (int r = 0; r < 8; r++) {

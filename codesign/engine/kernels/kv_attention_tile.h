@@ -107,7 +107,7 @@ INLINE vec shared_out(const uint16_t *kept, __m256 shares) {
 }
 
 INLINE vec two_of(const float *one, const float *other) {
-    return _mm512_insertf32x8(_mm512_set1_ps(*one), _mm256_broadcast_ss(other), 1);
+    return _mm512_mask_broadcastss_ps(_mm512_set1_ps(*one), 0xFF00, _mm_load_ss(other));
 }
 
 /* [LANES] of one row (or channel) and of the next as bf16 pairs. */
@@ -125,14 +125,13 @@ INLINE void pair_up(const float *weights, int rows, const float *row_scale, uint
     }
 }
 
-/* Adds start [LANES] and (pairs of weights) (values [rows, dim]) to out [2][LANES][16], 32 channels; what lies in the
+/* Adds (pairs of weights) (values [rows, dim]) to out [2][LANES][16], 32 channels; what lies in the
  * vectors is set down in channel_of. `later` is fetched meanwhile. */
 INLINE void add_values(int num, int dim, const uint16_t *value, const uint16_t *later, int rows, const uint32_t *pairs,
-                       const float *start, float *out) {
+                       float *out) {
     vec sum[LANES][2];
     for (int m = 0; m < num; m++)
-        for (int half = 0; half < 2; half++)
-            sum[m][half] = _mm512_add_ps(_mm512_loadu_ps(out + (half * LANES + m) * 16), _mm512_set1_ps(start[m]));
+        for (int half = 0; half < 2; half++) sum[m][half] = _mm512_loadu_ps(out + (half * LANES + m) * 16);
     for (int r = 0; r < rows; r += 2, value += 2 * dim, later += 2 * dim, pairs += LANES) {
         __m512i one = _mm512_loadu_si512(value), two = _mm512_loadu_si512(value + dim);
         __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), high = (__m512bh)_mm512_unpackhi_epi16(one, two);
@@ -153,11 +152,11 @@ INLINE int channel_of(int v, int i) { return v / 2 * 32 + i / 4 * 8 + v % 2 * 4 
 
 #define ADD_VALUES(N) \
     case N: \
-        add_values(N, dim, value, later, rows, pairs, start, out); \
+        add_values(N, dim, value, later, rows, pairs, out); \
         break;
 
 static void add_values_of(int num, int dim, const uint16_t *value, const uint16_t *later, int rows,
-                          const uint32_t *pairs, const float *start, float *out) {
+                          const uint32_t *pairs, float *out) {
     switch (num) {
         ADD_VALUES(1) ADD_VALUES(2) ADD_VALUES(3) ADD_VALUES(4) ADD_VALUES(5) ADD_VALUES(6) ADD_VALUES(7) ADD_VALUES(8)
     }
