@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,15 +60,15 @@ class Queries:
         num_slots, num_heads, num_queries, dim = query.shape
         self.dtype = query.dtype
         self._query = query.float().contiguous()
-        own_past = torch.tensor(past, dtype=torch.int32)
-        self._past = own_past.view(num_slots, -1).expand(-1, num_heads).contiguous()
+        every = [count for own in past for count in ([own] * num_heads if isinstance(own, int) else own)]
+        self._past = _numbers(ctypes.c_int32, every)
         self._out = torch.empty_like(self._query)
         self.columns: Tensor | None = None
         if want_columns:
             self.columns = self._query.new_empty(num_slots, num_heads, num_tokens, num_rows)
         self.struct = _Call(
             query=self._query.data_ptr(),
-            past=self._past.data_ptr(),
+            past=ctypes.addressof(self._past),
             out=self._out.data_ptr(),
             columns=None if self.columns is None else self.columns.data_ptr(),
             num_slots=num_slots,
@@ -133,8 +134,8 @@ class KVAttention:
 
     def native(self, queries: Queries, first: Sequence[Sequence[int]], key: Tensor, value: Tensor) -> None:
         """Rows as they are: those of a sequence's KV head begin at row first [B, H_kv] of key and value."""
-        starts = torch.tensor(first, dtype=torch.int64)
-        self._run("native", queries, None, *map(pointer, (starts, key, value)), _DTYPES[key.dtype])
+        starts = _numbers(ctypes.c_int64, [start for own in first for start in own])
+        self._run("native", queries, None, starts, pointer(key), pointer(value), _DTYPES[key.dtype])
 
     def paged(self, queries: Queries, table: Tensor, key: Tensor, value: Tensor) -> None:
         """Native rows in blocks of 32, each with the rows of every KV head.
@@ -164,11 +165,12 @@ class KVAttention:
                 and lows [B, H_kv, T, D / channels] of the values. channels is a multiple of 8, D of 16.
             key, value: [B, H_kv, C, D] rows after them.
         """
-        counts = torch.tensor(num_encoded, dtype=torch.int32)
+        counts = _numbers(ctypes.c_int32, num_encoded)
         self._run(
             "int4",
             queries,
-            *map(pointer, (counts, *encoded, key, value)),
+            counts,
+            *map(pointer, (*encoded, key, value)),
             ctypes.c_int64(encoded[0].shape[2]),
             ctypes.c_int64(key.shape[2]),
             group_size,
@@ -183,6 +185,11 @@ class KVAttention:
         by = [ctypes.byref(arg) if isinstance(arg, _Table) else arg for arg in args]
         if getattr(library, f"attend_{name}")(ctypes.byref(queries.struct), *by):
             raise MemoryError(f"no memory for attention over {queries.struct.num_rows} rows")
+
+
+def _numbers(kind: type[ctypes.c_int32] | type[ctypes.c_int64], numbers: Sequence[int]) -> ctypes.Array[Any]:
+    """As C takes them; a tensor of so few would take ten times as long to make."""
+    return (kind * len(numbers))(*numbers)
 
 
 def _blocks(table: Tensor | None) -> _Table | None:
