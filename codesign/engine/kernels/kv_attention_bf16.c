@@ -319,14 +319,13 @@ static void add_columns(const Call *call, const Room *room, long plane, int row,
         int num = call->num_queries - tile * LANES < LANES ? call->num_queries - tile * LANES : LANES;
         for (int first = row; first < last && first < seen; first += CHUNK) {
             long chunk = (plane * room->num_tiles + tile) * room->num_chunks + first / CHUNK;
-            float share[LANES] = {0};
-            for (int i = 0; i < num; i++)
-                share[i] = exp2f(room->chunk_base[chunk * LANES + i] - all->base[i]) * call->num_tokens /
-                           (all->sum[i] * call->num_queries);
+            __m256 below = _mm256_sub_ps(_mm256_loadu_ps(room->chunk_base + chunk * LANES), _mm256_loadu_ps(all->base));
+            __m256 part = _mm256_set1_ps((float)call->num_tokens / call->num_queries);
+            __m256 share = _mm256_div_ps(_mm256_mul_ps(lower(exp2_of(twice(below))), part), _mm256_loadu_ps(all->sum));
             for (int token = 0; token < call->num_tokens; token++) {
                 __mmask8 own = 0;
                 for (int i = 0; i < num; i++) own |= ((tile * LANES + i) % call->num_tokens == token) << i;
-                __m256 shares = _mm256_maskz_loadu_ps(own, share);
+                __m256 shares = _mm256_maskz_mov_ps(own, share);
                 for (int r = first; r < first + CHUNK && r < seen; r += 16) {
                     float *to = column + (long)token * num_rows + r;
                     __mmask16 is_seen = seen - r < 16 ? (1 << (seen - r)) - 1 : 0xFFFF;
