@@ -6,7 +6,8 @@
  *     s = scale q k            m' = max(m, s)        out = out exp(m - m') + exp(s - m') v       sum likewise
  *
  * so that each stored byte is loaded once for the whole query group. Scores, sums and outputs are fp32. head_dim is a
- * multiple of 8. 256-bit vectors, also where wider ones exist: it is decoding, not adding, that bounds this.
+ * multiple of 8. 256-bit vectors and fp32 products, for every dtype and machine. Queries in bf16 on AVX-512 go to
+ * kv_attention_bf16.c, which is compared with this.
  */
 #include <immintrin.h>
 #include <math.h>

@@ -5,6 +5,7 @@
  * likewise, and outputs are vectors of 16 channels, of each query.
  */
 #include <immintrin.h>
+#include <math.h>
 #include <string.h>
 
 #define LANES 8  /* queries of a tile */

@@ -263,6 +263,14 @@ def test_a_query_that_is_not_finite_spoils_no_other_over_int8_rows() -> None:
     assert queries.out[0, 1].isfinite().all()
 
 
+def test_the_bf16_kernel_is_there_where_the_machine_has_its_instructions() -> None:
+    """A source that does not compile would otherwise only skip the tests above."""
+    has = torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
+    is_wanted = has and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+    assert isinstance(kernel().bf16, Missing) != is_wanted, kernel().bf16
+
+
 def test_kernels_are_named_by_what_they_multiply() -> None:
     found = KVAttention(kernel().library, kernel().library)  # as where both are there
 
