@@ -122,7 +122,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/openapi.json")
     async def schema() -> dict[str, Any]:
-        return openapi.document(app, service.model)
+        return openapi.document(app, service.model, service.max_model_len)
 
     @app.exception_handler(Refusal)
     async def on_refusal(_: HttpRequest, refusal: Refusal) -> Response:
