@@ -14,9 +14,11 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
+from codesign.engine.attention.fold import fold, unfold
 from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.ragged import attend_ragged
 from codesign.engine.attention.rope import Rope
+from codesign.engine.attention.rules import check_plan, check_runs
 from codesign.engine.batch import Batch
 from codesign.engine.kernels.pieces import Pieces
 from codesign.engine.kernels.plain import PLAIN
@@ -30,7 +32,6 @@ from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.kv.store import DenseStore
 from codesign.engine.step import StepPlan
-from codesign.errors import Unsupported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +90,7 @@ class Attention:
         place: KVPlace = ON_DEVICE,
         pieces: Pieces = PLAIN,
     ) -> None:
-        missing = backend.missing(device)
-        if missing is not None:
-            name = type(backend).__module__.rpartition(".")[2]
-            raise Unsupported(f"attention {name!r} on {device}: {missing.reason}; use attention 'sdpa'")
+        check_runs(backend, device)
         self._pieces = pieces
         self.policy, self.codec, self.backend = policy, codec, backend
         self._cos, self._signed_sin = rope.tables(max_model_len, device)
@@ -173,7 +171,13 @@ class Attention:
             for layer in self._where:
                 self.staged_prompts.pop((layer, slot), None)
         starts = plan.query_starts
-        self._check(plan, starts)
+        check_plan(
+            plan,
+            num_tokens=self.store.num_tokens,
+            num_pending=self.store.num_pending,
+            max_model_len=self._max_model_len,
+            max_query_len=self._max_query_len,
+        )
         groups = tuple(self._group_step(group, plan, starts) for group in self.store.groups)
         output_tokens, rows = self._reserve(batch, starts)
         self.store.fetch(plan.slots, plan.is_prompt)
@@ -185,21 +189,6 @@ class Attention:
             slots_positions = token_slots[output], batch.positions[output]
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
         self._step = _Step(cos[:, None], signed_sin[:, None], output_tokens, rows, slots_positions, groups)
-
-    def _check(self, plan: StepPlan, starts: tuple[int, ...]) -> None:
-        for index, slot in enumerate(plan.slots):
-            length, num_tokens = plan.query_lens[index], self.store.num_tokens[slot]
-            if self.store.num_pending[slot]:
-                raise ValueError(f"slot {slot} has pending rows; commit or free them first")
-            first, last = plan.positions[starts[index]], plan.positions[starts[index + 1] - 1]
-            if (first, last) != (num_tokens, num_tokens + length - 1):
-                raise ValueError(
-                    f"slot {slot}: positions {first} to {last}, {length} of them, after {num_tokens} tokens"
-                )
-            if num_tokens + length > self._max_model_len:
-                raise ValueError(f"slot {slot}: more than max_model_len = {self._max_model_len} tokens")
-            if not plan.is_prompt[index] and length > self._max_query_len:
-                raise ValueError(f"slot {slot}: {length} output tokens, max_query_len is {self._max_query_len}")
 
     def _group_step(self, group: LayerGroup, plan: StepPlan, starts: tuple[int, ...]) -> _GroupStep:
         spans: list[Span] = []
@@ -282,10 +271,7 @@ class Attention:
 
     def _attend_output(self, call: Call, group: LayerGroup, index: int, q: Tensor) -> Tensor:
         """Output tokens: query groups folded into rows, B slots in one call, straight from the cache."""
-        shape = (len(call.spans), call.num_queries, self._num_kv_heads, self._num_groups, q.shape[2])
-        query = q.view(shape)
-        # [B, H_kv, G * Q, D]; with one query each nothing has to move
-        query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        query = fold(q, num_queries=call.num_queries, num_kv_heads=self._num_kv_heads)
         column = group.pending_column
         if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
             kernel, mass = self._attend_slots.native, None
@@ -294,9 +280,7 @@ class Attention:
             out, mass = self._attend_slots(query, group, index, call, want_columns=column is not None)
         if column is not None and mass is not None:
             column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
-        if call.num_queries > 1:
-            out = out.reshape(*out.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
-        return out.reshape(q.shape)
+        return unfold(out, num_queries=call.num_queries)
 
     def _attend_prompt(
         self, call: Call, layer: int, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor
