@@ -81,6 +81,7 @@ def make_app(service: Service) -> FastAPI:
             model=service.model,
             fingerprint=service.fingerprint,
             prompt_tokens=sum(len(request.prompt_token_ids) for request in requests[:: asked.n or 1]),
+            has_token_ids=bool(asked.return_token_ids),
         )
         if asked.stream:
             return EventStream(generation, has_usage_at_end=asked.has_usage_at_end)

@@ -13,6 +13,8 @@ import pytest
 from codesign.bundled import target_path
 from codesign.engine.build import build_engine
 from codesign.engine.models.tokenizer import Tokenizer
+from codesign.measure.http_endpoint import HttpEndpoint
+from codesign.measure.load import Load, drive
 from codesign.serve import bounds
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
@@ -169,6 +171,29 @@ def test_token_ids_are_a_prompt_too(client: httpx.Client) -> None:
 
 def test_top_k_1_is_greedy(client: httpx.Client) -> None:
     assert complete(client, temperature=1, top_k=1)["choices"] == complete(client)["choices"]
+
+
+def test_token_ids_are_said_when_asked_for(client: httpx.Client, reference: list[int]) -> None:
+    asked = {**GREEDY, "return_token_ids": True}
+    chunks = stream(client, "/v1/completions", asked)
+
+    assert complete(client, **asked)["choices"][0]["token_ids"] == reference[:16]
+    assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[token] for token in reference[:16]]
+    assert "token_ids" not in complete(client)["choices"][0]
+
+
+def test_the_load_that_measures_other_servers_drives_ours(server: ServerProcess, reference: list[int]) -> None:
+    sampling = SamplingParams(max_tokens=16)
+    requests = [
+        Request(request_id=str(index), prompt_token_ids=tuple(TOKENIZER.encode(PROMPT)), sampling=sampling)
+        for index in range(3)
+    ]
+    endpoint = HttpEndpoint(server.url, model="bundled", api_key=server.key, extra={"return_token_ids": True})
+    with endpoint:
+        result = drive(endpoint, Load(requests=tuple(requests), concurrency=3))
+
+    assert all(result.tokens[request.request_id] == tuple(reference[:16]) for request in requests)
+    assert [sample.output_tokens for sample in result.samples] == [16] * 3
 
 
 def test_logprobs_of_a_completion(client: httpx.Client, reference: list[int]) -> None:
