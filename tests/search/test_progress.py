@@ -24,7 +24,7 @@ def lines(*, is_terminal: bool) -> str:
         progress.begin((), Limits(trials=3))
         for number, (config, kind) in enumerate([(DEFAULT, "ok"), (OTHER, "ok"), (OTHER, "oom")]):
             progress.trial(identity(number), config)
-            progress.phase("measure", 0.5)
+            progress.phase(identity(number).uid, "measure", 0.5)
             records.append(record_of(identity(number), config, kind, "[red]too much[/red]\nmore"))  # type: ignore[arg-type]
             progress.finished(records[-1], records)
     return stream.getvalue()

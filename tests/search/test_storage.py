@@ -110,7 +110,7 @@ def test_torn_and_foreign_records_are_put_aside_said_and_the_study_goes_on(study
 def test_a_lease_lives_as_long_as_its_process(tmp_path: Path) -> None:
     with leases.hold(tmp_path) as lease:
         assert leases.sweep(tmp_path) == (lease,)
-        leases.bind(tmp_path, lease, "abc")
+        leases.write(tmp_path, dataclasses.replace(lease, uid="abc"))
         assert leases.sweep(tmp_path)[0].uid == "abc"
 
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,21 @@
+"""What runs where, in words: host, worker process, device."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from codesign.results.record import TrialRecord
+from codesign.search.lease import Lease
+
+
+def where(lease: Lease) -> str:
+    """`node-7, pid 4711, cores 0-3`: of a trial that runs."""
+    return ", ".join(part for part in (lease.host, f"pid {lease.pid}", lease.place) if part)
+
+
+def placement_text(record: TrialRecord) -> str:
+    """The same of a trial that has ended; "" where its record does not say."""
+    placement: Any = record.provenance.get("placement")
+    if not isinstance(placement, Mapping):
+        return ""
+    parts = (placement.get("host"), f"pid {placement.get('worker')}", placement.get("device"))
+    return ", ".join(str(part) for part in parts if part)
