@@ -1,6 +1,6 @@
 """The PostgreSQL database that several searches share: its address, its connections, and what happens in an outage.
 
-Every step of a search is one transaction that may be run twice, so an answer that was lost on the way back does no harm:
+Every step of a search is one transaction that may be run twice, so an answer that is lost on its way does no harm:
 `run` simply runs the step again, for as long as a database takes to restart.
 """
 

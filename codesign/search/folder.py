@@ -10,9 +10,10 @@ reports/NAME/
   leases/          what runs now, and who holds it
   index.html trials.csv front.json      written by the report
 
-A study with `--storage` has its truth in a database: trials/ is then a mirror, there is no study.db, and several searches
-may have the folder open. Such a folder may lie on a network file system, since every file in it is written whole and
-under a name of its own or with the same content. A study without it may not: its lock and study.db need a local disk.
+A study with `--storage` has its truth in a database: trials/ is then a mirror, there is no study.db, and several
+searches may have the folder open. Such a folder may lie on a network file system, since every file in it is written
+whole, under a name of its own or with the same content. A study without `--storage` may not: its lock and study.db need
+a local disk.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """Worker leases: who holds a study's running trial, and whether that process still lives.
 
-A lease is a small document that exists before a trial is asked for: a file `leases/<worker>.json` in a study's folder, a
-column beside the trial in a database. Optuna's own heartbeat misses trials that die before their first beat, and exists
-only inside `optimize()`. Here a worker is dead when its process is gone: same boot, same pid, same start time means
-alive, anything else is dead, so a reused pid or a rebooted machine never keeps a dead trial running.
+A lease is a small document that exists before a trial is asked for: a file `leases/<worker>.json` in a study's folder,
+a column beside the trial in a database. Optuna's own heartbeat misses trials that die before their first beat, and
+exists only inside `optimize()`. Here a worker is dead when its process is gone: same boot, same pid, same start time
+means alive, anything else is dead, so a reused pid or a rebooted machine never keeps a dead trial running.
 """
 
 import contextlib

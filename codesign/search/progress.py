@@ -138,7 +138,9 @@ class ConsoleProgress:
         """What runs where, and how far the study is."""
         now = time.monotonic()
         lines = [
-            " | ".join(part for part in (run.text, run.place, f"{run.phase} {format_seconds(now - run.began_s)}") if part)
+            " | ".join(
+                part for part in (run.text, run.place, f"{run.phase} {format_seconds(now - run.began_s)}") if part
+            )
             for run in list(self._ours.values())
         ]
         for lease in self._elsewhere:

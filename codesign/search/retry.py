@@ -25,7 +25,9 @@ def latest(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     return list(by_number.values())
 
 
-def to_retry(records: Sequence[TrialRecord], attempts: Mapping[int, int], running: frozenset[int]) -> TrialRecord | None:
+def to_retry(
+    records: Sequence[TrialRecord], attempts: Mapping[int, int], running: frozenset[int]
+) -> TrialRecord | None:
     """The latest record of a trial that has attempts left, or None.
 
     Args:

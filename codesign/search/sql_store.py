@@ -14,7 +14,7 @@ The folder is a mirror: records and leases are written there for people and for 
 
 import dataclasses
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,7 +24,8 @@ from sqlalchemy import BigInteger, Column, Connection, DateTime, Index, Integer,
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from codesign.results.ledger import write_record
+from codesign.errors import WorkError
+from codesign.results.ledger import read_records, write_record
 from codesign.results.record import TrialIdentity, TrialRecord
 from codesign.search import lease as leases
 from codesign.search.advisor import frozen
@@ -114,6 +115,7 @@ class SqlStore:
         load(folder.trials, say)  # puts damaged files aside; what is missing is written again
         with database.opening():
             self._open_index()
+        self._send_unsent(say)
 
     # Reading.
 
@@ -141,7 +143,9 @@ class SqlStore:
         renew = sqlalchemy.update(LEDGER).where(mine, _c.deadline < due).values(deadline=self._deadline())
         connection.execute(renew)
         # While the database was away nobody could renew, so after its start everybody has as long as a lease lasts.
-        has_passed = (_c.deadline < func.now()) & (func.pg_postmaster_start_time() < func.now() - _seconds(self._lease_s))
+        has_passed = (_c.deadline < func.now()) & (
+            func.pg_postmaster_start_time() < func.now() - _seconds(self._lease_s)
+        )
         query = sqlalchemy.select(_c.uid, _c.token, _c.lease, _c.deadline, has_passed.label("has_passed"))
         running = []
         for row in connection.execute(query.where(*self._of_kind("running"))).all():
@@ -208,10 +212,20 @@ class SqlStore:
         return dataclasses.replace(claim, lease=lease)
 
     def finish(self, claim: Claim, record: TrialRecord, told: Told | None) -> bool:
-        token = str(claim.key)
+        try:
+            was_in_time = self._finish(record, claim.point, told, str(claim.key))
+        except WorkError:  # the database is away for good, or a signal came while it was
+            write_record(self._folder.trials / "unsent", _with_token(record, str(claim.key)))
+            raise
+        self._running.pop(record.uid, None)
+        if was_in_time:
+            self._handed.add(record.uid)
+        self._mirror()
+        return was_in_time
 
+    def _finish(self, record: TrialRecord, point: Point, told: Told | None, token: str) -> bool:
         def step(connection: Connection) -> bool:
-            if self._end(connection, record, claim.point, told, token):
+            if self._end(connection, record, point, told, token):
                 return True
             row = connection.execute(sqlalchemy.select(_c.kind, _c.token, _c.json).where(_c.uid == record.uid)).first()
             if row is not None and (row.kind, row.token, row.json) == ("done", token, record.to_json()):
@@ -221,14 +235,23 @@ class SqlStore:
             return False
 
         was_in_time = self._database.run(step)
-        self._running.pop(record.uid, None)
         if was_in_time:
-            self._handed.add(record.uid)
             write_record(self._folder.trials, record)
         else:
-            write_record(self._folder.trials / "late", dataclasses.replace(record, uid=f"{record.uid}-{token}"))
-        self._mirror()
+            write_record(self._folder.trials / "late", _with_token(record, token))
         return was_in_time
+
+    def _send_unsent(self, say: Callable[[str], None]) -> None:
+        """Hands in what an earlier search measured and could not hand in; in time, unless the trial was given up."""
+        records, _ = read_records(self._folder.trials / "unsent")
+        for kept in records:
+            uid, _, token = kept.uid.rpartition("-")
+            record = dataclasses.replace(kept, uid=uid)
+            point = self._points.located(EngineConfig.from_dict(record.config))
+            was_in_time = self._finish(record, point, told(record, self._objectives, ()), token)
+            became = "handed in" if was_in_time else "late"
+            say(f"trial {record.number}, measured before the database went away, is {became}")
+            (self._folder.trials / "unsent" / f"{kept.uid}.json").unlink()
 
     def abandon(self, claim: Claim) -> None:
         delete = sqlalchemy.delete(LEDGER).where(*_held(claim))
@@ -254,7 +277,9 @@ class SqlStore:
         # The study's row is locked until the commit, so that places are told in the order of the commits.
         count = sqlalchemy.update(LEDGER).where(_c.uid == f"study/{self._folder.name}").values(place=_c.place + 1)
         place = connection.execute(count.returning(_c.place)).scalar_one()
-        end = sqlalchemy.update(LEDGER).where(_c.uid == record.uid, _c.kind == "running", _c.token == token, *conditions)
+        end = sqlalchemy.update(LEDGER).where(
+            _c.uid == record.uid, _c.kind == "running", _c.token == token, *conditions
+        )
         ended = connection.execute(end.values(kind="done", json=record.to_json(), deadline=None, place=place))
         if ended.rowcount == 1:
             self._add_to_index(connection, frozen(point, told, uid=record.uid))
@@ -324,6 +349,11 @@ class SqlStore:
         for path in self._folder.leases.glob("*.json"):
             if path.stem not in now:
                 path.unlink(missing_ok=True)
+
+
+def _with_token(record: TrialRecord, token: str) -> TrialRecord:
+    """The record under a uid that says which lease it came from."""
+    return dataclasses.replace(record, uid=f"{record.uid}-{token}")
 
 
 def _held(claim: Claim) -> tuple[sqlalchemy.ColumnElement[bool], ...]:

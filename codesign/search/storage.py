@@ -65,9 +65,7 @@ class Index:
         """Adds a finished trial."""
         self._storage.create_new_trial(self._study_id, template_trial=trial)
 
-    def reap(
-        self, objectives: Sequence[Objective], records: Sequence[TrialRecord]
-    ) -> list[FrozenTrial]:
+    def reap(self, objectives: Sequence[Objective], records: Sequence[TrialRecord]) -> list[FrozenTrial]:
         """Finishes what dead workers left RUNNING: told where the record exists, FAIL where it does not.
 
         To be called before any trial of ours is started. Returns every trial as it was before.

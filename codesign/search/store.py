@@ -1,7 +1,7 @@
 """Where a study's records and running trials are kept: what the study loop asks of it, and nothing more.
 
-    folder_store    one search on one machine: trials/*.json is the truth, study.db Optuna's index over it
-    sql_store       several searches on several machines: one PostgreSQL database holds both, the folder is a mirror
+folder_store    one search on one machine: trials/*.json is the truth, study.db Optuna's index over it
+sql_store       several searches on several machines: one PostgreSQL database holds both, the folder is a mirror
 """
 
 import dataclasses

@@ -13,9 +13,9 @@ trial ends is a result.
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 from codesign.errors import WorkError
 from codesign.results.files import write_file
@@ -31,6 +31,7 @@ from codesign.search.propose import propose
 from codesign.search.retry import RETRIES, is_settled, latest, to_retry
 from codesign.search.store import Claim, Store
 from codesign.search.suggest import Point, Points
+from codesign.search.world import check_same_world, difference
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
 from codesign.spec.yaml import dump_yaml
@@ -90,6 +91,7 @@ class Study:
         folder: where the configurations of the trials are written.
         store: records and leases of the study.
         pool: measures; what it is given to do and has not done is cancelled when the loop ends.
+        world: provenance of what trials are measured on here, where that is known before the first.
         predict: says why a configuration cannot run here, or None; such ones are recorded without being built.
         write_report: writes what people read, from the folder.
     """
@@ -107,6 +109,7 @@ class Study:
         write_report: Callable[[], object],
         predict: Callable[[EngineConfig], Misfit | None] = lambda config: None,
         seed: int = 0,
+        world: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder = folder
         self._store = store
@@ -118,6 +121,7 @@ class Study:
         self._write_report = write_report
         self._predict = predict
         self._seed = seed
+        self._world = world or {}
         self._advisor = Advisor(points, objectives, seed)
         self._claims: dict[str, Claim] = {}
         self._records: list[TrialRecord] = []
@@ -129,12 +133,14 @@ class Study:
         """Goes on with the study until `limits`, an empty space or a signal stop it.
 
         Raises:
+            InputError: its trials were measured in another world.
             WorkError: infrastructure fails again and again. What was finished is kept.
             OSError, optuna or sqlalchemy errors: the disk is full (`open_study` explains them).
         """
         for record in self._store.refresh():
             self._learn(record, self._located(record), told(record, self._objectives, self._records))
         self._records.sort(key=_place)
+        check_same_world(self._records, self._world, self._folder.path)
         self._write_configs()
         self._progress.begin(self._records, limits)
         try:
@@ -244,6 +250,7 @@ class Study:
         claim = self._claims.get(record.uid)
         if claim is None or record.config_digest != claim.point.config.digest:
             raise RuntimeError(f"measured {record.uid}, which was not asked for")
+        record = self._of_this_world(record)
         result = told(record, self._objectives, self._records)
         was_ours = self._store.finish(claim, record, result)
         del self._claims[record.uid]
@@ -253,6 +260,16 @@ class Study:
             self._progress.say(
                 f"trial {record.number}: its lease had been given up before it ended; the result is kept aside as late"
             )
+
+    def _of_this_world(self, record: TrialRecord) -> TrialRecord:
+        """The record; without its figures when a worker measured it on something else than the study's other trials."""
+        changed = difference(self._records, record.provenance)
+        if changed is None:
+            return record
+        detail = f"measured in another world ({changed}), which cannot be compared"
+        return dataclasses.replace(
+            record, outcome=Outcome(kind="harness", detail=detail), metrics={}, requests=(), quality={}, violations={}
+        )
 
     def _learn(self, record: TrialRecord, point: Point, result: Told | None) -> None:
         self._records.append(record)

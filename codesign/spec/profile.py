@@ -14,8 +14,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from codesign.bundled import target_path
 from codesign.errors import InputError, shown
 from codesign.spec.hardware import Device, Hardware
 from codesign.spec.metrics import METRICS, Objective
@@ -67,6 +68,26 @@ class Profile:
         """Sixteen hex digits of everything above but the file's own place and the search space."""
         text = json.dumps(self.sections, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_sections(cls, name: str, sections: Mapping[str, Any]) -> Self:
+        """The profile of which these are the `sections`, without its search space; for another process or machine.
+
+        A model that is a directory must be at the same path there.
+        """
+        model = dict(sections["model"])
+        if model["name"] == "bundled":
+            model["path"] = str(target_path())
+        return cls(
+            path=Path(f"{name}.yaml"),
+            hardware=Hardware.model_validate(sections["hardware"]),
+            model_spec=ModelSpec(**model),
+            workload=Workload.model_validate(sections["workload"]),
+            slo=Slo.model_validate(sections["slo"]),
+            objectives=tuple(Objective(**objective) for objective in sections["objectives"]),
+            search_space=None,
+            sections=sections,
+        )
 
 
 def load_profile(path: str | Path, *, model_override: str | None = None, fetch: Fetch = cached_snapshot) -> Profile:

@@ -23,8 +23,8 @@ import sqlalchemy
 
 from codesign.results import files
 from codesign.results.record import TrialIdentity, TrialRecord
-from codesign.search import lease as leases
 from codesign.search import folder_store, storage
+from codesign.search import lease as leases
 from codesign.search.interrupt import Interrupt
 from codesign.search.limits import Limits
 from codesign.spec.engine_config import EngineConfig

@@ -21,7 +21,9 @@ def binary(name: str) -> Path | None:
     """Debian keeps the server's programs out of PATH."""
     found = shutil.which(name)
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
-    return next((path for path in [Path(found)] * bool(found) + [folder / name for folder in folders] if path.exists()), None)
+    return next(
+        (path for path in [Path(found)] * bool(found) + [folder / name for folder in folders] if path.exists()), None
+    )
 
 
 class Server:

@@ -15,7 +15,7 @@ from codesign.search.inputs import Inputs
 from codesign.search.interrupt import Interrupt
 from codesign.search.lease import Lease
 from codesign.search.limits import Limits
-from codesign.search.pool import InlinePool
+from codesign.search.pool import InlinePool, Pool
 from codesign.search.study import Misfit, Study, StudyResult
 from codesign.search.suggest import Points
 from codesign.spec.engine_config import EngineConfig
@@ -90,6 +90,7 @@ def run_study(
     space: SearchSpace,
     *,
     measure: Callable[..., TrialRecord] | None = None,
+    pool: Pool | None = None,
     limits: Limits | None = None,
     name: str | None = "study",
     objectives: Sequence[Objective] = OBJECTIVES,
@@ -109,7 +110,7 @@ def run_study(
         study = Study(
             folder,
             store=store,
-            pool=InlinePool(measure or FakeMeasure(), interrupt),
+            pool=pool or InlinePool(measure or FakeMeasure(), interrupt),
             points=points,
             objectives=objectives,
             progress=heard,
