@@ -146,13 +146,16 @@ def measure(
 
 @app.command()
 def front(study: StudyPath, as_json: Json = False) -> Answer:
-    """Show a study's Pareto front and its named picks."""
+    """Show a study's Pareto front, its named picks, and what runs where."""
     from codesign.report.exports import front_document
     from codesign.report.study import Study
     from codesign.search.folder import find_study
+    from codesign.search.lease import running_in
+    from codesign.search.where import running_document
 
     folder = find_study(study)
-    return Answer(front_document(Study.load(folder)), lambda: print_front(folder))
+    document = {**front_document(Study.load(folder)), "running": running_document(running_in(folder / "leases"))}
+    return Answer(document, lambda: print_front(folder))
 
 
 @app.command()

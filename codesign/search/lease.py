@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Self
 
 from codesign.measure import linux
 
+HEARD_S = 120.0  # leases of other machines are written again by each search that hears of them
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -123,6 +125,19 @@ def sweep(folder: Path) -> tuple[Lease, ...]:
         if part.stem not in {lease.worker for lease in living}:
             part.unlink(missing_ok=True)
     return tuple(living)
+
+
+def running_in(folder: Path) -> tuple[Lease, ...]:
+    """What is measured now, by number, for a reader: of processes that live here, or that were heard of lately."""
+    found = []
+    for path in folder.glob("*.json"):
+        try:
+            lease, heard_s = Lease.from_json(path.read_text()), path.stat().st_mtime
+        except (OSError, ValueError, TypeError):  # gone meanwhile, or no lease
+            continue
+        if lease.uid and lease.is_alive and (lease.is_here or time.time() - heard_s < HEARD_S):
+            found.append(lease)
+    return tuple(sorted(found, key=lambda lease: (lease.number, lease.attempt)))
 
 
 def start_ticks(pid: int) -> int | None:

@@ -343,7 +343,10 @@ class SqlStore:
     def _mirror(self) -> None:
         """leases/ holds what runs now, wherever it runs."""
         for lease in self._running.values():
-            if not (self._folder.leases / f"{lease.worker}.json").exists():
+            path = self._folder.leases / f"{lease.worker}.json"
+            if path.exists():
+                path.touch()  # still there, as of now
+            else:
                 leases.write(self._folder.leases, lease)
         now = {lease.worker for lease in self._running.values()}
         for path in self._folder.leases.glob("*.json"):

@@ -1,6 +1,6 @@
 """What runs where, in words: host, worker process, device."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from codesign.results.record import TrialRecord
@@ -10,6 +10,22 @@ from codesign.search.lease import Lease
 def where(lease: Lease) -> str:
     """`node-7, pid 4711, cores 0-3`: of a trial that runs."""
     return ", ".join(part for part in (lease.host, f"pid {lease.pid}", lease.place) if part)
+
+
+def running_document(leases: Sequence[Lease]) -> list[dict[str, Any]]:
+    """The same of all that run, as plain data."""
+    return [
+        {
+            "number": lease.number,
+            "attempt": lease.attempt,
+            "host": lease.host,
+            "pid": lease.pid,
+            "place": lease.place,
+            "since": lease.since,
+            "config": dict(lease.config),
+        }
+        for lease in leases
+    ]
 
 
 def placement_text(record: TrialRecord) -> str:

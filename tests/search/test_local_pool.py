@@ -144,7 +144,12 @@ def test_ctrl_c_keeps_what_has_finished_and_ends_the_workers(tmp_path: Path) -> 
 
     with interrupt.installed(), pool_of(2, seconds=0.2) as pool:
         result = run_study(
-            tmp_path, space_of(tmp_path, GRID), pool=pool, heard=Striking(), interrupt=interrupt, limits=Limits(trials=9)
+            tmp_path,
+            space_of(tmp_path, GRID),
+            pool=pool,
+            heard=Striking(),
+            interrupt=interrupt,
+            limits=Limits(trials=9),
         )
         pids = pool.pids
 
