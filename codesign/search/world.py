@@ -28,7 +28,8 @@ def check_same_world(records: Sequence[TrialRecord], here: Mapping[str, Any], st
 
 def difference(records: Sequence[TrialRecord], here: Mapping[str, Any]) -> str | None:
     """In what `here` is another world than that of the latest record that names its own; None where it is not."""
-    before = next((record.provenance for record in reversed(records) if "versions" in record.provenance), None)
+    known = (record.provenance for record in reversed(records) if record.outcome.kind != "harness")
+    before = next((provenance for provenance in known if "versions" in provenance), None)
     if before is None or "versions" not in here:
         return None
     then, now = _world(before), _world(here)

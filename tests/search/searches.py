@@ -71,10 +71,9 @@ def found(records: list[TrialRecord]) -> set[str]:
     return {record.config_digest for record in front(records, OBJECTIVES)}
 
 
-def check_ledger(server: Server, url: str, acked: set[str], num_trials: int) -> list[TrialRecord]:
+def check_ledger(server: Server, acked: set[str], num_trials: int) -> list[TrialRecord]:
     """Nothing lost, doubled or left running in the database. Returns its records."""
-    database = url.rpartition("/")[2]
-    rows = server.query("SELECT uid, kind, json FROM codesign_ledger ORDER BY place", database)
+    rows = server.query("SELECT uid, kind, json FROM codesign_ledger ORDER BY place")
     kinds = [kind for _, kind, _ in rows]
     assert kinds.count("study") == 1
     assert "running" not in kinds
@@ -86,7 +85,7 @@ def check_ledger(server: Server, url: str, acked: set[str], num_trials: int) -> 
     # A configuration has one good result, whoever measured it and however often it was lost on the way.
     assert len({record.config_digest for record in records if record.outcome.kind == "ok"}) == num_trials
     assert sum(record.outcome.kind == "ok" for record in records) == num_trials
-    states = dict(server.query("SELECT state, count(*) FROM trials GROUP BY state", database))
+    states = dict(server.query("SELECT state, count(*) FROM trials GROUP BY state"))
     assert states.get("COMPLETE") == num_trials
     assert states.keys() <= {"COMPLETE", "FAIL"}
     assert sum(int(str(count)) for count in states.values()) == len(records)

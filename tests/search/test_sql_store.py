@@ -34,6 +34,8 @@ from tests.search.searches import Search, check_ledger, found
 from tests.search.shared_runner import GRID
 from tests.search.studies import Heard, inputs_of, run_study, space_of
 
+SMALL_GRID = "max_batch_size: [1, 2, 4, 8]\nmax_step_tokens: [128, 256, 512]\n"
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
@@ -44,7 +46,8 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def url(server: Server) -> str:
-    return server.url()
+    server.empty()
+    return server.url
 
 
 @contextlib.contextmanager
@@ -94,7 +97,7 @@ def test_a_shared_study_draws_and_finds_what_a_local_one_does(tmp_path: Path, se
     shared = search(tmp_path, url, trials=12)
 
     assert [r.config_digest for r in shared.records] == [r.config_digest for r in local.records]
-    records = check_ledger(server, url, {record.uid for record in shared.records}, 12)
+    records = check_ledger(server, {record.uid for record in shared.records}, 12)
     mirrored, _ = read_records(tmp_path / "study" / "trials")
     assert mirrored == records
     assert not (tmp_path / "study" / "study.db").exists()
@@ -151,7 +154,7 @@ def test_a_result_after_its_lease_was_given_up_is_late_kept_and_not_told(
         assert (lost.uid, lost.outcome.kind) == (claim.identity.uid, "harness")
         assert "has not been heard of" in lost.outcome.detail
         assert sorted(record.uid for record in paused.refresh()) == sorted([lost.uid, good.uid])
-    check_ledger(server, url, {lost.uid, good.uid}, 1)
+    check_ledger(server, {lost.uid, good.uid}, 1)
     (kept,) = read_records(tmp_path / "study" / "trials" / "late")[0]
     assert kept.uid == f"{late.uid}-{claim.key}"
     assert kept.metrics == late.metrics
@@ -164,7 +167,7 @@ def test_handing_in_twice_because_the_answer_was_lost_changes_nothing(tmp_path: 
         record = record_of(claim.identity, POINTS[0])
 
         assert [store.finish(claim, record, told(record, OBJECTIVES, [])) for _ in range(2)] == [True, True]
-    check_ledger(server, url, {record.uid}, 1)
+    check_ledger(server, {record.uid}, 1)
 
 
 def test_a_search_that_is_gone_from_this_machine_is_buried_at_once(tmp_path: Path, url: str) -> None:
@@ -188,7 +191,7 @@ def test_an_index_that_somebody_deleted_is_made_again(tmp_path: Path, server: Se
     storage.engine.dispose()
     search(tmp_path, url, trials=5)
 
-    check_ledger(server, url, {record.uid for record in result.records}, 5)
+    check_ledger(server, {record.uid for record in result.records}, 5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT], ids=["restart", "crash"])
@@ -208,7 +211,7 @@ def test_a_database_that_goes_away_is_waited_for_said_and_loses_nothing(
     restarts[0].join()
 
     assert [record.number for record in result.records] == list(range(5))
-    check_ledger(server, url, {record.uid for record in result.records}, 5)
+    check_ledger(server, {record.uid for record in result.records}, 5)
     assert any("does not answer" in text for text in heard.said)
     assert any("answers again" in text for text in heard.said)
 
@@ -235,27 +238,28 @@ def test_a_result_that_could_not_be_handed_in_before_ctrl_c_is_handed_in_by_the_
 
     assert [identity.number for identity, _ in again.calls] == [3]
     assert any("trial 2" in text and "handed in" in text for text in heard.said)
-    check_ledger(server, url, {record.uid for record in result.records}, 4)
+    check_ledger(server, {record.uid for record in result.records}, 4)
 
 
 def test_searches_and_workers_killed_and_a_restart_lose_double_and_leave_nothing(
     tmp_path: Path, server: Server, url: str
 ) -> None:
     """Two searches of two workers each; the long version with Ray is tests/benchmarks/chaos.py."""
-    alone = run_study(tmp_path / "alone", space_of(tmp_path, GRID), limits=Limits(trials=20))
+    alone = run_study(tmp_path / "alone", space_of(tmp_path, SMALL_GRID), limits=Limits(trials=12))
     rng, acked = random.Random(6), set()
-    running = {name: Search(tmp_path / name, url, trials=20, workers=2, seconds=0.3, lease_s=5.0) for name in "ab"}
+    options = {"trials": 12, "workers": 2, "seconds": 0.3, "lease_s": 5.0, "space": SMALL_GRID}
+    running = {name: Search(tmp_path / name, url, **options) for name in "ab"}
     began_s, strikes, restarted = time.monotonic(), 0, False
     while any(search.is_running for search in running.values()):
         assert time.monotonic() - began_s < 120
-        time.sleep(0.7)
+        time.sleep(0.5)
         num_acked = len(set().union(*(search.acked for search in running.values())) | acked)
-        if num_acked > 8 and not restarted:
+        if num_acked > 4 and not restarted:
             server.restart(away_s=0.5)
             restarted = True
         name = rng.choice("ab")
         victim = running[name]
-        if strikes < 6 and victim.is_running and victim.acked:
+        if strikes < 4 and victim.is_running and victim.acked:
             workers = psutil.Process(victim.process.pid).children()
             with contextlib.suppress(psutil.NoSuchProcess):
                 (rng.choice(workers) if workers and strikes % 3 else victim.process).kill()
@@ -263,13 +267,13 @@ def test_searches_and_workers_killed_and_a_restart_lose_double_and_leave_nothing
         if not victim.is_running and victim.process.returncode == -signal.SIGKILL:
             victim.wait(10)
             acked |= set(victim.acked)
-            running[name] = Search(tmp_path / name, url, trials=20, workers=2, seconds=0.3, lease_s=5.0)
+            running[name] = Search(tmp_path / name, url, **options)
     statuses = [search.wait(10) for search in running.values()]
 
     assert statuses == [0, 0], [search.said for search in running.values()]
-    assert restarted and strikes >= 3
+    assert restarted and strikes >= 2
     acked |= set().union(*(search.acked for search in running.values()))
-    records = check_ledger(server, url, acked, 20)
+    records = check_ledger(server, acked, 12)
     assert found(records) == found(list(alone.records))
     for search_ in running.values():
         assert found(search_.records) == found(records)
@@ -308,14 +312,14 @@ def test_two_searches_in_two_networks_share_a_study_and_agree_on_the_front(
     here, there, address, _ = two_networks
     server = Server(host=address, prefix=here)
     try:
-        url = server.url()
+        url = server.url
         searches = [
             Search(tmp_path / name, url, prefix=prefix, trials=16, seconds=0.25)
             for name, prefix in (("here", here), ("there", there))
         ]
         assert [search.wait(90) for search in searches] == [0, 0], [search.said for search in searches]
 
-        records = check_ledger(server, url, {uid for search in searches for uid in search.acked}, 16)
+        records = check_ledger(server, {uid for search in searches for uid in search.acked}, 16)
     finally:
         server.close()
     assert found(searches[0].records) == found(searches[1].records) == found(records)
@@ -354,7 +358,7 @@ def test_the_password_is_written_nowhere(tmp_path: Path, server: Server, url: st
     assert "canary" not in " ".join([str(caught.value), *heard.said, Database(url).address])
     for path in (tmp_path / "study").rglob("*"):
         assert not path.is_file() or PASSWORD.encode() not in path.read_bytes(), path
-    dump = server.query("SELECT string_agg(codesign_ledger::text, ' ') FROM codesign_ledger", url.rpartition("/")[2])
+    dump = server.query("SELECT string_agg(codesign_ledger::text, ' ') FROM codesign_ledger")
     assert PASSWORD not in str(dump)
     assert redacted(["search", "p.yaml", "--storage", url, f"--storage={url}"]) == [
         "search", "p.yaml", "--storage", url.replace(PASSWORD, "***"), f"--storage={url.replace(PASSWORD, '***')}",
