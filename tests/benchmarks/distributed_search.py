@@ -9,8 +9,8 @@ overhead        seconds per trial that the store itself takes (claim, finish, re
 interference    bytes per second of a loop that reads memory, alone and beside one on other cores: why timing windows on
                 a processor take turns
 
-Writes reports/benchmarks/distributed_search.json, keeping the parts that were not asked for; exits 1 when what is wanted
-does not hold. The PostgreSQL parts need its binaries and psycopg.
+Writes reports/benchmarks/distributed_search.json, keeping the parts that were not asked for; exits 1 when what is
+wanted does not hold. The PostgreSQL parts need its binaries and psycopg.
 """
 
 import argparse
