@@ -192,7 +192,7 @@ def test_a_search_measures_in_a_worker_and_says_where(capfd: pytest.CaptureFixtu
     (placement,) = {json.dumps(record.provenance["placement"]) for record in records}
     assert json.loads(placement)["worker"] != os.getpid()
     assert json.loads(placement)["cores"] == 1
-    assert f"pid {json.loads(placement)['worker']}, cpu, cores" in stderr
+    assert f"worker {json.loads(placement)['worker']}, cpu, cores" in stderr
     left = subprocess.run(["pgrep", "-f", "codesign.search.worker"], capture_output=True, text=True).stdout.split()
     assert not {int(pid) for pid in left} & {json.loads(placement)["worker"]}
 
@@ -216,11 +216,11 @@ def test_front_says_what_runs_where(capfd: pytest.CaptureFixture[str], study: Pa
         leases.write(study / "leases", running)
         status, out, _ = run(capfd, "front", study)
         assert status == 0
-        assert "running: trial 9, " in out and f"on {lease.host}, pid {os.getpid()}, cores 4-7, since 2026" in out
+        assert "running: trial 9, " in out and f"on {lease.host}, search {os.getpid()}, cores 4-7, since 2026" in out
 
         _, out, _ = run(capfd, "front", study, "--json")
         (found,) = json.loads(out)["running"]
-        assert (found["number"], found["host"], found["pid"], found["place"]) == (
+        assert (found["number"], found["host"], found["search"], found["place"]) == (
             9,
             lease.host,
             os.getpid(),

@@ -4,10 +4,9 @@ Every step of a search is one transaction that may be run twice, so an answer th
 `run` simply runs the step again, for as long as a database takes to restart.
 """
 
-import contextlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import optuna
@@ -83,16 +82,18 @@ class Database:
         except sqlalchemy.exc.DBAPIError as error:
             raise WorkError(f"{self.address}: {self._text(error)}; nothing was measured") from None
 
-    @contextlib.contextmanager
-    def opening(self) -> Iterator[None]:
-        """Keeps every other search from opening a study in this database while the block runs."""
-        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(sqlalchemy.text("SET lock_timeout = 0; SET statement_timeout = 0"))
-            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_OPENING})"))
-            try:
-                yield
-            finally:
-                connection.invalidate()  # its end ends the lock, and takes the settings along
+    def alone(self, step: Callable[[], T]) -> T:
+        """Runs a step while no other search opens a study in this database; waits and runs it again as `run` does."""
+
+        def locked() -> T:
+            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_OPENING})"))
+                try:
+                    return step()
+                finally:
+                    connection.invalidate()  # the lock ends with the connection
+
+        return self._insist(locked)
 
     def run(self, step: Callable[[Connection], T]) -> T:
         """Runs a step in a transaction and returns what it returns; waits while the database does not answer.
@@ -100,21 +101,28 @@ class Database:
         Args:
             step: may be run again although it was committed: the answer may have been lost.
         Raises:
-            WorkError: there was no answer for OUTAGE_S, or a signal came meanwhile.
+            WorkError: it refuses the step, there was no answer for OUTAGE_S, or a signal came meanwhile.
         """
+
+        def committed() -> T:
+            with self.engine.begin() as connection:
+                return step(connection)
+
+        return self._insist(committed)
+
+    def _insist(self, action: Callable[[], T]) -> T:
         began_s, pause_s = time.monotonic(), _FIRST_PAUSE_S
         is_said = False
         while True:
             try:
-                with self.engine.begin() as connection:
-                    found = step(connection)
+                found = action()
                 if is_said:
                     self._say(f"{self.address} answers again after {time.monotonic() - began_s:.0f} s")
                 return found
             except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
                 outage = _outage(error)
                 if outage is None:
-                    raise
+                    raise WorkError(f"{self.address}: {self._text(error)}") from error
                 text = self._text(outage)
             away_s = time.monotonic() - began_s
             if self._is_interrupted() or away_s > OUTAGE_S:
@@ -131,7 +139,7 @@ class Database:
     def close(self) -> None:
         self.engine.dispose()
 
-    def _text(self, error: sqlalchemy.exc.SQLAlchemyError) -> str:
+    def _text(self, error: Exception) -> str:
         cause: BaseException = getattr(error, "orig", None) or error
         text = " ".join(str(cause).split()) or type(cause).__name__
         return text.replace(str(self.url.password), "***") if self.url.password else text

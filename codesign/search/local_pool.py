@@ -55,6 +55,9 @@ class LocalPool:
         records = []
         for place in busy:
             assert place.worker is not None and place.job is not None
+            if not place.job.is_placed:
+                place.job.is_placed = True
+                listener.placed(place.job.identity.uid, f"worker {place.worker.pid}, {place.seat}")
             if place.worker.control in readable:
                 found = place.hear(listener)
             elif time.monotonic() - place.job.began_s > TRIAL_S:
@@ -96,6 +99,7 @@ class _Job:
         self.identity, self.config = identity, config
         self.began_s = time.monotonic()
         self.since = datetime.now(UTC).isoformat(timespec="seconds")
+        self.is_placed = False
 
 
 class _Place:
@@ -129,7 +133,7 @@ class _Place:
         job, self.job = self.job, None
         pid = self.worker.pid
         self.end_worker()
-        return lost(job.identity, job.config, f"its worker (process {pid}, {self.seat}) {why}", job.since)
+        return lost(job.identity, job.config, f"its worker ({pid}, on {self.seat}) {why}", job.since)
 
     def end_worker(self, wait_s: float = 0.0) -> None:
         if self.worker is not None:

@@ -4,9 +4,10 @@
     --workers N, --storage    N worker processes (1 with --storage alone), each with its own cores or GPUs
     --ray local|HOST:PORT     Ray tasks, each reserving whole GPUs or cores
 
-On a processor, workers of one study and machine take turns with their timing windows, always: cores can be shared out,
-the memory's bandwidth cannot, and decoding is bound by it. Two decoding loops on disjoint cores of one socket slow each
-other down by a third to a half (tests/benchmarks/distributed_search.py interference). GPUs do not wait for each other.
+On a processor, workers of one study and machine take turns with their timing windows, always and without a calibration:
+cores can be shared out, the memory's bandwidth, the caches and the power budget cannot, and which configuration they
+slow down is what a study is about. What overlaps is the rest of a trial: building, quantising, judging quality. GPUs do
+not wait for each other.
 """
 
 import contextlib

@@ -76,8 +76,7 @@ class SharedStudies:
 
     def agree(self, name: str, description: str) -> str:
         row = {"uid": f"study/{name}", "study": f"study/{name}", "kind": "study", "json": description, "place": 0}
-        with self.database.opening():
-            self.database.run(_metadata.create_all)
+        self.database.alone(lambda: _metadata.create_all(self.database.engine))
 
         def step(connection: Connection) -> str:
             connection.execute(insert(LEDGER).values(row).on_conflict_do_nothing())
@@ -113,8 +112,7 @@ class SqlStore:
         self._handed: set[str] = set()
         self._last_place = 0
         load(folder.trials, say)  # puts damaged files aside; what is missing is written again
-        with database.opening():
-            self._open_index()
+        database.alone(self._open_index)
         self._send_unsent(say)
 
     # Reading.

@@ -8,8 +8,8 @@ from codesign.search.lease import Lease
 
 
 def where(lease: Lease) -> str:
-    """`node-7, pid 4711, cores 0-3`: of a trial that runs."""
-    return ", ".join(part for part in (lease.host, f"pid {lease.pid}", lease.place) if part)
+    """`node-7, search 4711, worker 4712, cores 0-3`: of a trial that runs."""
+    return ", ".join(part for part in (lease.host, f"search {lease.pid}", lease.place) if part)
 
 
 def running_document(leases: Sequence[Lease]) -> list[dict[str, Any]]:
@@ -19,7 +19,7 @@ def running_document(leases: Sequence[Lease]) -> list[dict[str, Any]]:
             "number": lease.number,
             "attempt": lease.attempt,
             "host": lease.host,
-            "pid": lease.pid,
+            "search": lease.pid,
             "place": lease.place,
             "since": lease.since,
             "config": dict(lease.config),
@@ -33,5 +33,5 @@ def placement_text(record: TrialRecord) -> str:
     placement: Any = record.provenance.get("placement")
     if not isinstance(placement, Mapping):
         return ""
-    parts = (placement.get("host"), f"pid {placement.get('worker')}", placement.get("device"))
+    parts = (placement.get("host"), f"worker {placement.get('worker')}", placement.get("device"))
     return ", ".join(str(part) for part in parts if part)

@@ -28,12 +28,13 @@ CORES = tuple(sorted(os.sched_getaffinity(0)))
 class Listening:
     def __init__(self) -> None:
         self.phases: list[tuple[str, str]] = []
+        self.places: list[str] = []
 
     def phase(self, uid: str, name: str, fraction: float | None) -> None:
         self.phases.append((uid, name))
 
     def placed(self, uid: str, place: str) -> None:
-        raise AssertionError("a local worker stays where it is")
+        self.places.append(place)
 
 
 def pool_of(count: int, **arguments: object) -> LocalPool:
@@ -46,12 +47,12 @@ def pool(tmp_path: Path) -> Iterator[LocalPool]:
         yield pool
 
 
-def wait(pool: LocalPool, number: int = 1) -> list[TrialRecord]:
+def wait(pool: LocalPool, number: int = 1, listening: Listening | None = None) -> list[TrialRecord]:
     records: list[TrialRecord] = []
     deadline = time.monotonic() + 60
     while len(records) < number:
         assert time.monotonic() < deadline
-        records += pool.wait(1.0, Listening())
+        records += pool.wait(1.0, listening or Listening())
     return records
 
 
@@ -59,12 +60,15 @@ def test_a_worker_measures_in_a_process_of_its_own_on_its_own_cores(tmp_path: Pa
     log = tmp_path / "log"
     with LocalPool(Order("tests.search.replay:replay", {"log": str(log)}), [Seat(CORES[:1])]) as pool:
         pool.start(identity(1), EngineConfig().resolve())
-        (record,) = wait(pool)
+        listening = Listening()
+        (record,) = wait(pool, listening=listening)
         pid = pool.pids[0]
 
     assert record.outcome.kind == "ok"
     assert record.uid == identity(1).uid
     assert log.read_text() == f"1 0 {pid} {CORES[0]}\n"
+    assert listening.places == [f"worker {pid}, cores {CORES[0]}"]
+    assert listening.phases == [(identity(1).uid, "measure")]
     assert pid != os.getpid()
     assert not psutil.pid_exists(pid)
 

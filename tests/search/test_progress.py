@@ -63,7 +63,7 @@ def test_the_live_view_says_what_runs_where_here_and_elsewhere() -> None:
 
     assert lines[0].startswith("trial 0: unmodified | cores 0-3 | measure 50%")
     assert lines[1].startswith("trial 1: max_batch_size=2 | Ray node n7, worker 12 | start")
-    assert lines[2] == "trial 2: max_batch_size=2 | n9, pid 7, cores 4-7"
+    assert lines[2] == "trial 2: max_batch_size=2 | n9, search 7, cores 4-7"
     assert lines[3].startswith("done 0/9")
 
 
