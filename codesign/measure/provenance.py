@@ -37,6 +37,8 @@ def provenance(model: ModelSpec, device: str, cores: int | None = None) -> dict[
         "model": {"name": model.name, "digest": model_digest(model)},
         "placement": placement(device, cores),
     }
+    if model.draft is not None:
+        found["draft"] = {"name": model.draft.name, "digest": model_digest(model.draft)}
     if device == "cuda":
         found["gpus"] = gpus()
     return found

@@ -6,7 +6,8 @@
 Workers have cores of their own, but the memory and its bandwidth are shared, and decoding is bound by bandwidth: two
 windows at once would each measure the other. GPUs share nothing of that kind, so on CUDA nobody waits.
 
-The lock is the kernel's, on a file of this machine's memory, so it ends with its holder, however that ends.
+The lock is the kernel's, on a file of this machine's memory, so it ends with its holder, however that ends. A holder
+that is stopped (Ctrl-Z) in its window keeps the others waiting; they say so.
 """
 
 import contextlib

@@ -11,7 +11,18 @@ from codesign.spec.engine_config import FAMILIES
 
 _GROUPS = ("kv", "kernels")  # keys that hold what is chosen below them
 # What a person decides on comes first; other keys follow in alphabetical order.
-_ORDER = ("weights", "prune", "kv.policy", "kv.codec", "kv.place", "dtype", "max_batch_size")
+_ORDER = (
+    "weights",
+    "prune",
+    "kv.policy",
+    "kv.codec",
+    "kv.place",
+    "kv.layout",
+    "speculate",
+    "prefix_cache",
+    "dtype",
+    "max_batch_size",
+)
 
 
 def parts(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,19 @@ from codesign.report.study import Study
 from codesign.results.pareto import SIZE, SPEED
 from codesign.results.record import TrialRecord
 
-CHOICES = ("dtype", "weights", "kv.policy", "kv.codec", "kv.place", "attention", "scheduler")
+CHOICES = (
+    "dtype",
+    "weights",
+    "prune",
+    "kv.policy",
+    "kv.codec",
+    "kv.place",
+    "kv.layout",
+    "attention",
+    "scheduler",
+    "speculate",
+    "prefix_cache",
+)
 SHOWN = (
     "throughput_tokens_per_s",
     "ttft_ms",

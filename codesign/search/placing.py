@@ -4,7 +4,7 @@
     --workers N, --storage    N worker processes (1 with --storage alone), each with its own cores or GPUs
     --ray local|HOST:PORT     Ray tasks, each reserving whole GPUs or cores
 
-On a processor, workers of one study and machine take turns with their timing windows, always and without a calibration:
+On a processor, workers of one user and machine take turns with their timing windows, always and without a calibration:
 cores can be shared out, the memory's bandwidth, the caches and the power budget cannot, and which configuration they
 slow down is what a study is about. What overlaps is the rest of a trial: building, quantising, judging quality. GPUs do
 not wait for each other.
@@ -17,7 +17,6 @@ from typing import Any, Self
 
 from codesign.errors import InputError
 from codesign.measure.trial import TrialRunner
-from codesign.search.folder import StudyFolder
 from codesign.search.interrupt import Interrupt
 from codesign.search.local_pool import LocalPool
 from codesign.search.measurer import order_of
@@ -27,6 +26,9 @@ from codesign.search.seat import Seat, ordered_cores, seats_of
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.hardware import Hardware
 from codesign.spec.profile import Profile
+
+# One name for all studies: the machine is one, whatever is measured on it.
+_TURN = "workers"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,6 @@ class Placing:
         self,
         profile: Profile,
         baseline: EngineConfig,
-        folder: StudyFolder,
         interrupt: Interrupt,
         stack: contextlib.ExitStack,
     ) -> Pool:
@@ -80,7 +81,7 @@ class Placing:
             return InlinePool(
                 lambda identity, config, on_phase: runner.measure(identity, config, on_phase=on_phase), interrupt
             )
-        turn = folder.uid[:16] if profile.device == "cpu" else None
+        turn = _TURN if profile.device == "cpu" else None
         if self.ray is None:
             return stack.enter_context(LocalPool(order_of(profile, baseline, turn=turn), self.seats))
         cores = self.num_cores if profile.device == "cpu" else None

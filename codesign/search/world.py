@@ -33,7 +33,7 @@ def difference(records: Sequence[TrialRecord], here: Mapping[str, Any]) -> str |
     if before is None or "versions" not in here:
         return None
     then, now = _world(before), _world(here)
-    changed = [f"{name} was {then[name]}, is {now[name]}" for name in then if then[name] != now[name]]
+    changed = [f"{name} was {then[name]}, is {now.get(name)}" for name in then if then[name] != now.get(name)]
     return "; ".join(changed) or None
 
 
@@ -48,4 +48,6 @@ def _world(provenance: Mapping[str, Any]) -> dict[str, str]:
     if provenance.get("device") == "cpu":
         cores = provenance.get("placement", {}).get("cores", machine.get("cores"))
         world["share of the processor"] = f"{cores} cores"
+    if "draft" in provenance:
+        world["draft"] = str(provenance["draft"].get("digest"))
     return world

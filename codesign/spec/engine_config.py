@@ -22,7 +22,18 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
 from codesign.errors import InputError, shown
-from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, PRUNERS, SCHEDULERS, WEIGHT_FORMATS, Family
+from codesign.registry import (
+    ATTENTION,
+    KV_CODECS,
+    KV_LAYOUTS,
+    KV_PLACES,
+    KV_POLICIES,
+    PRUNERS,
+    SCHEDULERS,
+    SPECULATORS,
+    WEIGHT_FORMATS,
+    Family,
+)
 from codesign.spec.yaml import load_yaml
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -36,11 +47,22 @@ FAMILIES: dict[str, Family] = {
     "kv.policy": KV_POLICIES,
     "kv.codec": KV_CODECS,
     "kv.place": KV_PLACES,
+    "kv.layout": KV_LAYOUTS,
+    "speculate": SPECULATORS,
     "attention": ATTENTION,
 }
+_CHOICES = tuple(key for key in FAMILIES if "." not in key)
 # Dotted keys of what holds a plain value, and those of them that are true or false.
-PLAIN_FIELDS = ("dtype", "max_batch_size", "max_model_len", "kv_memory_bytes", "max_step_tokens", "kernels.fused")
-FLAGS = ("kernels.fused",)
+PLAIN_FIELDS = (
+    "dtype",
+    "max_batch_size",
+    "max_model_len",
+    "kv_memory_bytes",
+    "max_step_tokens",
+    "prefix_cache",
+    "kernels.fused",
+)
+FLAGS = ("prefix_cache", "kernels.fused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +89,15 @@ class KVConfig:
     policy: Choice = Choice("full")
     codec: Choice = Choice("native")
     place: Choice = Choice("device")
+    layout: Choice = Choice("dense")
 
 
 _KV_PARTS = tuple(field.name for field in dataclasses.fields(KVConfig))
+
+
+def _check_flag(key: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"must be true or false, got {shown(value)}", key=key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +109,7 @@ class KernelsConfig:
     fused: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fused, bool):
-            raise InputError(f"must be true or false, got {shown(self.fused)}", key="kernels.fused")
+        _check_flag("kernels.fused", self.fused)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +122,7 @@ class EngineConfig:
         max_model_len: most tokens (prompt and output) of one sequence.
         kv_memory_bytes: upper bound of the KV cache; None means as much as the batch and length need.
         max_step_tokens: most query tokens in one step; longer prompts are prefilled in chunks of this size.
+        prefix_cache: keep what prompts have in common, so that it is computed once; needs kv.layout paged.
     """
 
     dtype: Dtype = "bf16"
@@ -106,6 +134,8 @@ class EngineConfig:
     weights: Choice = Choice("native")
     prune: Choice = Choice("none")
     kv: KVConfig = KVConfig()
+    speculate: Choice = Choice("none")
+    prefix_cache: bool = False
     attention: Choice = Choice("sdpa")
     kernels: KernelsConfig = KernelsConfig()
 
@@ -120,6 +150,7 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**50:
                 raise InputError(f"must be a whole number from 1 to 2^50, got {shown(value)}", key=name)
+        _check_flag("prefix_cache", self.prefix_cache)
 
     def choices(self) -> dict[str, tuple[Family, Choice]]:
         """Dotted key -> (family, choice), for everything that is chosen from a family."""
@@ -146,7 +177,7 @@ class EngineConfig:
         plain: dict[str, Any] = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "kv"
         }
-        for name in ("scheduler", "weights", "prune", "attention"):
+        for name in _CHOICES:
             plain[name] = plain[name].to_dict()
         plain["kv"] = {part: getattr(self.kv, part).to_dict() for part in _KV_PARTS}
         plain["kernels"] = dataclasses.asdict(self.kernels)
@@ -160,7 +191,7 @@ class EngineConfig:
             InputError: unknown keys, wrong types, unknown members; names `file` and the dotted key.
         """
         values = _mapping(plain, "", [field.name for field in dataclasses.fields(cls)], file)
-        for key in ("scheduler", "weights", "prune", "attention"):
+        for key in _CHOICES:
             if key in values:
                 values[key] = _choice(values[key], key, FAMILIES[key], file)
         if "kv" in values:

@@ -17,6 +17,8 @@ class SamplingParams:
         top_p: keep the smallest set with at least this probability, in (0, 1].
         seed: of this request's own stream of random numbers.
         stop_token_ids: end the output (the stop token itself is emitted).
+        logprobs: how many of the likeliest tokens to report beside the chosen one, with the logarithms of their
+            probabilities at temperature 1; None reports nothing.
         ignore_eos: go on to `max_tokens` whatever is drawn; a workload of fixed lengths needs this, records stamp it.
     """
 
@@ -26,6 +28,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -37,6 +40,8 @@ class SamplingParams:
             raise ValueError(f"top_k must be at least 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs must be at least 0, got {self.logprobs}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 senseless   it would compute something else than meant           no search proposes it, and no build makes it
 unpaid      it gives up quality for a speed that is not there    no search proposes it
 lacking     the profile's hardware cannot run it as meant        no search proposes it
+undrafted   it asks for a draft model and there is none          no search proposes it
 unjudged    an emulation has no speed to judge it by             no search proposes it, and no trial is begun
 
 What is unpaid can be built and measured by hand all the same (`codesign measure --config`, the quality benchmark): a
@@ -14,7 +15,9 @@ from collections.abc import Iterable
 
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.hardware import Hardware
+from codesign.spec.kv_budget import kv_budget_tokens
 from codesign.spec.metrics import METRICS
+from codesign.spec.model import ModelSpec
 
 _FP8_CAPABILITY = (8, 9)
 _MIN_SPARSE_BATCH = 64
@@ -27,7 +30,55 @@ def senseless(config: EngineConfig) -> str | None:
             "prune with weights.method gptq: gptq pushes rounding errors into pruned weights, which are zero no "
             "longer; use method rtn, hqq or awq"
         )
+    if config.speculate.name != "none" and _evicts(config):
+        return (
+            f"speculate {config.speculate.name} with kv.policy {config.kv.policy.name}: the tokens verified together "
+            "see rows that decoding one by one had evicted by then, so the output would be another one; use kv.policy "
+            "full or speculate none"
+        )
+    chunk = config.scheduler.knob_dict.get("prefill_chunk_tokens")
+    if isinstance(chunk, int) and chunk > config.max_step_tokens:
+        return (
+            f"scheduler.prefill_chunk_tokens {chunk} with max_step_tokens {config.max_step_tokens}: no step has room "
+            "for such a chunk, so it bounds nothing; use a smaller one, or leave it out"
+        )
+    return _not_in_blocks(config) if config.kv.layout.name == "paged" else _only_in_blocks(config)
+
+
+def _not_in_blocks(config: EngineConfig) -> str | None:
+    kv = config.kv
+    if kv.policy.name != "full":
+        return (
+            f"kv.layout paged with kv.policy {kv.policy.name}: blocks keep every row where it was written, and a "
+            "policy that evicts overwrites rows; use kv.policy full, or kv.layout dense"
+        )
+    if "group_size" in kv.codec.knob_dict:
+        return (
+            f"kv.layout paged with kv.codec {kv.codec.name}: blocks hold rows that are encoded one by one, and it "
+            "encodes groups of tokens; use kv.codec native, int8 or fp8, or kv.layout dense"
+        )
+    if kv.place.name != "device":
+        return f"kv.layout paged with kv.place {kv.place.name}: blocks lie on the device; use kv.layout dense"
+    if config.prefix_cache and kv.codec.name != "native":
+        return (
+            f"prefix_cache with kv.codec {kv.codec.name}: a prompt attends to its own rows in native precision and "
+            "would find the shared ones rounded, so that its tokens depended on who came before; use kv.codec native"
+        )
     return None
+
+
+def _only_in_blocks(config: EngineConfig) -> str | None:
+    if config.prefix_cache:
+        return "prefix_cache with kv.layout dense: sequences can only share blocks; use kv.layout paged"
+    return None
+
+
+def _evicts(config: EngineConfig) -> bool:
+    """Whether the KV policy has a budget that a sequence can outgrow."""
+    budget = config.kv.policy.knob_dict.get("kv_budget")
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        return config.kv.policy.name != "full"
+    return kv_budget_tokens(budget, config.max_model_len) < config.max_model_len
 
 
 def unpaid(config: EngineConfig) -> str | None:
@@ -62,6 +113,16 @@ def lacking(config: EngineConfig, hardware: Hardware) -> str | None:
     if config.weights.name == "fp8" and not (hardware.device == "cuda" and hardware.compute_capability is None):
         return fp8_refusal(hardware.compute_capability, is_emulated=config.is_emulated)
     return None
+
+
+def undrafted(config: EngineConfig, model: ModelSpec) -> str | None:
+    """Why a resolved configuration has no draft model to speculate with, or None."""
+    if config.speculate.name != "draft_model" or "draft" in config.speculate.knob_dict or model.draft is not None:
+        return None
+    return (
+        f"speculate draft_model: model {model.name!r} names no draft; give `draft:` beside `model:` in the profile, or "
+        "a directory as the knob `draft`"
+    )
 
 
 def fp8_refusal(capability: str | None, *, is_emulated: bool) -> str | None:

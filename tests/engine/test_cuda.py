@@ -1,5 +1,6 @@
 """The same engine on a CUDA device: same logits, allocator bytes, NVML energy. Skipped where there is none."""
 
+import dataclasses
 import os
 import time
 from typing import Any
@@ -57,6 +58,21 @@ def test_every_codec_generates_what_it_generates_on_the_cpu(codec: str) -> None:
 
     first = [(on_cpu[name][:3], on_gpu[name][:3]) for name in on_cpu]
     assert sum(cpu == gpu for cpu, gpu in first) >= 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
+@pytest.mark.parametrize("speculate", ["draft_model", "ngram"])
+def test_speculation_gives_the_tokens_of_plain_decoding(speculate: str, attention: str) -> None:
+    """Greedy; drawn tokens only have to come, since their law is compared on the CPU."""
+    spec = dataclasses.replace(tiny_spec(), draft=tiny_spec())
+    requests = [request(f"r{index}", 40 + 30 * index, 24, ignore_eos=True) for index in range(4)]
+    drawn = request("drawn", 20, 24, ignore_eos=True, temperature=0.9, top_p=0.9)
+    plain = generate(build_engine(spec, config(attention=attention), device="cuda"), *requests)
+    chosen = config(attention=attention, speculate={"name": speculate, "adaptive": False})
+    found = generate(build_engine(spec, chosen, device="cuda"), *requests, drawn)
+
+    assert len(found.pop("drawn")) == 24
+    assert found == plain
 
 
 OFFLOADED = [

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from codesign.engine.models.shape import ARCHITECTURES
+from codesign.engine.score import score
 from codesign.errors import InputError, NumericalError
 from codesign.spec.request import Request, SamplingParams
 from tests.engine.driving import finish, generate, recorded_plans, request, tiny_engine
@@ -116,6 +117,28 @@ def test_max_tokens_ends_with_length() -> None:
 
     assert reasons == ["", "", "", "length"]
     assert not engine.has_work
+
+
+def test_log_probabilities_are_those_of_the_model_before_temperature() -> None:
+    sampling = SamplingParams(max_tokens=4, temperature=1.7, seed=3, logprobs=2)
+    engine = tiny_engine()
+    engine.submit(Request(request_id="a", prompt_token_ids=(1, 2, 3), sampling=sampling))
+    engine.submit(request("silent", 5, 4))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert all(not output.logprobs for output in outputs if output.request_id == "silent")
+    asked = [output for output in outputs if output.request_id == "a"]
+    text = [1, 2, 3, *(output.token_id for output in asked)]
+    laws = {}
+    score(tiny_engine(), [text], num_prefill=3, on_logits=lambda _, p, row: laws.update({p: row[0].log_softmax(-1)}))
+
+    for position, output in enumerate(asked, start=2):
+        (token, chosen), *likeliest = output.logprobs
+        assert token == output.token_id
+        assert chosen == pytest.approx(float(laws[position][token]), abs=1e-5)
+        assert [token for token, _ in likeliest] == laws[position].topk(2).indices.tolist()
+        assert [value for _, value in likeliest] == pytest.approx(laws[position].topk(2).values.tolist(), abs=1e-5)
 
 
 def test_abort_frees_the_slot_at_once_and_nothing_more_comes() -> None:

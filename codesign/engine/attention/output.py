@@ -21,7 +21,7 @@ from codesign.engine.kv.group import LayerGroup
 
 # Keys, and as many values, decoded at a time: 4 MiB each in fp32 on a CPU, near its caches; 64 MiB each in bf16 on a
 # GPU, for few launches. At least one plane, whatever its length.
-_MAX_DECODED = {"cpu": 1 << 20, "cuda": 1 << 25}
+MAX_DECODED = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 class OutputAttention:
@@ -126,7 +126,7 @@ class OutputAttention:
         columns: Tensor | None = None
         if want_columns:
             columns = query.new_empty(num_slots, num_heads, call.num_queries, call.num_rows, dtype=torch.float32)
-        num_planes = _MAX_DECODED[query.device.type] // (call.num_rows * head_dim)
+        num_planes = MAX_DECODED[query.device.type] // (call.num_rows * head_dim)
         for own, heads in _slices(num_slots, num_heads, max(1, num_planes)):
             slots = slice(call.slots.start + own.start, call.slots.start + own.stop)
             key, value = group.read(index, slots, heads, call.num_rows)

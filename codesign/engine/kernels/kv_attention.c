@@ -155,17 +155,17 @@ INLINE void score_block(Plane *plane, long first, int count) {
     }
 }
 
-/* Turns the scores into weights and adds the block's values, decoded, to what was found. */
+/* Turns the scores into weights and adds the block's values, decoded, to what was found. A NaN stays one. */
 INLINE void add_block(Plane *plane, int count) {
     int dim = plane->dim;
     for (int m = 0; m < plane->num_queries; m++) {
         float *weight = plane->weight + m * BLOCK, largest = plane->largest[m];
         for (int row = 0; row < count; row++) largest = weight[row] > largest ? weight[row] : largest;
-        if (largest == -INFINITY) continue; /* nothing seen yet */
-        float shrink = _mm256_cvtss_f32(exp_of(_mm256_set1_ps(plane->largest[m] - largest)));
+        float base = largest == -INFINITY ? 0 : largest; /* nothing seen yet: weights of 0 */
+        float shrink = _mm256_cvtss_f32(exp_of(_mm256_set1_ps(plane->largest[m] - base)));
         __m256 sum = _mm256_setzero_ps();
         for (int row = 0; row < BLOCK; row += 8) {
-            __m256 part = exp_of(_mm256_sub_ps(_mm256_loadu_ps(weight + row), _mm256_set1_ps(largest)));
+            __m256 part = exp_of(_mm256_sub_ps(_mm256_loadu_ps(weight + row), _mm256_set1_ps(base)));
             _mm256_storeu_ps(weight + row, part);
             sum = _mm256_add_ps(sum, part);
         }
@@ -194,10 +194,23 @@ INLINE void add_block(Plane *plane, int count) {
     }
 }
 
-/* Rows row .. last - 1 of the plane, native ones, the first of them at `first` of key and value. */
-INLINE void attend_rows(Plane *plane, int dtype, const char *key, const char *value, long first, int row, int last) {
-    for (; row < last; row += BLOCK, first += BLOCK) {
+/* Where the rows of a plane lie in a storage [.., dim]: one after the other, or in blocks of all KV heads. */
+typedef struct {
+    long first;                /* of rows one after the other */
+    const int32_t *table;      /* or block ids: storage [num_blocks, num_heads, BLOCK, dim]; NULL without blocks */
+    long head, num_heads;
+} Place;
+
+INLINE long stored_at(const Place *place, int row) {
+    if (!place->table) return place->first + row;
+    return (place->table[row / BLOCK] * place->num_heads + place->head) * BLOCK + row % BLOCK;
+}
+
+/* Rows row .. last - 1 of the plane, native ones. */
+INLINE void attend_rows(Plane *plane, int dtype, const char *key, const char *value, Place place, int row, int last) {
+    for (; row < last; row += BLOCK) {
         int count = last - row < BLOCK ? last - row : BLOCK;
+        long first = stored_at(&place, row);
         read_rows(dtype, key, first, count, plane->dim, plane->key);
         score_block(plane, row, count);
         read_rows(dtype, value, first, count, plane->dim, plane->value);
@@ -250,33 +263,48 @@ INLINE Plane plane_of(const Call *call, long index) {
     };
 }
 
-/* Rows that are encoded one by one: codes [B, H_kv, capacity, dim], scales [B, H_kv, capacity]. */
-INLINE void rows_of(int format, const Call *call, const uint8_t *key, const uint16_t *key_scale, const uint8_t *value,
-                    const uint16_t *value_scale, int64_t capacity) {
+/* Block tables of a call: those of (b, h) begin at b strides[0] + h strides[1]. */
+typedef struct {
+    const int32_t *ids;
+    int64_t strides[2];
+} Table;
+
+INLINE Place in_blocks(const Call *call, const Table *table, long index) {
+    long slot = index / call->num_heads, head = index % call->num_heads;
+    return (Place){.table = table->ids + slot * table->strides[0] + head * table->strides[1],
+                   .head = head,
+                   .num_heads = call->num_heads};
+}
+
+/* Rows that are encoded one by one: codes [B, H_kv, capacity, dim], scales [B, H_kv, capacity]; or both in blocks. */
+INLINE void rows_of(int format, const Call *call, const Table *table, const uint8_t *key, const uint16_t *key_scale,
+                    const uint8_t *value, const uint16_t *value_scale, int64_t capacity) {
 #pragma omp parallel for schedule(dynamic) num_threads(call->num_threads)
     for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
         Plane plane = plane_of(call, index);
+        Place place = table ? in_blocks(call, table, index) : (Place){.first = index * capacity};
         start(&plane);
-        long last = index * capacity + plane.past + plane.num_tokens;
-        for (long row = index * capacity; row < last; row += BLOCK) {
-            int count = last - row < BLOCK ? (int)(last - row) : BLOCK;
-            decode_rows(format, key + row * plane.dim, key_scale + row, count, plane.dim, plane.key);
-            score_block(&plane, row - index * capacity, count);
-            decode_rows(format, value + row * plane.dim, value_scale + row, count, plane.dim, plane.value);
+        int last = plane.past + plane.num_tokens;
+        for (int row = 0; row < last; row += BLOCK) {
+            int count = last - row < BLOCK ? last - row : BLOCK;
+            long first = stored_at(&place, row);
+            decode_rows(format, key + first * plane.dim, key_scale + first, count, plane.dim, plane.key);
+            score_block(&plane, row, count);
+            decode_rows(format, value + first * plane.dim, value_scale + first, count, plane.dim, plane.value);
             add_block(&plane, count);
         }
         finish(&plane);
     }
 }
 
-void attend_int8(const Call *call, const uint8_t *key, const uint16_t *key_scale, const uint8_t *value,
-                 const uint16_t *value_scale, int64_t capacity) {
-    rows_of(INT8, call, key, key_scale, value, value_scale, capacity);
+void attend_int8(const Call *call, const Table *table, const uint8_t *key, const uint16_t *key_scale,
+                 const uint8_t *value, const uint16_t *value_scale, int64_t capacity) {
+    rows_of(INT8, call, table, key, key_scale, value, value_scale, capacity);
 }
 
-void attend_fp8(const Call *call, const uint8_t *key, const uint16_t *key_scale, const uint8_t *value,
-                const uint16_t *value_scale, int64_t capacity) {
-    rows_of(FP8, call, key, key_scale, value, value_scale, capacity);
+void attend_fp8(const Call *call, const Table *table, const uint8_t *key, const uint16_t *key_scale,
+                const uint8_t *value, const uint16_t *value_scale, int64_t capacity) {
+    rows_of(FP8, call, table, key, key_scale, value, value_scale, capacity);
 }
 
 /* Tokens in int4 groups and the native rows after them. T encoded tokens have room, C rows.
@@ -307,7 +335,8 @@ void attend_int4(const Call *call, const int32_t *encoded, const uint8_t *key_co
                                plane.value);
             add_block(&plane, step);
         }
-        attend_rows(&plane, dtype, key, value, index * num_rows, num_encoded, last);
+        Place place = {.first = index * num_rows - num_encoded};
+        attend_rows(&plane, dtype, key, value, place, num_encoded, last);
         finish(&plane);
     }
 }
@@ -318,7 +347,19 @@ void attend_native(const Call *call, const int64_t *first, const char *key, cons
     for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
         Plane plane = plane_of(call, index);
         start(&plane);
-        attend_rows(&plane, dtype, key, value, first[index], 0, plane.past + plane.num_tokens);
+        Place place = {.first = first[index]};
+        attend_rows(&plane, dtype, key, value, place, 0, plane.past + plane.num_tokens);
+        finish(&plane);
+    }
+}
+
+/* Native rows in blocks [num_blocks, H_kv, BLOCK, dim]. */
+void attend_paged(const Call *call, const Table *table, const char *key, const char *value, int32_t dtype) {
+#pragma omp parallel for schedule(dynamic) num_threads(call->num_threads)
+    for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
+        Plane plane = plane_of(call, index);
+        start(&plane);
+        attend_rows(&plane, dtype, key, value, in_blocks(call, table, index), 0, plane.past + plane.num_tokens);
         finish(&plane);
     }
 }

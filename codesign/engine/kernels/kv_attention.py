@@ -14,7 +14,7 @@ from torch import Tensor
 from codesign.engine.kernels import compiled
 from codesign.engine.kernels.compiled import Missing, pointer
 
-_BLOCK = 32  # rows decoded at a time
+BLOCK = 32  # rows decoded at a time, and those of a block of paged storage
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -25,6 +25,10 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_rows", "num_threads")),
         ("scale", ctypes.c_float),
     )
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (("ids", ctypes.c_void_p), ("strides", ctypes.c_int64 * 2))
 
 
 class Queries:
@@ -60,7 +64,7 @@ class Queries:
         if want_weights:
             self._scores = self._query.new_full((*query.shape[:3], num_rows), float("-inf"))
         num_threads = torch.get_num_threads()
-        self._scratch = self._query.new_empty(num_threads, _BLOCK * (2 * dim + num_queries))
+        self._scratch = self._query.new_empty(num_threads, BLOCK * (2 * dim + num_queries))
         self.struct = _Call(
             query=self._query.data_ptr(),
             past=self._past.data_ptr(),
@@ -98,9 +102,32 @@ class KVAttention:
 
     def rows(self, name: str, queries: Queries, key: Sequence[Tensor], value: Sequence[Tensor]) -> None:
         """Rows encoded one by one: "int8" or "fp8" codes [B, H_kv, C, D] with bf16 scales [B, H_kv, C, 1]."""
-        pointers = [pointer(part) for part in (*key, *value)]
+        self._rows(name, queries, None, key, value)
+
+    def paged_rows(
+        self, name: str, queries: Queries, table: Tensor, key: Sequence[Tensor], value: Sequence[Tensor]
+    ) -> None:
+        """Rows encoded one by one, in blocks as `paged` has them: codes [.., 32, D] with scales [.., 32, 1]."""
+        self._rows(name, queries, _blocks(table), key, value)
+
+    def _rows(
+        self, name: str, queries: Queries, table: _Table | None, key: Sequence[Tensor], value: Sequence[Tensor]
+    ) -> None:
         function = getattr(self.library, f"attend_{name}")
-        function(ctypes.byref(queries.struct), *pointers, ctypes.c_int64(key[0].shape[2]))
+        by = None if table is None else ctypes.byref(table)
+        pointers = [pointer(part) for part in (*key, *value)]
+        function(ctypes.byref(queries.struct), by, *pointers, ctypes.c_int64(key[0].shape[2]))
+
+    def paged(self, queries: Queries, table: Tensor, key: Tensor, value: Tensor) -> None:
+        """Native rows in blocks of 32, each with the rows of every KV head.
+
+        Args:
+            table: int32 [B, H_kv, max_blocks] block ids, any strides before the last: heads may share theirs
+                (`expand`). Row r of a sequence's head h is key[table[b, h, r // 32], h, r % 32].
+            key, value: [num_blocks, H_kv, 32, D], contiguous.
+        """
+        by = ctypes.byref(_blocks(table))
+        self.library.attend_paged(ctypes.byref(queries.struct), by, pointer(key), pointer(value), _DTYPES[key.dtype])
 
     def native(self, queries: Queries, first: Sequence[Sequence[int]], key: Tensor, value: Tensor) -> None:
         """Rows as they are: those of a sequence's KV head begin at row first [B, H_kv] of key and value."""
@@ -136,6 +163,12 @@ class KVAttention:
             key.shape[3] // encoded[-1].shape[3],
             _DTYPES[key.dtype],
         )
+
+
+def _blocks(table: Tensor) -> _Table:
+    """The caller keeps the table."""
+    assert table.dtype == torch.int32 and (table.shape[2] < 2 or table.stride(2) == 1)
+    return _Table(table.data_ptr(), table.stride()[:2])
 
 
 @functools.cache

@@ -268,6 +268,18 @@ class DenseStore:
             group.credit(slots, count)
         return [group.replace(self.policy, full, excess) for excess, full in by_excess.items()]
 
+    def truncate(self, slot: int, num_tokens: int) -> None:
+        """Keeps the first `num_tokens` committed tokens of a slot.
+
+        Raises:
+            ValueError: there are fewer, or rows whose order is lost: evicted ones, or encoded in groups.
+        """
+        if self.codec.group_size or any(group.is_bounded for group in self.groups):
+            raise ValueError("only a cache that keeps every row, each encoded by itself, can take tokens back")
+        if not 0 <= num_tokens <= self.num_tokens[slot]:
+            raise ValueError(f"slot {slot}: cannot keep {num_tokens} of {self.num_tokens[slot]} tokens")
+        self.num_tokens[slot] = num_tokens
+
     def release(self, slot: int) -> None:
         self.num_tokens[slot] = self.num_pending[slot] = 0
         for group in self.groups:

@@ -121,7 +121,7 @@ def test_decoding_in_small_slices_changes_nothing(num_planes: int, monkeypatch: 
     lengths = [50, 50, 50]
     store = filled("int8", lengths, num_queries=1, head_dim=16, dtype=torch.float32)
     _, whole, _, _ = attend(store, "eager", lengths, num_queries=1, num_groups=2)
-    monkeypatch.setattr(output, "_MAX_DECODED", {"cpu": num_planes * 51 * 16})
+    monkeypatch.setattr(output, "MAX_DECODED", {"cpu": num_planes * 51 * 16})
     _, parts, _, _ = attend(store, "eager", lengths, num_queries=1, num_groups=2)
 
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)

@@ -1,5 +1,6 @@
 """Bytes, staging, rules of plans, and what a policy that keeps everything must equal."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -298,6 +299,33 @@ def test_a_plan_that_breaks_the_rules_is_refused(plan: StepPlan, said: str) -> N
 
     with pytest.raises(ValueError, match=said):
         attention.begin(Batch.of(plan, CPU))
+
+
+def test_tokens_taken_back_are_as_if_they_had_never_been() -> None:
+    ahead, straight = make(Full()), make(Full())
+    run(ahead, chunk(0, 0, 9, is_end=True))
+    run(straight, chunk(0, 0, 6, is_end=True))
+    again = decode_plan([0], [0], [6])
+
+    taken_back = run(ahead, dataclasses.replace(again, truncates=((0, 6),)), seed=1)
+
+    assert torch.equal(taken_back, run(straight, again, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("policy", "codec", "num_tokens", "said"),
+    [
+        (Full(), "native", 10, "cannot keep 10 of 9 tokens"),
+        (Full(), "int4", 6, "only a cache that keeps every row"),
+        (StreamingLLM(kv_budget=8), "native", 6, "only a cache that keeps every row"),
+    ],
+)
+def test_what_cannot_be_taken_back_is_refused(policy: KVPolicy, codec: str, num_tokens: int, said: str) -> None:
+    attention = make(policy, codec=codec)
+    run(attention, chunk(0, 0, 9, is_end=True))
+
+    with pytest.raises(ValueError, match=said):
+        attention.begin(Batch.of(StepPlan(truncates=((0, num_tokens),)), CPU))
 
 
 def test_a_budget_that_cannot_hold_what_one_step_commits_is_refused() -> None:

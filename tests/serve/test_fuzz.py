@@ -1,0 +1,23 @@
+"""A hundred requests that nobody thought of; `tests/benchmarks/serve_soak.py` sends two thousand."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.serve.process import ServerProcess
+
+pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+
+
+def test_nothing_from_the_servers_own_schema_or_beside_it_is_a_5xx(tmp_path: Path) -> None:
+    from tests.serve.fuzz import GENERATING, fuzz
+
+    server = ServerProcess(tmp_path, "{dtype: fp32, max_batch_size: 4, max_model_len: 32}")
+    answers = fuzz(server.url, server.headers, num_cases=100, seed=5)
+
+    assert sum(answers.values()) >= 90
+    for path in GENERATING:
+        assert answers[path, 200] > 0 and answers[path, 400] > 0
+    server.stop()
+    assert "Traceback" not in server.stderr
