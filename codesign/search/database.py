@@ -57,7 +57,6 @@ class Database:
         options = " ".join(f"-c {name}={value}" for name, value in _SETTINGS.items())
         self.engine = sqlalchemy.create_engine(
             self.url,
-            pool_pre_ping=True,
             hide_parameters=True,
             connect_args={
                 "connect_timeout": 10,

@@ -13,16 +13,15 @@ The folder is a mirror: records and leases are written there for people and for 
 """
 
 import dataclasses
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import optuna
 import sqlalchemy
 from sqlalchemy import BigInteger, Column, Connection, DateTime, Index, Integer, Text, UniqueConstraint, func
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import scoped_session, sessionmaker
 
 from codesign.errors import WorkError
 from codesign.results.ledger import read_records, write_record
@@ -35,6 +34,7 @@ from codesign.search.lease import Lease
 from codesign.search.ledger import load
 from codesign.search.objective import Told, told
 from codesign.search.pool import lost
+from codesign.search.sql_index import SqlIndex
 from codesign.search.store import Claim
 from codesign.search.suggest import Point, Points
 from codesign.spec.engine_config import EngineConfig
@@ -111,8 +111,10 @@ class SqlStore:
         self._running: dict[str, Lease] = {}
         self._handed: set[str] = set()
         self._last_place = 0
+        self._renewed_s = 0.0
         load(folder.trials, say)  # puts damaged files aside; what is missing is written again
-        database.alone(self._open_index)
+        self._index = SqlIndex(database, folder.name, points, objectives)
+        database.alone(lambda: self._index.open(self._all_done))
         self._send_unsent(say)
 
     # Reading.
@@ -122,7 +124,10 @@ class SqlStore:
         return tuple(self._running.values())
 
     def refresh(self) -> Sequence[TrialRecord]:
+        began_s = time.monotonic()
         rows, running = self._database.run(self._look)
+        if began_s - self._renewed_s > _RENEW_SHARE * self._lease_s:
+            self._renewed_s = began_s
         records = []
         for row in rows:
             self._last_place = row.place
@@ -136,10 +141,9 @@ class SqlStore:
 
     def _look(self, connection: Connection) -> tuple[Sequence[Any], list[Lease]]:
         """New records and living leases; ours are renewed, the dead are buried."""
-        mine = (_c.worker == self._me.worker) & (_c.kind == "running")
-        due = func.now() + _seconds((1 - _RENEW_SHARE) * self._lease_s)
-        renew = sqlalchemy.update(LEDGER).where(mine, _c.deadline < due).values(deadline=self._deadline())
-        connection.execute(renew)
+        if time.monotonic() - self._renewed_s > _RENEW_SHARE * self._lease_s:
+            mine = (_c.worker == self._me.worker) & (_c.kind == "running")
+            connection.execute(sqlalchemy.update(LEDGER).where(mine).values(deadline=self._deadline()))
         # While the database was away nobody could renew, so after its start everybody has as long as a lease lasts.
         has_passed = (_c.deadline < func.now()) & (
             func.pg_postmaster_start_time() < func.now() - _seconds(self._lease_s)
@@ -148,7 +152,8 @@ class SqlStore:
         running = []
         for row in connection.execute(query.where(*self._of_kind("running"))).all():
             lease = Lease.from_json(row.lease)
-            if not row.has_passed and lease.is_alive:
+            is_ours = lease.worker.startswith(f"{self._me.worker}-")  # and we live, however long we were suspended
+            if is_ours or (not row.has_passed and lease.is_alive):
                 running.append(lease)
             else:
                 self._bury(connection, row, lease)
@@ -191,9 +196,11 @@ class SqlStore:
         }
 
         def step(connection: Connection) -> bool:
-            connection.execute(insert(LEDGER).values(row).on_conflict_do_nothing())
+            new = insert(LEDGER).values(row).on_conflict_do_nothing().returning(_c.token)
+            if connection.execute(new).scalar() is not None:
+                return True
             held = sqlalchemy.select(_c.token).where(_c.uid == identity.uid, _c.kind == "running")
-            return connection.execute(held).scalar() == token
+            return connection.execute(held).scalar() == token  # ours already, when the answer was lost
 
         if not self._database.run(step):
             return None
@@ -280,57 +287,17 @@ class SqlStore:
         )
         ended = connection.execute(end.values(kind="done", json=record.to_json(), deadline=None, place=place))
         if ended.rowcount == 1:
-            self._add_to_index(connection, frozen(point, told, uid=record.uid))
+            self._index.add(connection, frozen(point, told, uid=record.uid))
         return ended.rowcount == 1
 
-    # Optuna's index.
-
-    def _open_index(self) -> None:
-        """The index, rebuilt where it is not that of the records (somebody has deleted it, or changed it)."""
-        url = self._database.url.render_as_string(hide_password=False)
-        self._storage = optuna.storages.RDBStorage(url, engine_kwargs={"poolclass": sqlalchemy.pool.NullPool})
-        directions = [objective.direction for objective in self._objectives]
-        study = optuna.create_study(
-            storage=self._storage, study_name=self._folder.name, directions=directions, load_if_exists=True
-        )
-        if "objectives" not in study.user_attrs:
-            study.set_user_attr("objectives", [objective.label for objective in self._objectives])
-        self._storage.remove_session()
-        self._database.run(self._rebuild_index)
-
-    def _rebuild_index(self, connection: Connection) -> None:
-        lock = sqlalchemy.select(_c.place).where(_c.uid == f"study/{self._folder.name}").with_for_update()
-        connection.execute(lock)
-        rows = connection.execute(sqlalchemy.select(_c.uid, _c.json).where(*self._of_kind("done")).order_by(_c.place))
-        known = {row.uid: row.json for row in rows.all()}
-        self._bind(connection)
-        study_id = self._storage.get_study_id_from_name(self._folder.name)
-        trials = self._storage.get_all_trials(study_id, deepcopy=False)
-        if sorted(trial.user_attrs.get("uid", "") for trial in trials) == sorted(known):
-            return
-        objectives = self._storage.get_study_user_attrs(study_id)
-        self._storage.delete_study(study_id)
-        directions = [optuna.study.StudyDirection[objective.direction.upper()] for objective in self._objectives]
-        study_id = self._storage.create_new_study(directions, self._folder.name)
-        self._storage.set_study_user_attr(study_id, "objectives", objectives.get("objectives"))
-        earlier: list[TrialRecord] = []
-        for text in known.values():
-            record = TrialRecord.from_json(text)
-            point = self._points.located(EngineConfig.from_dict(record.config))
-            self._add_to_index(connection, frozen(point, told(record, self._objectives, earlier), uid=record.uid))
-            earlier.append(record)
-
-    def _add_to_index(self, connection: Connection, trial: optuna.trial.FrozenTrial) -> None:
-        self._bind(connection)
-        study_id = self._storage.get_study_id_from_name(self._folder.name)
-        self._storage.create_new_trial(study_id, template_trial=trial)
-
-    def _bind(self, connection: Connection) -> None:
-        """What Optuna commits from now on is a part of the connection's transaction."""
-        session = sessionmaker(bind=connection, join_transaction_mode="create_savepoint")
-        self._storage.scoped_session = scoped_session(session)
-
     # Small parts.
+
+    def _all_done(self, connection: Connection) -> list[TrialRecord]:
+        """Every record in the order in which it was told; none is told before the transaction ends."""
+        study = sqlalchemy.select(_c.place).where(_c.uid == f"study/{self._folder.name}").with_for_update()
+        connection.execute(study)
+        rows = connection.execute(sqlalchemy.select(_c.json).where(*self._of_kind("done")).order_by(_c.place))
+        return [TrialRecord.from_json(row.json) for row in rows]
 
     def _of_kind(self, kind: str) -> tuple[sqlalchemy.ColumnElement[bool], ...]:
         return _c.study == self._folder.uid, _c.kind == kind

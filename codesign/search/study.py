@@ -14,7 +14,6 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from codesign.errors import WorkError
@@ -25,6 +24,7 @@ from codesign.search.folder import StudyFolder
 from codesign.search.interrupt import Interrupt
 from codesign.search.lease import Lease
 from codesign.search.limits import Limits
+from codesign.search.misfit import Misfit, predicted_oom
 from codesign.search.objective import Told, told
 from codesign.search.pool import Pool
 from codesign.search.propose import propose
@@ -39,18 +39,6 @@ from codesign.spec.yaml import dump_yaml
 REPORT_EVERY_S = 30.0
 WAIT_S = 1.0  # between two looks at what the other searches of a study do
 MAX_MISFITS = 100  # predicted in a row; they cost nothing, but a space that holds nothing else must come to an end
-
-
-@dataclasses.dataclass(frozen=True)
-class Misfit:
-    """Why a configuration cannot run here, known without building it.
-
-    Attributes:
-        excess: needed over available, minus 1; above 0.
-    """
-
-    detail: str
-    excess: float
 
 
 class Progress(Protocol):
@@ -324,18 +312,3 @@ def was_built(record: TrialRecord) -> bool:
 def seconds(record: TrialRecord) -> float:
     """How long the trial took; phases with a dot in their name are parts of others."""
     return sum(duration for phase, duration in record.phases.items() if "." not in phase)
-
-
-def predicted_oom(identity: TrialIdentity, config: EngineConfig, misfit: Misfit) -> TrialRecord:
-    """The record of a configuration that is known not to fit without building it."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return TrialRecord(
-        **dataclasses.asdict(identity),
-        config=config.to_dict(),
-        config_digest=config.digest,
-        outcome=Outcome(kind="oom", detail=f"predicted: {misfit.detail}"),
-        violations={"memory": misfit.excess},
-        trust={"predicted": True},
-        started_at=now,
-        finished_at=now,
-    )

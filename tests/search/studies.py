@@ -15,8 +15,9 @@ from codesign.search.inputs import Inputs
 from codesign.search.interrupt import Interrupt
 from codesign.search.lease import Lease
 from codesign.search.limits import Limits
+from codesign.search.misfit import Misfit
 from codesign.search.pool import InlinePool, Pool
-from codesign.search.study import Misfit, Study, StudyResult
+from codesign.search.study import Study, StudyResult
 from codesign.search.suggest import Points
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective

@@ -12,7 +12,7 @@ from codesign.results.record import OutcomeKind, TrialIdentity, TrialRecord
 from codesign.search import study
 from codesign.search.interrupt import Interrupt
 from codesign.search.limits import Limits
-from codesign.search.study import Misfit
+from codesign.search.misfit import Misfit
 from codesign.spec.engine_config import EngineConfig
 from tests.search.fake_measure import OBJECTIVES, FakeMeasure, OnPhase
 from tests.search.studies import Heard, optuna_trials, run_study, space_of
