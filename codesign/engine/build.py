@@ -1,7 +1,9 @@
 """build_engine: from a model and one EngineConfig to a running Engine. What cannot be built is refused by name here."""
 
 import functools
+import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,12 @@ from codesign.engine.models.load import read_config
 from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.shape import ModelShape, read_shape
 from codesign.engine.models.tokenizer import eos_token_ids
+from codesign.engine.parallel.assign import check_policy, part_of, policy_of, team_facts
+from codesign.engine.parallel.failure import Disconnected
+from codesign.engine.parallel.part import check_split
+from codesign.engine.parallel.runner import RankRunner
+from codesign.engine.parallel.stage import Stage
+from codesign.engine.parallel.team import Team, follow, layout_of, lead
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
 from codesign.engine.weights import build_decoder
@@ -45,38 +53,76 @@ def build_engine(
         Unsupported: the model, machine or combination cannot be built; the text says what can.
     """
     config = config.resolve()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    place, dtype = _device(device), DTYPES[config.dtype]
-    plain, file, eos = _describe(model)
-    shape = read_shape(plain, file=file)
-    _check(shape, config)
+    place = _device(device)
+    if config.parallel.num_ranks == 1:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        return _build(model, config, place, None)
+    _shape(model, config)  # what is wrong with them is said before any process is started
+    team = lead(model, config, device=device, num_threads=num_threads, run=serve_rank)
+    try:
+        return _build(model, config, team.device, team)
+    except Disconnected:
+        team.others.raise_failure()
+        raise
+    finally:
+        if sys.exc_info()[0] is not None:
+            team.close()
+
+
+def serve_rank(job: Mapping[str, Any]) -> None:
+    """What a rank other than 0 does: builds its part and runs the plans of rank 0, until that says that it is over."""
+    team = follow(job)
+    engine = _build(ModelSpec(**job["model"]), EngineConfig.from_dict(job["config"]), team.device, team)
+    assert isinstance(engine.parts.runner, RankRunner)
+    engine.parts.runner.serve(engine.own_bytes)
+
+
+def _build(model: ModelSpec, config: EngineConfig, place: torch.device, team: Team | None) -> Engine:
+    """The whole engine, or one rank's part of it."""
+    dtype = DTYPES[config.dtype]
+    shape, eos = _shape(model, config)
 
     workspace, clock = Workspace(), PackClock()
     started = time.perf_counter()
-    decoder = build_decoder(model, shape, config, dtype=dtype, device=place, workspace=workspace, clock=clock)
+    build = functools.partial(
+        build_decoder, model, shape, config, dtype=dtype, device=place, workspace=workspace, clock=clock
+    )
     pieces = choose(config.kernels.fused, dtype=dtype, device=place)
+    part = None if team is None else part_of(team, shape, config, build, pieces)
+    decoder = build(part=part, links=None if team is None else team.links)
     decoder.use(pieces)
     loaded = time.perf_counter()
-    attention, num_slots = _allocate(shape, config, dtype, place, pieces)
+    policy: KVPolicy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
+    if part is None or team is None:
+        attention, num_slots = _allocate(policy, shape, config, dtype, place, pieces)
+    else:
+        own = policy_of(policy, part)
+        attention, num_slots = _allocate(own, part.shape, config, dtype, place, pieces, total=team.links.total)
     return_freed_memory()
     allocated = time.perf_counter()
 
     scheduler = SCHEDULERS.create(config.scheduler.name, key="scheduler", **config.scheduler.knob_dict)
+    kv: dict[str, Any] = {"kv_budget_tokens": list(attention.kv_budget_tokens), "kv_place": attention.kv_place}
+    if part is None or team is None:
+        runner = SingleRunner(decoder, attention, place)
+    else:
+        assert isinstance(decoder, Stage), "a part of a model is a stage"
+        runner = RankRunner(decoder, attention, team, num_micro_batches=config.parallel.num_micro_batches)
+        kv = team_facts(team, part, kv)
     return Engine(
         EngineParts(
             config=config,
             model=decoder,
             attention=attention,
             scheduler=scheduler.start(num_slots=num_slots, max_step_tokens=config.max_step_tokens),
-            runner=SingleRunner(decoder, attention, place),
+            runner=runner,
             workspace=workspace,
             device=place,
             num_slots=num_slots,
             eos_token_ids=eos,
             resolved={
-                "kv_budget_tokens": list(attention.kv_budget_tokens),
-                "kv_place": attention.kv_place,
+                **kv,
                 "num_slots": num_slots,
                 "dtype": config.dtype,
                 "device": str(place),
@@ -110,6 +156,14 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _shape(model: ModelSpec, config: EngineConfig) -> tuple[ModelShape, frozenset[int]]:
+    """The model's shape, which goes with the configuration, and the ids that end an output."""
+    plain, file, eos = _describe(model)
+    shape = read_shape(plain, file=file)
+    _check(shape, config)
+    return shape, eos
+
+
 def _describe(model: ModelSpec) -> tuple[dict[str, Any], object, frozenset[int]]:
     """(config keys, the file they come from, ids that end an output)."""
     if model.path is None:
@@ -135,6 +189,10 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
     reason = senseless(config)
     if reason is not None:
         raise Unsupported(reason)
+    layout = layout_of(config)
+    check_split(shape, layout)
+    policy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
+    check_policy(policy, shape, layout, config.max_batch_size)
     if config.max_step_tokens < config.max_batch_size:
         raise Unsupported(
             f"max_step_tokens {config.max_step_tokens} cannot hold one token of each of max_batch_size "
@@ -143,10 +201,20 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
 
 
 def _allocate(
-    shape: ModelShape, config: EngineConfig, dtype: torch.dtype, device: torch.device, pieces: Pieces
+    policy: KVPolicy,
+    shape: ModelShape,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    pieces: Pieces,
+    *,
+    total: Callable[[int], int] = int,
 ) -> tuple[Attention | SwitchedAttention, int]:
-    """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number."""
-    policy: KVPolicy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
+    """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number.
+
+    Args:
+        total: bytes of this process -> of all ranks, which hold parts of one cache.
+    """
 
     def attention(policy: KVPolicy, num_slots: int) -> Attention | SwitchedAttention:
         return make_attention(
@@ -173,7 +241,7 @@ def _allocate(
         return attention(policy, 1).kv_bytes  # asked of a real one: only it knows what policy and codec add up to
 
     def num_bytes(num_slots: int) -> int:
-        return sum(count * slot_bytes(own) for count, own in policy.slot_policies(num_slots))
+        return total(sum(count * slot_bytes(own) for count, own in policy.slot_policies(num_slots)))
 
     try:
         num_slots, limit = config.max_batch_size, config.kv_memory_bytes
@@ -181,9 +249,10 @@ def _allocate(
             while num_slots and num_bytes(num_slots) > limit:
                 num_slots -= 1
             if not num_slots:
+                least = num_bytes(1)
                 raise Unsupported(
                     f"kv_memory_bytes {limit} ({format_bytes(limit)}): one sequence of max_model_len "
-                    f"{config.max_model_len} needs {num_bytes(1)} ({format_bytes(num_bytes(1))})"
+                    f"{config.max_model_len} needs {least} ({format_bytes(least)})"
                 )
         return attention(policy, num_slots), num_slots
     except ValueError as error:

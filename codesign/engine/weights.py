@@ -17,6 +17,10 @@ from codesign.engine.models.load import Checkpoint, read_config
 from codesign.engine.models.random import RandomWeights
 from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.shape import ModelShape
+from codesign.engine.parallel.links import Links
+from codesign.engine.parallel.part import Part
+from codesign.engine.parallel.sharded import Sharded
+from codesign.engine.parallel.stage import build_stage
 from codesign.engine.prune.pruner import Pruner
 from codesign.engine.prune.pruners.none import NoPruning
 from codesign.engine.quantize.cache import WeightCache
@@ -45,9 +49,13 @@ def build_decoder(
     device: torch.device,
     workspace: Workspace,
     clock: PackClock,
+    part: Part | None = None,
+    links: Links | None = None,
 ) -> Decoder:
     """Args:
         clock: takes the seconds spent on packing and what the cache did.
+        part: what to build of the model, a Stage; by default all of it.
+        links: to the ranks that hold the rest.
     Raises:
         InputError: a file or tensor of the model is wrong.
         Unsupported: a format that this device cannot multiply or that cannot hold a weight, or a method that cannot
@@ -61,6 +69,13 @@ def build_decoder(
     pruner: Pruner = PRUNERS.create(config.prune.name, key="prune", **config.prune.knob_dict)
     source = _source(model, shape, config, dtype)
     files = source.files if isinstance(source, Checkpoint) else []
+    if part is not None:
+        if isinstance(source, ImportedCheckpoint):
+            raise Unsupported(
+                f"parallel: {source.path} is already quantised, and its packed weights are not cut here; use the "
+                "original checkpoint, or parallel sizes of 1"
+            )
+        source = Sharded(source, part)
 
     def text(num_sequences: int | None = None, num_tokens: int | None = None) -> Callable[[Tensor], Calibration]:
         def calibrate(embedding: Tensor) -> Calibration:
@@ -70,7 +85,7 @@ def build_decoder(
         return calibrate
 
     assembler = Assembler(
-        shape=shape,
+        shape=shape if part is None else part.shape,
         weight_format=weight_format,
         pruner=pruner,
         dtype=dtype,
@@ -88,9 +103,14 @@ def build_decoder(
         assembler = dataclasses.replace(
             assembler,
             cache=WeightCache(cache_folder("weights")),
-            cache_key=weights_key(model, files, weight_format, pruner, dtype=dtype, device=device),
+            cache_key="-".join(
+                [
+                    weights_key(model, files, weight_format, pruner, dtype=dtype, device=device),
+                    *([] if part is None else [part.name]),
+                ]
+            ),
         )
-    decoder = assembler.build(source)
+    decoder = assembler.build(source) if part is None else build_stage(assembler, source, part, links)
     if clock.cache == "made":
         # From here on it is as if the weights had been found: what packing them took is not the configuration's.
         workspace.release()

@@ -10,6 +10,7 @@ person who wants to know what 2:4 costs in quality asks a sensible question, a s
 not. The search says before its first trial what it leaves out, and why.
 """
 
+import os
 from collections.abc import Iterable
 
 from codesign.spec.engine_config import EngineConfig
@@ -18,6 +19,10 @@ from codesign.spec.metrics import METRICS
 
 _FP8_CAPABILITY = (8, 9)
 _MIN_SPARSE_BATCH = 64
+# Members that need to see more than one rank's part of the model; tests/spec/test_rules.py asks the members.
+CALIBRATED_METHODS = ("awq", "gptq", "smoothquant")
+CALIBRATED_PRUNERS = ("wanda",)
+SHARED_BUDGETS = ("ada_kv",)
 
 
 def senseless(config: EngineConfig) -> str | None:
@@ -26,6 +31,37 @@ def senseless(config: EngineConfig) -> str | None:
         return (
             "prune with weights.method gptq: gptq pushes rounding errors into pruned weights, which are zero no "
             "longer; use method rtn, hqq or awq"
+        )
+    return _undivided(config)
+
+
+def _undivided(config: EngineConfig) -> str | None:
+    """Why what is chosen cannot be divided over ranks, or None."""
+    parallel = config.parallel
+    if parallel.num_micro_batches > 1 and parallel.pipeline_parallel_size == 1:
+        return "parallel.num_micro_batches above 1 with one stage: there is nothing to overlap; use 1"
+    if parallel.num_ranks == 1:
+        return None
+    method = config.weights.knob_dict.get("method")
+    if method in CALIBRATED_METHODS or config.prune.name in CALIBRATED_PRUNERS or config.weights.name == "mixed":
+        chosen = f"weights.method {method}" if method in CALIBRATED_METHODS else f"prune {config.prune.name}"
+        return (
+            f"{'weights mixed' if config.weights.name == 'mixed' else chosen} with parallel sizes above 1: it looks at "
+            "what the whole model sees on calibration text, and a rank has a part of it; use weights.method rtn or hqq "
+            "and prune none"
+        )
+    if parallel.tensor_parallel_size == 1:
+        return None
+    if config.prune.name != "none":
+        return (
+            "prune with parallel.tensor_parallel_size above 1: weights are ranked over whole rows or matrices, of "
+            "which a rank has a part; use prune none, or pipeline_parallel_size"
+        )
+    policies = (config.kv.policy.name, config.kv.policy.knob_dict.get("under_pressure"))
+    if any(policy in SHARED_BUDGETS for policy in policies):
+        return (
+            "kv.policy ada_kv with parallel.tensor_parallel_size above 1: it divides a budget among all KV heads of a "
+            "layer, and a rank has some of them; use kv.policy snapkv, or pipeline_parallel_size"
         )
     return None
 
@@ -59,9 +95,26 @@ def lacking(config: EngineConfig, hardware: Hardware) -> str | None:
     """What a resolved configuration needs that this hardware does not have, or None; also where that is not known."""
     if _is_two_of_four(config) and hardware.device == "cpu":
         return "prune.pattern two_of_four on a CPU: no kernel there skips the zeros; use prune none"
+    if (reason := _too_many_ranks(config, hardware)) is not None:
+        return reason
     if config.weights.name == "fp8" and not (hardware.device == "cuda" and hardware.compute_capability is None):
         return fp8_refusal(hardware.compute_capability, is_emulated=config.is_emulated)
     return None
+
+
+def _too_many_ranks(config: EngineConfig, hardware: Hardware) -> str | None:
+    """Each rank needs a device of its own, or on a CPU a core."""
+    if hardware.device == "cuda":
+        found, noun = hardware.count, "devices"
+    else:
+        found, noun = hardware.cores or os.cpu_count() or 1, "cores"
+    parallel = config.parallel
+    if parallel.num_ranks <= found:
+        return None
+    return (
+        f"parallel.tensor_parallel_size {parallel.tensor_parallel_size} x pipeline_parallel_size "
+        f"{parallel.pipeline_parallel_size} needs {parallel.num_ranks} {noun}, the profile's hardware has {found}"
+    )
 
 
 def fp8_refusal(capability: str | None, *, is_emulated: bool) -> str | None:
