@@ -4,8 +4,8 @@
         -m codesign.engine.parallel.node measure profiles/h100.yaml --config tp8.yaml
 
 Rank 0 runs the command; each engine that it builds with as many ranks as torchrun has started is a job that the others
-take from torchrun's store, one after the other. torchrun's store and gloo listen on the network, without authentication:
-use a private one (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface).
+take from torchrun's store, one after the other. torchrun's store and gloo listen on the network, without
+authentication: use a private one (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface).
 """
 
 import json
