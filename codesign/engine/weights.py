@@ -21,13 +21,14 @@ from codesign.engine.parallel.links import Links
 from codesign.engine.parallel.part import Part
 from codesign.engine.parallel.sharded import Sharded
 from codesign.engine.parallel.stage import build_stage
+from codesign.engine.parallel.whole_rows import WholeRows, has_row_scales
 from codesign.engine.prune.pruner import Pruner
 from codesign.engine.prune.pruners.none import NoPruning
 from codesign.engine.quantize.cache import WeightCache
 from codesign.engine.quantize.cache_key import weights_key
 from codesign.engine.quantize.calibration import Calibration
 from codesign.engine.quantize.calibration_text import calibration_ids
-from codesign.engine.quantize.format import WeightFormat
+from codesign.engine.quantize.format import GridFormat, WeightFormat
 from codesign.engine.quantize.formats.mixed import Mixed
 from codesign.engine.quantize.formats.native import Native
 from codesign.engine.quantize.linear import Workspace
@@ -75,7 +76,8 @@ def build_decoder(
                 f"parallel: {source.path} is already quantised, and its packed weights are not cut here; use the "
                 "original checkpoint, or parallel sizes of 1"
             )
-        source = Sharded(source, part)
+        has_rows = part.tensor_size > 1 and has_row_scales(weight_format, dtype)
+        source = Sharded(source, part, whole_rows=has_rows)
 
     def text(num_sequences: int | None = None, num_tokens: int | None = None) -> Callable[[Tensor], Calibration]:
         def calibrate(embedding: Tensor) -> Calibration:
@@ -110,7 +112,13 @@ def build_decoder(
                 ]
             ),
         )
-    decoder = assembler.build(source) if part is None else build_stage(assembler, source, part, links)
+    if part is None:
+        decoder = assembler.build(source)
+    else:
+        if has_rows:
+            assert isinstance(weight_format, GridFormat)
+            assembler = dataclasses.replace(assembler, weight_format=WholeRows(weight_format, part))
+        decoder = build_stage(assembler, source, part, links)
     if clock.cache == "made":
         # From here on it is as if the weights had been found: what packing them took is not the configuration's.
         workspace.release()

@@ -81,7 +81,6 @@ class CpuProbe:
             total += times.user + times.system
         return total
 
-
     def _ranks(self) -> list[psutil.Process]:
         try:
             return self._child.children()

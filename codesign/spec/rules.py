@@ -52,6 +52,11 @@ def _undivided(config: EngineConfig) -> str | None:
         )
     if parallel.tensor_parallel_size == 1:
         return None
+    if config.weights.knob_dict.get("shadow") is True:
+        return (
+            "weights.shadow with parallel.tensor_parallel_size above 1: sums over ranks need products before they are "
+            "rounded, which dense copies do not give; leave it out"
+        )
     if config.prune.name != "none":
         return (
             "prune with parallel.tensor_parallel_size above 1: weights are ranked over whole rows or matrices, of "

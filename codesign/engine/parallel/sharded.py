@@ -1,8 +1,8 @@
 """Sharded: a source of weights that shows one rank's part of another source, under the names of a model of that size.
 
 So that everything behind it, packing included, is as if the part were a whole model. Weights are cut before they are
-packed: where groups of inputs stay whole, the codes are those of the whole model; a scale over a whole row of `output`
-or `down` becomes one scale per rank.
+packed; groups of inputs stay whole, so the codes are those of the whole model. Where a row has one scale, whole rows
+are shown and cut afterwards (`whole_rows.py`).
 """
 
 from collections.abc import Mapping
@@ -13,16 +13,25 @@ from torch import Tensor
 from codesign.engine.models.assemble import Shapes, TensorSource, all_shapes
 from codesign.engine.parallel.part import Part
 
+ROW_SPLIT = ("o_proj.weight", "down_proj.weight")
+
 
 class Sharded:
-    def __init__(self, source: TensorSource, part: Part) -> None:
-        self._source, self._part = source, part
+    """Args:
+    whole_rows: whether `output` and `down` keep all their inputs.
+    """
+
+    def __init__(self, source: TensorSource, part: Part, *, whole_rows: bool = False) -> None:
+        self._source, self._part, self._whole_rows = source, part, whole_rows
         self._shapes = dict(all_shapes(part.whole))
 
     def read(self, shapes: Shapes) -> dict[str, Tensor]:
         names = {name: self._whole_name(name) for name in shapes}
         found = self._source.read({whole: self._shapes[whole] for whole in names.values()})
-        return {name: cut(found[whole], name, self._part) for name, whole in names.items()}
+        return {
+            name: found[whole] if self._whole_rows and name.endswith(ROW_SPLIT) else cut(found[whole], name, self._part)
+            for name, whole in names.items()
+        }
 
     def finish(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         self._source.finish(self._shapes)

@@ -14,23 +14,33 @@ from codesign.engine.models.assemble import Assembler, TensorSource, outer_shape
 from codesign.engine.models.decoder import AttentionFn, Decoder, DecoderLayer, RMSNorm
 from codesign.engine.parallel.links import Links
 from codesign.engine.parallel.part import Part
+from codesign.engine.quantize import half_packed
 from codesign.engine.quantize.formats.native import Native
+from codesign.engine.quantize.half_packed import HalfPackedLinear
 from codesign.engine.quantize.linear import Linear
+from codesign.engine.quantize.prepacked import PrepackedLinear
 
 _ROW_SPLIT = ("output", "down")
 
 
 class SummedLinear(Linear):
-    """A linear whose inputs are split over the ranks of a stage: each multiplies its own, and all have the sum."""
+    """A linear whose inputs are split over the ranks of a stage: each multiplies its own, and all have the sum.
+
+    On a CPU sums are in fp32 and rounded once, as on one rank: 16-bit parts would double the rounding error, enough to
+    make an eviction policy keep other rows.
+    """
 
     def __init__(self, own: Linear, links: Links) -> None:
         super().__init__()
+        if isinstance(own, PrepackedLinear):  # its kernel only gives 16 bits
+            dense = own.dequantize().to(own.dtype)
+            own = HalfPackedLinear(dense, own.bias) if half_packed.holds(dense) else own
         self.own, self.kernel = own, own.kernel
         self.in_features, self.out_features = own.in_features, own.out_features
         self._links = links
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._links.sum(self.own(x))
+        return self._links.sum(self.own.wide(x)).to(x.dtype)
 
     def dequantize(self) -> Tensor:
         """[out_features, in_features]: of this rank's inputs."""

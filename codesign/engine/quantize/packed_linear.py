@@ -70,6 +70,14 @@ class PackedLinear(Linear):
         y = self.multiply_packed(x) if num_rows <= self.kernel_max_rows else self._multiply_unpacked(x)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
+    def wide(self, x: Tensor) -> Tensor:
+        num_rows = x.shape[0]
+        if num_rows == 0 or x.device.type != "cpu":
+            return self(x)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        is_few = num_rows <= self.kernel_max_rows
+        y = self.multiply_packed(x) if is_few else self._multiply_unpacked(x, torch.float32)
+        return y if self.bias is None else y.add_(self.bias)
+
     def multiply_packed(self, x: Tensor) -> Tensor:
         """[M, out] of any float dtype, before the bias: by the kernel that `few_rows` names."""
         raise NotImplementedError  # never called where kernel_max_rows is 0
@@ -78,9 +86,9 @@ class PackedLinear(Linear):
     def unpack(self, start: int, stop: int, out: Tensor) -> None:
         """Writes rows start..stop of the weight into `out`, [stop - start, in] or transposed, of any float dtype."""
 
-    def _multiply_unpacked(self, x: Tensor) -> Tensor:
+    def _multiply_unpacked(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return multiply_unpacked(
-            x.to(self.compute_dtype),
+            x.to(dtype or self.compute_dtype),
             self.unpack,
             out_features=self.out_features,
             step=self._unpack_step,
