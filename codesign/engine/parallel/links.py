@@ -68,6 +68,11 @@ class Links:
         ]
         return group(PrefixStore(name, self._store), rank, size, options)
 
+    def close(self) -> None:
+        """Lets go of connections, listeners and their threads now, whoever still holds this object."""
+        self._everyone = self._ranks = self._stages = None
+        del self._store
+
     # Plans and facts, between everyone.
 
     def tell(self, numbers: Sequence[int]) -> None:

@@ -44,6 +44,7 @@ class Team:
     def close(self) -> None:
         """Ends the others at once where they have not ended, and takes back all cores."""
         self.others.close()
+        self.links.close()
         cores, num_threads = self.before
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(num_threads)
