@@ -125,7 +125,7 @@ def test_a_rank_that_dies_while_nothing_runs_is_noticed_by_the_next_step(
         ("memory_error", "oom", "rank 1"),
         ("tensor_bomb", "oom", "rank 1"),
         ("segfault", "crashed", "rank 1 was ended by SIGSEGV"),
-        ("leaves", "crashed", "Connection closed by peer"),
+        ("leaves", "crashed", "rank 1 ended with status 7 and said nothing"),
         ("quits", "crashed", "SystemExit: 3"),
         ("unsupported_in_build", "unsupported", "rank 1: this part cannot be built"),
     ],

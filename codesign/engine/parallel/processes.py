@@ -23,6 +23,7 @@ from codesign.engine.parallel.failure import Disconnected, RankDied, raise_repor
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS_S = 5.0  # for those that fail because another has failed
 _END_S = 5.0
+_DISCONNECTED = 75  # exit status of a rank that only lost another one
 
 
 class RankProcess:
@@ -51,6 +52,11 @@ class RankProcess:
     def signal(self) -> int | None:
         """What ended it, if a signal did."""
         return os.WTERMSIG(self._status) if self._status is not None and os.WIFSIGNALED(self._status) else None
+
+    @property
+    def status(self) -> int | None:
+        """What it ended with, unless a signal ended it."""
+        return os.WEXITSTATUS(self._status) if self._status is not None and os.WIFEXITED(self._status) else None
 
     def report(self) -> dict[str, str] | None:
         """What it said, once it has ended."""
@@ -94,6 +100,9 @@ class Processes:
             raise RankDied(rank.rank, number)
         for rank, report in reports:
             raise_report(rank.rank, report)
+        for rank in ended:
+            if rank.status != _DISCONNECTED:
+                raise RuntimeError(f"rank {rank.rank} ended with status {rank.status} and said nothing")
 
     def end(self) -> None:
         """Waits a little for ranks that were told to end, and kills those that have not."""
@@ -176,7 +185,7 @@ def be_rank(job: Mapping[str, Any], report: int, run: Callable[[Mapping[str, Any
         run(job)
         status = 0
     except Disconnected:
-        pass  # whoever failed says why
+        status = _DISCONNECTED  # whoever failed says why
     except BaseException as error:
         os.write(report, json.dumps(report_of(error)).encode())
     finally:

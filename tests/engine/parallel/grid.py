@@ -24,7 +24,7 @@ from codesign.spec.model import ModelSpec
 from codesign.spec.request import Request, SamplingParams
 from tests.engine.parallel.comparing import PLANS, Ran, first_difference, kl, run, top1_agreement
 
-# What each architecture has that others have not: biases and a vocabulary that does not divide, one KV head, a tied head.
+# What only one of them has: biases and a vocabulary that does not divide, one KV head, a tied head.
 SHAPES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"attention_bias": True, "mlp_bias": True, "vocab_size": 131},
     "MistralForCausalLM": {"num_key_value_heads": 1, "num_hidden_layers": 3},
@@ -74,7 +74,8 @@ def cases(model: ModelSpec, config: dict[str, Any], plans: list[str], *, num_gre
 
 
 def policy(name: str) -> dict[str, Any]:
-    return {"name": name, **({"kv_budget": BUDGET} if "kv_budget" in KV_POLICIES.knobs(name) else {}), **KNOBS.get(name, {})}
+    budget = {"kv_budget": BUDGET} if "kv_budget" in KV_POLICIES.knobs(name) else {}
+    return {"name": name, **budget, **KNOBS.get(name, {})}
 
 
 KNOBS: dict[str, dict[str, Any]] = {
