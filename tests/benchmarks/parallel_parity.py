@@ -158,8 +158,8 @@ def main() -> int:
         f"`{facts['command']}`, bundled model, {arguments.texts} held-out texts, {arguments.prefill} tokens prefilled "
         f"and {arguments.forced} forced; the reference is the same configuration on one rank.",
         f"Required of bf16, int8 and int4 with full, h2o and pyramidkv: KL below {MAX_KL:g} and top-1 agreement of at "
-        f"least {MIN_TOP1}, or of what `{ITSELF}` has with itself. A tie: the reference's two best logits are within one "
-        "step of bf16.",
+        f"least {MIN_TOP1}, or of what `{ITSELF}` has with itself. A tie: the reference's two best logits are "
+        "within one step of bf16.",
         "",
         *table(rows),
         "",

@@ -8,6 +8,7 @@ take from torchrun's store, one after the other. torchrun's store and gloo liste
 authentication: use a private one (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface).
 """
 
+import itertools
 import json
 import os
 import signal
@@ -76,37 +77,36 @@ def _lead(command: list[str]) -> int:
     try:
         return subprocess.run([sys.executable, "-m", "codesign", *command]).returncode
     finally:
-        store = _store()
-        store.set(_job(store.add(_COUNT, 1)), json.dumps(None))
+        send_home()
 
 
-def _follow(rank: int) -> int:
-    """Another rank: job after job, until there is none. A job that fails is rank 0's to explain."""
+def send_home() -> None:
+    """Tells the other ranks that there will be no more jobs."""
+    store = _store()
+    store.set(_job(store.add(_COUNT, 1)), json.dumps(None))
+
+
+def work(rank: int) -> int:
+    """What another rank than 0 does: job after job, until there is none. A job that fails is rank 0's to explain."""
     from codesign.engine.build import serve_rank  # builds engines, which come together by this file
     from codesign.engine.parallel.processes import start
 
-    number = 0
-    while True:
-        number += 1
+    for number in itertools.count(1):
         # The connection is made anew for each job, so that a fork happens with one thread.
-        job = json.loads(_waited(number))
+        job = json.loads(_store().get(_job(number)))
         if job is None:
-            return 0
+            break
         (process,) = start(job, [rank], serve_rank).ranks
         while not process.has_ended():
             time.sleep(_POLL_S)
         process.close()
-
-
-def _waited(number: int) -> bytes:
-    found: bytes = _store().get(_job(number))
-    return found
+    return 0
 
 
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     rank = int(os.environ["RANK"])
-    return _lead(sys.argv[1:]) if rank == 0 else _follow(rank)
+    return _lead(sys.argv[1:]) if rank == 0 else work(rank)
 
 
 if __name__ == "__main__":
