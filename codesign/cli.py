@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codesign.errors import CodesignError
+from codesign.errors import CodesignError, Unsupported
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -197,6 +197,49 @@ def _export_weights(record: Any, study: Path, target: Path) -> list[Path]:
     say(f"packing the weights of trial {record.number}")
     spec = load_profile(study / "profile.yaml").model_spec
     return export_checkpoint(spec, config, target, dtype=DTYPES[config.dtype])
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="An engine configuration, as export --to native writes it.")
+    ],
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="PROFILE", help="Names model and hardware; default profile.yaml beside CONFIG."),
+    ] = None,
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Another than this machine's own needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Holds the API key; or set CODESIGN_API_KEY.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A further name by which clients call this server.")
+    ] = None,
+    as_json: Json = False,
+) -> Answer:
+    """Serve one configuration to OpenAI-compatible clients until SIGTERM or Ctrl-C."""
+    try:
+        from codesign.serve.command import ServeRequest
+        from codesign.serve.command import serve as run
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "starlette", "uvicorn"):
+            raise
+        raise Unsupported(f"serve needs {error.name}, which is not installed: pip install 'codesign[serve]'") from None
+
+    asked = ServeRequest(
+        config=config,
+        profile=profile,
+        model=model,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        allow_host=allow_host or (),
+    )
+    document = {"schema_version": SCHEMA_VERSION, **run(asked, say)}
+    text = "{ended_by}: served {sequences} sequences, {output_tokens} tokens; {aborted} were cut off"
+    return Answer(document, lambda: say(text.format(**document)))
 
 
 @app.command()

@@ -1,13 +1,15 @@
-"""Export to this project's own engine: the configuration file that `codesign measure` takes, with its evidence.
+"""Export to this project's own engine: the configuration that `codesign measure` and `serve` take, with its evidence.
 
 config.yaml     the engine's configuration
 profile.yaml    what it was measured for: hardware, model, workload, service level
 space.yaml      the search space that the profile names
 evidence.json   the trial's record, unchanged
-README.md       what it is, what it gave, how to measure it again
+speculation.json  where it speculates: batch size -> number of draft tokens, and the acceptance and costs behind it
+README.md       what it is, what it gave, how to measure and serve it
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 from codesign.results.files import write_file
@@ -35,6 +37,9 @@ class Native:
             "README.md": readme(record).encode(),
             **{name: (study / name).read_bytes() for name in ("profile.yaml", "space.yaml")},
         }
+        speculation = record.resolved.get("speculation")
+        if speculation:
+            contents["speculation.json"] = (json.dumps(speculation, indent=1, sort_keys=True) + "\n").encode()
         for name, data in contents.items():
             write_file(folder / name, data)
         return [folder / name for name in contents]
@@ -62,6 +67,10 @@ def readme(record: TrialRecord) -> str:
             "Measure it again, with more care than a search has time for:",
             "",
             "    codesign measure profile.yaml --config config.yaml --tier confirm",
+            "",
+            "Serve it to OpenAI-compatible clients, with the model that `profile.yaml` names:",
+            "",
+            "    codesign serve config.yaml",
             "",
         ]
     )

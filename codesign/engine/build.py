@@ -1,43 +1,51 @@
 """build_engine: from a model and one EngineConfig to a running Engine. What cannot be built is refused by name here."""
 
+import dataclasses
 import functools
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from codesign.engine.attention.layer import Attention
-from codesign.engine.attention.switched import SwitchedAttention, make_attention
-from codesign.engine.engine import Engine, EngineParts
+from codesign.engine.attention.paged import PagedAttention
+from codesign.engine.attention.switched import AnyAttention, make_attention
+from codesign.engine.block_allocator import UNPAGED, Allocator, BlockAllocator
+from codesign.engine.block_pool import BlockPool
+from codesign.engine.engine import Engine, EngineParts, Scheduler
 from codesign.engine.kernels.pieces import Pieces, choose
 from codesign.engine.kv.policy import KVPolicy
+from codesign.engine.kv.tables import num_blocks_of
 from codesign.engine.memory import return_freed_memory
 from codesign.engine.models.assemble import PackClock
-from codesign.engine.models.load import read_config
+from codesign.engine.models.describe import describe
 from codesign.engine.models.rope_scaling import rope_of
-from codesign.engine.models.shape import ModelShape, read_shape
-from codesign.engine.models.tokenizer import eos_token_ids
+from codesign.engine.models.shape import ModelShape
 from codesign.engine.parallel.assign import check_policy, part_of, policy_of, team_facts
 from codesign.engine.parallel.failure import Disconnected
 from codesign.engine.parallel.part import check_split
 from codesign.engine.parallel.runner import RankRunner
 from codesign.engine.parallel.stage import Stage
 from codesign.engine.parallel.team import Team, follow, layout_of, lead
+from codesign.engine.prefix_cache import PrefixCache
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
+from codesign.engine.speculate.adaptive import Adaptive
+from codesign.engine.speculate.calibrate import calibrate
+from codesign.engine.speculate.proposer import Proposer, Speculator, Target
+from codesign.engine.speculate.speculation import Speculation
+from codesign.engine.step import BLOCK_TOKENS
 from codesign.engine.weights import build_decoder
 from codesign.errors import InputError, Unsupported
-from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, SCHEDULERS
+from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, SCHEDULERS, SPECULATORS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
-from codesign.spec.rules import senseless
+from codesign.spec.rules import senseless, undrafted
 from codesign.units import format_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MAX_QUERY_LEN = 1  # output tokens of one sequence in one step
 
 
 def build_engine(
@@ -58,7 +66,7 @@ def build_engine(
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         return _build(model, config, place, None)
-    _shape(model, config)  # what is wrong with them is said before any process is started
+    _check(model, describe(model)[0], config)  # what is wrong with them is said before any process is started
     team = lead(model, config, device=device, num_threads=num_threads, run=serve_rank)
     try:
         return _build(model, config, team.device, team)
@@ -73,7 +81,7 @@ def build_engine(
 def serve_rank(job: Mapping[str, Any]) -> None:
     """What a rank other than 0 does: builds its part and runs the plans of rank 0, until that says that it is over."""
     team = follow(job)
-    engine = _build(ModelSpec(**job["model"]), EngineConfig.from_dict(job["config"]), team.device, team)
+    engine = _build(ModelSpec.from_dict(job["model"]), EngineConfig.from_dict(job["config"]), team.device, team)
     assert isinstance(engine.parts.runner, RankRunner)
     engine.parts.runner.serve(engine.own_bytes)
 
@@ -81,7 +89,8 @@ def serve_rank(job: Mapping[str, Any]) -> None:
 def _build(model: ModelSpec, config: EngineConfig, place: torch.device, team: Team | None) -> Engine:
     """The whole engine, or one rank's part of it."""
     dtype = DTYPES[config.dtype]
-    shape, eos = _shape(model, config)
+    shape, eos = describe(model)
+    _check(model, shape, config)
 
     workspace, clock = Workspace(), PackClock()
     started = time.perf_counter()
@@ -92,17 +101,43 @@ def _build(model: ModelSpec, config: EngineConfig, place: torch.device, team: Te
     part = None if team is None else part_of(team, shape, config, build, pieces)
     decoder = build(part=part, links=None if team is None else team.links)
     decoder.use(pieces)
+    speculator: Speculator = SPECULATORS.create(config.speculate.name, key="speculate", **config.speculate.knob_dict)
+    proposer = speculator.start(
+        Target(
+            model=model,
+            shape=shape,
+            config=config,
+            dtype=dtype,
+            device=place,
+            pieces=pieces,
+            workspace=workspace,
+            clock=clock,
+        )
+    )
     loaded = time.perf_counter()
     policy: KVPolicy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
-    if part is None or team is None:
-        attention, num_slots = _allocate(policy, shape, config, dtype, place, pieces)
-    else:
-        own = policy_of(policy, part)
-        attention, num_slots = _allocate(own, part.shape, config, dtype, place, pieces, total=team.links.total)
+    attention, num_slots = _allocate(
+        policy if part is None else policy_of(policy, part),
+        shape if part is None else part.shape,
+        config,
+        dtype,
+        place,
+        pieces,
+        max_query_len=speculator.num_draft_tokens + 1,
+        draft_bytes=0 if proposer is None else proposer.slot_bytes,
+        total=int if team is None else team.links.total,
+    )
+    if proposer is not None:
+        proposer.allocate(num_slots)
     return_freed_memory()
     allocated = time.perf_counter()
 
-    scheduler = SCHEDULERS.create(config.scheduler.name, key="scheduler", **config.scheduler.knob_dict)
+    member = SCHEDULERS.create(config.scheduler.name, key="scheduler", **config.scheduler.knob_dict)
+    scheduler: Scheduler = member.start(
+        num_slots=num_slots,
+        max_step_tokens=config.max_step_tokens,
+        allocator=_allocator(model, config, getattr(attention, "num_blocks", 0)),
+    )
     kv: dict[str, Any] = {"kv_budget_tokens": list(attention.kv_budget_tokens), "kv_place": attention.kv_place}
     if part is None or team is None:
         runner = SingleRunner(decoder, attention, place)
@@ -110,20 +145,33 @@ def _build(model: ModelSpec, config: EngineConfig, place: torch.device, team: Te
         assert isinstance(decoder, Stage), "a part of a model is a stage"
         runner = RankRunner(decoder, attention, team, num_micro_batches=config.parallel.num_micro_batches)
         kv = team_facts(team, part, kv)
+    speculation = None
+    if proposer is not None:
+        adaptive = _adaptive(speculator, proposer, scheduler, runner, shape, config, num_slots)
+        speculation = Speculation(
+            proposer,
+            KV_CODECS.create(config.kv.codec.name, key="kv.codec", **config.kv.codec.knob_dict),
+            num_draft_tokens=speculator.num_draft_tokens,
+            max_step_tokens=config.max_step_tokens,
+            adaptive=adaptive,
+        )
+    calibrated = time.perf_counter()
     return Engine(
         EngineParts(
             config=config,
             model=decoder,
             attention=attention,
-            scheduler=scheduler.start(num_slots=num_slots, max_step_tokens=config.max_step_tokens),
+            scheduler=scheduler,
             runner=runner,
             workspace=workspace,
             device=place,
             num_slots=num_slots,
             eos_token_ids=eos,
+            speculation=speculation,
             resolved={
                 **kv,
                 "num_slots": num_slots,
+                **({"num_blocks": attention.num_blocks} if isinstance(attention, PagedAttention) else {}),
                 "dtype": config.dtype,
                 "device": str(place),
                 "num_threads": torch.get_num_threads(),
@@ -135,11 +183,13 @@ def _build(model: ModelSpec, config: EngineConfig, place: torch.device, team: Te
                 "eos_token_ids": sorted(eos),
                 "weight_cache": clock.cache,
                 "weight_notes": clock.notes,
+                **({} if speculation is None else {"speculation": speculation.stats()}),
             },
             phases={
                 "load_s": loaded - started - clock.quantize_s,
                 "quantize_s": clock.quantize_s,
                 "allocate_s": allocated - loaded,
+                **({} if speculation is None else {"calibrate_s": calibrated - allocated}),
             },
         )
     )
@@ -156,24 +206,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _shape(model: ModelSpec, config: EngineConfig) -> tuple[ModelShape, frozenset[int]]:
-    """The model's shape, which goes with the configuration, and the ids that end an output."""
-    plain, file, eos = _describe(model)
-    shape = read_shape(plain, file=file)
-    _check(shape, config)
-    return shape, eos
-
-
-def _describe(model: ModelSpec) -> tuple[dict[str, Any], object, frozenset[int]]:
-    """(config keys, the file they come from, ids that end an output)."""
-    if model.path is None:
-        assert model.architecture is not None, "ModelSpec holds a path or an architecture"
-        return dict(model.architecture), None, frozenset()
-    path = Path(model.path)
-    return read_config(path), path / "config.json", eos_token_ids(path)
-
-
-def _check(shape: ModelShape, config: EngineConfig) -> None:
+def _check(model: ModelSpec, shape: ModelShape, config: EngineConfig) -> None:
     """Combinations that would compute something else than the model."""
     length = config.max_model_len
     if length > shape.max_positions:
@@ -186,7 +219,7 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
             f"max_model_len {length} is longer than the model's sliding window of {shape.sliding_window} tokens, which "
             f"this engine does not mask; use at most {shape.sliding_window}"
         )
-    reason = senseless(config)
+    reason = senseless(config) or undrafted(config, model)
     if reason is not None:
         raise Unsupported(reason)
     layout = layout_of(config)
@@ -200,6 +233,31 @@ def _check(shape: ModelShape, config: EngineConfig) -> None:
         )
 
 
+def _adaptive(
+    speculator: Speculator,
+    proposer: Proposer,
+    scheduler: Scheduler,
+    runner: SingleRunner,
+    shape: ModelShape,
+    config: EngineConfig,
+    num_slots: int,
+) -> Adaptive | None:
+    """What chooses how many tokens are drafted, from costs measured now; None where that is fixed."""
+    if not speculator.adaptive:
+        return None
+    costs = calibrate(
+        scheduler,
+        runner,
+        proposer,
+        num_slots=num_slots,
+        num_draft_tokens=speculator.num_draft_tokens,
+        max_step_tokens=config.max_step_tokens,
+        max_model_len=config.max_model_len,
+        vocab_size=shape.vocab_size,
+    )
+    return Adaptive(costs, speculator.num_draft_tokens) if costs.target else None  # no room for a single draft
+
+
 def _allocate(
     policy: KVPolicy,
     shape: ModelShape,
@@ -208,15 +266,18 @@ def _allocate(
     device: torch.device,
     pieces: Pieces,
     *,
-    total: Callable[[int], int] = int,
-) -> tuple[Attention | SwitchedAttention, int]:
+    max_query_len: int,
+    draft_bytes: int,
+    total: Callable[[int], int],
+) -> tuple[AnyAttention, int]:
     """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number.
 
     Args:
+        draft_bytes: that a slot costs beside this cache, within the same bound.
         total: bytes of this process -> of all ranks, which hold parts of one cache.
     """
 
-    def attention(policy: KVPolicy, num_slots: int) -> Attention | SwitchedAttention:
+    def attention(policy: KVPolicy, num_slots: int, num_blocks: int | None = None) -> AnyAttention:
         return make_attention(
             num_layers=shape.num_layers,
             num_heads=shape.num_heads,
@@ -229,19 +290,24 @@ def _allocate(
             place=KV_PLACES.create(config.kv.place.name, key="kv.place", **config.kv.place.knob_dict),
             backend=ATTENTION.create(config.attention.name, key="attention", **config.attention.knob_dict),
             num_slots=num_slots,
+            num_blocks=num_blocks,
             max_model_len=config.max_model_len,
-            max_query_len=_MAX_QUERY_LEN,
+            max_query_len=max_query_len,
             dtype=dtype,
             device=device,
             pieces=pieces,
         )
+
+    if config.kv.layout.name == "paged":
+        return _allocate_blocks(config, functools.partial(attention, policy), draft_bytes=draft_bytes, total=total)
 
     @functools.cache
     def slot_bytes(policy: KVPolicy) -> int:
         return attention(policy, 1).kv_bytes  # asked of a real one: only it knows what policy and codec add up to
 
     def num_bytes(num_slots: int) -> int:
-        return total(sum(count * slot_bytes(own) for count, own in policy.slot_policies(num_slots)))
+        own_bytes = total(sum(count * slot_bytes(own) for count, own in policy.slot_policies(num_slots)))
+        return own_bytes + num_slots * draft_bytes
 
     try:
         num_slots, limit = config.max_batch_size, config.kv_memory_bytes
@@ -257,3 +323,52 @@ def _allocate(
         return attention(policy, num_slots), num_slots
     except ValueError as error:
         raise Unsupported(f"kv.policy {config.kv.policy.name!r}: {error}") from error
+
+
+def _allocate_blocks(
+    config: EngineConfig,
+    attention: Callable[[int, int], AnyAttention],
+    *,
+    draft_bytes: int,
+    total: Callable[[int], int],
+) -> tuple[AnyAttention, int]:
+    """The cache in blocks: as many as the batch can fill, or `kv_memory_bytes` has room for.
+
+    Sequences share them, so that more can run than would fit at full length: what is then too much is preempted and
+    computed anew. Rows that a codec rounds come out of that different, since a prompt attends to native ones; so with
+    such a codec there are only as many sequences as always fit. A prefix cache keeps what is left of the memory filled.
+    """
+    num_slots, limit = config.max_batch_size, config.kv_memory_bytes
+    each = num_blocks_of(config.max_model_len)
+    num_blocks = num_slots * each
+    if limit is not None:
+        probe = attention(num_slots, 1)  # asked of a real one: only it knows what codec and table add up to
+        assert isinstance(probe, PagedAttention)
+        block_bytes = total(probe.block_bytes)
+        fixed = total(probe.kv_bytes) - block_bytes + num_slots * draft_bytes
+        room = (limit - fixed) // block_bytes
+        if room < each:
+            least = fixed + each * block_bytes
+            raise Unsupported(
+                f"kv_memory_bytes {limit} ({format_bytes(limit)}): one sequence of max_model_len "
+                f"{config.max_model_len} needs {least} ({format_bytes(least)}), {each} blocks of {BLOCK_TOKENS} tokens"
+            )
+        num_blocks = room if config.prefix_cache else min(num_blocks, room)
+    if config.kv.codec.name != "native":
+        num_slots = min(num_slots, num_blocks // each)
+    return attention(num_slots, num_blocks), num_slots
+
+
+def _allocator(model: ModelSpec, config: EngineConfig, num_blocks: int) -> Allocator:
+    """Who has which block of a paged cache; `num_blocks` is 0 where the cache is not paged.
+
+    The keys of the prefix cache are seeded with model and configuration: what is computed from equal tokens depends on
+    both. An engine's weights never change, so they need not be read for it.
+    """
+    if not num_blocks:
+        return UNPAGED
+    pool = BlockPool(num_blocks)
+    if not config.prefix_cache:
+        return BlockAllocator(pool)
+    seed = json.dumps({"model": dataclasses.asdict(model), "config": config.to_dict()}, sort_keys=True)
+    return BlockAllocator(pool, PrefixCache(pool, seed=seed.encode()))

@@ -8,18 +8,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from codesign.engine.attention.layer import Attention
-from codesign.engine.attention.switched import SwitchedAttention
+from codesign.engine.attention.switched import AnyAttention
 from codesign.engine.kernels.pieces import describe
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.quantize.linear import Linear, Workspace
 from codesign.engine.runner import SingleRunner
-from codesign.engine.sampling import logprobs, sample
+from codesign.engine.sampling import logprobs
 from codesign.engine.sequence import Sequence, StepOutput
-from codesign.engine.step import NO_DRAFTS, StepPlan
-from codesign.errors import InputError
+from codesign.engine.speculate.exact import verify
+from codesign.engine.speculate.speculation import Speculation
+from codesign.engine.step import BLOCK_TOKENS, NO_DRAFTS, StepPlan
+from codesign.errors import InputError, Unsupported
 from codesign.spec.engine_config import EngineConfig
-from codesign.spec.request import Request
+from codesign.spec.request import Request, SamplingParams
 
 
 class Scheduler(Protocol):
@@ -38,25 +39,29 @@ class Scheduler(Protocol):
 
     def commit(self, sampled: Items[Sequence], tokens: Items[Items[int]]) -> list[StepOutput]: ...
 
+    def stats(self) -> dict[str, int]: ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineParts:
     """What `build_engine` puts together.
 
     Attributes:
+        speculation: None where one output token comes at a time.
         resolved: what the build derived from the configuration.
         phases: phase -> seconds.
     """
 
     config: EngineConfig
     model: Decoder
-    attention: Attention | SwitchedAttention
+    attention: AnyAttention
     scheduler: Scheduler
     runner: SingleRunner
     workspace: Workspace
     device: torch.device
     num_slots: int
     eos_token_ids: frozenset[int]
+    speculation: Speculation | None
     resolved: Mapping[str, Any]
     phases: Mapping[str, float]
 
@@ -111,7 +116,36 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """Drops a request; no further output comes for it. Whether it was still in the engine."""
         self._request_ids.discard(request_id)
+        self._release_drafts([request_id])
         return self.parts.scheduler.abort(request_id)
+
+    def warm_prefix(self, token_ids: Items[int]) -> int:
+        """Computes the beginning that many prompts will have, with no output, and leaves it to the prefix cache, which
+        keeps it until it needs the room for something newer.
+
+        Returns how many of the tokens are kept: whole blocks.
+
+        Raises:
+            InputError: no tokens, too many for `max_model_len`, or tokens outside the vocabulary.
+            Unsupported: the configuration has no prefix cache.
+            ValueError: the engine has requests, whose steps would mix with these.
+        """
+        parts, limit = self.parts, self.parts.config.max_model_len
+        if not parts.config.prefix_cache:
+            raise Unsupported("warming a prefix needs `prefix_cache: true`: this configuration would forget it at once")
+        if self.has_work:
+            raise ValueError("the engine still has requests")
+        if not 1 <= len(token_ids) < limit:
+            raise InputError(f"a prefix has 1 to {limit - 1} tokens (max_model_len {limit}), got {len(token_ids)}")
+        prefix = tuple(token_ids)
+        check_tokens(prefix, self.vocab_size, "prefix")
+        only_token = SamplingParams(max_tokens=1)
+        parts.scheduler.add(Sequence(Request(request_id="", prompt_token_ids=prefix, sampling=only_token)))
+        while parts.scheduler.has_work:
+            plan, ending = parts.scheduler.plan()
+            parts.runner.run(plan)
+            parts.scheduler.commit(ending, [[0] for _ in ending])
+        return len(prefix) // BLOCK_TOKENS * BLOCK_TOKENS
 
     def step(self) -> list[StepOutput]:
         """Runs one step: every token that it gave. Empty when there is no work or only prompt chunks were run.
@@ -120,15 +154,26 @@ class Engine:
             NumericalError: NaN or infinite logits; the engine is of no use afterwards.
         """
         parts = self.parts
-        plan, sampled = parts.scheduler.plan()
+        speculation = parts.speculation
+        drafts = speculation.propose(parts.scheduler.decoding()) if speculation is not None else {}
+        plan, sampled = parts.scheduler.plan({request_id: draft.token_ids for request_id, draft in drafts.items()})
         if not plan.slots:
             return []
         logits = parts.runner.run(plan)
-        token_ids = sample(logits, [s.sampling for s in sampled], [s.stream for s in sampled]) if sampled else []
-        outputs = parts.scheduler.commit(sampled, [[token_id] for token_id in token_ids])
+        verdicts = verify(logits, plan.num_logits, sampled, drafts)
+        if speculation is not None and verdicts:
+            speculation.observe(verdicts, plan.num_logits)
+        outputs = parts.scheduler.commit(sampled, [verdict.token_ids for verdict in verdicts])
         outputs = self._with_logprobs(outputs, plan, sampled, logits)
-        self._request_ids.difference_update(output.request_id for output in outputs if output.finish_reason)
+        finished = [output.request_id for output in outputs if output.finish_reason]
+        self._request_ids.difference_update(finished)
+        self._release_drafts(finished)
         return outputs
+
+    def _release_drafts(self, request_ids: Items[str]) -> None:
+        if self.parts.speculation is not None:
+            for request_id in request_ids:
+                self.parts.speculation.release(request_id)
 
     def _with_logprobs(
         self, outputs: list[StepOutput], plan: StepPlan, sampled: Items[Sequence], logits: Tensor
@@ -179,11 +224,22 @@ class Engine:
             "kv": parts.attention.kv_bytes,
             "kv_staging": parts.attention.staging_bytes,
             "workspace": parts.workspace.num_bytes,
+            **({} if parts.speculation is None else parts.speculation.proposer.num_bytes()),
         }
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start and, where the cache is paged, its blocks as they are now."""
+        return self.parts.scheduler.stats()
 
     def device_busy_us(self) -> int:
         """Microseconds that the device spent inside steps since the last call, by CUDA events; 0 on a CPU."""
-        return self.parts.runner.device_busy_us()
+        speculation = self.parts.speculation
+        drafting = 0 if speculation is None else speculation.proposer.device_busy_us()
+        return self.parts.runner.device_busy_us() + drafting
+
+    def speculation_stats(self) -> dict[str, Any]:
+        """What became of drafts since the build, and the table of batch size -> K, as plain data; empty without any."""
+        return {} if self.parts.speculation is None else self.parts.speculation.stats()
 
     def close(self) -> None:
         """Lets go of weights and cache, and ends other ranks; a second call does nothing."""

@@ -25,19 +25,40 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], streams: Sequence[r
     Raises:
         NumericalError: a row whose largest value is NaN or infinite.
     """
+    token_ids = likeliest(logits)
+    rows = [row for row, p in enumerate(params) if p.temperature > 0]
+    if rows:
+        law = laws(logits[rows], [params[row] for row in rows])
+        for row, token_id in zip(rows, draw(law, [streams[row] for row in rows]), strict=True):
+            token_ids[row] = token_id
+    return token_ids
+
+
+def likeliest(logits: Tensor) -> list[int]:
+    """The greedy token of each row [R, V], the lowest id where several are equal.
+
+    Raises:
+        NumericalError: a row whose largest value is NaN or infinite.
+    """
     token_ids, best = _likeliest(logits)
     if not all(map(math.isfinite, best)):
         raise NumericalError("the logits are NaN or infinite: this configuration does not compute on this machine")
-    if all(p.temperature == 0 for p in params):
-        return token_ids
-    # Two groups, each with arithmetic of its own, so that one request's truncation never moves another's rounding.
-    for truncated in (False, True):
-        rows = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) == truncated]
-        if rows:
-            law = token_law(logits[rows], [params[row] for row in rows])
-            for row, token_id in zip(rows, _draw(law, [streams[row] for row in rows]), strict=True):
-                token_ids[row] = token_id
     return token_ids
+
+
+def laws(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """`token_law` of rows that are truncated and rows that are not, [R, V] float64.
+
+    Two groups, each with arithmetic of its own, so that one request's truncation never moves another's rounding.
+    """
+    is_truncated = [p.top_k > 0 or p.top_p < 1 for p in params]
+    if len(set(is_truncated)) < 2:
+        return token_law(logits, params)
+    found = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
+    for group in (False, True):
+        rows = [row for row, own in enumerate(is_truncated) if own == group]
+        found[rows] = token_law(logits[rows], [params[row] for row in rows])
+    return found
 
 
 def token_law(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -90,7 +111,8 @@ def _likeliest(logits: Tensor) -> tuple[list[int], list[float]]:
     return ids.flatten().tolist(), logits.gather(-1, ids).flatten().tolist()
 
 
-def _draw(law: Tensor, streams: Sequence[random.Random]) -> list[int]:
+def draw(law: Tensor, streams: Sequence[random.Random]) -> list[int]:
+    """One token id per row of law [R, V] float64, with one number of each stream."""
     cumulative = law.cumsum(dim=-1)
     total = cumulative[:, -1:]
     # Of the computed total, and below it: rounding can neither favour nor overrun the last token.

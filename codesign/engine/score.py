@@ -2,6 +2,7 @@
 
 A prompt is prefilled, the KV policy acts at its end, and every later token is forced, one decode step at a time. So the
 quality that is reported is that of the cache as it is while generating: one plain forward pass cannot see eviction.
+What a prefix cache keeps is left aside, so that no score depends on what was run before it.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +47,8 @@ def score(
     for index, (tokens, num_prompt) in enumerate(zip(sequences, prompts, strict=True)):
         sampling = SamplingParams(max_tokens=len(tokens) - num_prompt, ignore_eos=True)
         prompt = tuple(int(token) for token in tokens[:num_prompt])
-        parts.scheduler.add(Running(Request(request_id=str(index), prompt_token_ids=prompt, sampling=sampling)))
+        request = Request(request_id=str(index), prompt_token_ids=prompt, sampling=sampling)
+        parts.scheduler.add(Running(request, shares_prefix=False))
 
     while parts.scheduler.has_work:
         plan, forced = parts.scheduler.plan()

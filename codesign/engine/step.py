@@ -37,7 +37,8 @@ class StepPlan:
         positions: [N] logical position of each token.
         is_prompt_end: [S] whether this chunk ends the sequence's prompt: after it the policy selects and the rows
             move from the staging area into the slot. Prompt chunks commit by themselves (a prompt is never rejected).
-        is_prompt: [S] whether the chunk belongs to the prompt (staged) or to the output (pending rows).
+        is_prompt: [S] whether the chunk belongs to the prompt (staged) or to the output (pending rows). Of a sequence
+            that was preempted, the output so far belongs to the prompt that is prefilled again.
         logits_rows: indices into [N] of the tokens whose logits are wanted.
         blocks: [S] blocks of a paged cache that each sequence's table grows by before its tokens are written; empty
             where the cache is not paged.

@@ -1,7 +1,7 @@
 """The process of one engine: takes commands, steps the engine while it has work, says one line per step.
 
-    in   {"op":"build",...}  submit  abort  score  memory; the end of the channel means: close
-    out  {"event":"ready"} built  step  aborted  progress  scored  memory  failed
+    in   {"op":"build",...}  submit  abort  score  memory  speculation  stats; the end of the channel means: close
+    out  {"event":"ready"} built  step  aborted  progress  scored  memory  speculation  stats  failed
 
 It believes its parent and is not believed by it. It runs in a fork of the nursery, so it ends by `os._exit`: nothing
 that the nursery registered may run a second time.
@@ -163,6 +163,10 @@ class _Child:
                 self._say_numbers({"event": "scored", "scores": scores})
             case "memory":
                 self._say({"event": "memory", **device_memory(self._device, self._engine)})
+            case "speculation":
+                self._say_numbers({"event": "speculation", "stats": self._engine.speculation_stats()})
+            case "stats":
+                self._say({"event": "stats", "stats": self._engine.stats()})
             case other:
                 raise AssertionError(f"unknown command {other!r}")
 
@@ -170,7 +174,7 @@ class _Child:
         self._device = command["device"]
         build, self._score = named(command["factory"]), named(command["quality"])
         self._engine = build(
-            ModelSpec(**command["model"]),
+            ModelSpec.from_dict(command["model"]),
             EngineConfig.from_dict(command["config"]),
             device=self._device,
             num_threads=command["num_threads"],

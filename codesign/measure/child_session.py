@@ -215,6 +215,17 @@ class ChildSession:
         device = self._checked(messages.sizes, self._await("memory", self._limits.progress_s))
         return {"peak_memory_bytes": device.get("device_peak_bytes", 0), **device, **host}
 
+    def speculation(self) -> Mapping[str, Any]:
+        self._send({"op": "speculation"})
+        return self._checked(messages.speculation, self._await("speculation", self._limits.progress_s))
+
+    def stats(self) -> Mapping[str, int]:
+        """Of a built engine that has nothing to do: counters since it was built, by its own word."""
+        if self._outstanding:
+            raise ValueError(f"{len(self._outstanding)} requests are still running")
+        self._send({"op": "stats"})
+        return self._checked(messages.counts, self._await("stats", self._limits.progress_s))
+
     def close(self) -> None:
         """Ends the child and waits until nothing of it is left. What had to be forced is logged, not raised."""
         if not self._is_open:

@@ -8,6 +8,7 @@ from codesign.measure.session import BuildFacts
 from codesign.spec.request import FinishReason
 
 _MAX_BYTES = 2**50
+_MAX_COUNT = 2**50
 _MAX_SECONDS = 1e6
 _MAX_ENTRIES = 1000
 _FINISH_REASONS = frozenset(("", *get_args(FinishReason)))
@@ -45,6 +46,20 @@ def build_facts(message: Mapping[str, Any]) -> BuildFacts:
 def sizes(message: Mapping[str, Any]) -> dict[str, int]:
     """The byte counts of a `memory` message."""
     return {key: _size(value, key) for key, value in message.items() if key != "event"}
+
+
+def speculation(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of drafts, for the record."""
+    return _mapping(message, "stats")
+
+
+def counts(message: Mapping[str, Any]) -> dict[str, int]:
+    """The counters of a `stats` message."""
+    found = _mapping(message, "stats")
+    for name, value in found.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_COUNT:
+            raise ProtocolFault(f"stats.{name!a} is not a count: {ascii(value)[:80]}")
+    return found
 
 
 def scores(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def provenance(model: ModelSpec, device: str) -> dict[str, Any]:
         "code": code_state(),
         "model": {"name": model.name, "digest": model_digest(model)},
     }
+    if model.draft is not None:
+        found["draft"] = {"name": model.draft.name, "digest": model_digest(model.draft)}
     if device == "cuda":
         found["gpus"] = gpus()
     return found

@@ -22,7 +22,7 @@ def impossible(readings: Readings, facts: BuildFacts, hardware: Hardware, config
 
     Arithmetic: 2 operations per parameter and token, prompt and output, against the highest peak of any number format,
     because a kernel may compute in another format than it is given. Traffic: the weights once per step, with at least
-    output tokens / batch steps.
+    output tokens / (batch x most tokens that a step gives a sequence) steps.
     """
     tolerance = _TOLERANCE[hardware.device]
     tokens = sum(sample.prompt_tokens + sample.output_tokens for sample in readings.samples)
@@ -36,7 +36,9 @@ def impossible(readings: Readings, facts: BuildFacts, hardware: Hardware, config
     weights = readings.bytes["weights"]
     if bandwidth is not None and weights > _CACHE_BYTES:
         batch = min(config.max_batch_size, len(readings.samples))
-        used = weights * readings.output_tokens / batch / readings.wall_s / 1e9
+        drafts = config.speculate.knob_dict.get("num_draft_tokens", 0)
+        per_step = batch * (1 + drafts if isinstance(drafts, int) else 1)
+        used = weights * readings.output_tokens / per_step / readings.wall_s / 1e9
         if used > bandwidth * hardware.count * tolerance:
             return f"{used:.3g} GB/s, more than the {bandwidth:g} of the profile (MBU {used / bandwidth:.2f})"
     return None

@@ -33,13 +33,17 @@ class TokenEvent:
 
     Attributes:
         time_s: parent's monotonic clock.
-        finish_reason: "" until the request ends; then "stop", "length" or "aborted".
+        finish_reason: "" until the request ends; then "stop", "length" or "aborted"; "rejected" (token_id -1) instead
+            of a first token when the endpoint is full.
+        token_id: -1 where the endpoint does not say it.
+        sent_s: when the request really left, where that is later than `submit`; None: then.
     """
 
     request_id: str
     token_id: int
     time_s: float
     finish_reason: str = ""
+    sent_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,9 @@ class Endpoint(Protocol):
 
     def submit(self, request: Request) -> None: ...
 
+    def abort(self, request_id: str) -> None:
+        """Stops a request; its last event says "aborted" and has token_id -1. Nothing happens when it has finished."""
+
     def poll(self, timeout_s: float) -> Sequence[TokenEvent]:
         """Token events that have arrived, waiting at most `timeout_s` for the first. Raises TrialFailed."""
 
@@ -78,5 +85,11 @@ class Session(Endpoint, Protocol):
 
     def memory(self) -> Mapping[str, int]:
         """Peak and current memory of the device and the child process, in bytes, read by the parent where it can."""
+
+    def speculation(self) -> Mapping[str, Any]:
+        """What became of drafts since the build, and the table of batch size -> K; empty without speculation."""
+
+    def stats(self) -> Mapping[str, int]:
+        """What the engine has counted since it was built, such as `preemptions` and `prefix_hit_tokens`."""
 
     def close(self) -> None: ...

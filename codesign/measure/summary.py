@@ -6,11 +6,13 @@ What was not measured is absent.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from codesign.measure.capacity import Capacity
 from codesign.measure.load import LoadResult
-from codesign.results.measurement import median_interval, percentile_upper, statistic
+from codesign.measure.percentiles import TIMES, request_values
+from codesign.results.measurement import median_interval, percentile_interval, percentile_upper, statistic
 from codesign.results.record import MetricValue, RequestSample
 from codesign.spec.metrics import METRICS, Objective
 from codesign.spec.profile import Profile
@@ -22,7 +24,6 @@ _T975 = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-_TIMES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,14 @@ class Readings:
         bytes: part -> bytes, with `peak`.
         quality: what `measure.quality` returned, or None.
         monitor: the device monitor's reading over all blocks.
+    capacity: what the search for it found; None where it was not asked for, or found no time for one probe.
     """
 
     blocks: tuple[LoadResult, ...]
     bytes: Mapping[str, int]
     quality: Mapping[str, Any] | None
     monitor: Mapping[str, Any]
+    capacity: Capacity | None = None
 
     @property
     def samples(self) -> tuple[RequestSample, ...]:
@@ -58,7 +61,7 @@ def metrics(readings: Readings, profile: Profile) -> dict[str, MetricValue]:
     """Metric name -> value. A metric that is an objective carries the objective's statistic, else its default one."""
     statistics = {objective.metric: objective.statistic for objective in profile.objectives}
     found: dict[str, MetricValue] = {}
-    for name in _TIMES:
+    for name in TIMES:
         values = request_values(readings.samples, name)
         if values:
             found[name] = _over_requests(name, values, statistics.get(name) or METRICS[name].statistic)
@@ -66,6 +69,8 @@ def metrics(readings: Readings, profile: Profile) -> dict[str, MetricValue]:
     found |= _device(readings, profile)
     if readings.quality is not None:
         found |= _quality(readings.quality)
+    if readings.capacity is not None:
+        found["capacity_requests_per_s"] = _capacity(readings.capacity)
     return found
 
 
@@ -82,13 +87,6 @@ def violations(readings: Readings, values: Mapping[str, MetricValue], slo: Slo, 
         if value is not None:
             found[limit.key] = limit.violation(value)
     return found
-
-
-def request_values(samples: Iterable[RequestSample], name: str) -> list[float]:
-    """One value per request; the gaps between a request's tokens are summarised by their median first."""
-    if name == "itl_ms":
-        return [statistic(sample.itl_ms, "p50") for sample in samples if sample.itl_ms]
-    return [value for sample in samples if (value := getattr(sample, name)) is not None]
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -132,7 +130,13 @@ def share_interval(successes: int, count: int) -> tuple[float, float]:
 
 
 def _over_requests(name: str, values: Sequence[float], chosen: str) -> MetricValue:
-    interval = median_interval(values) if chosen == "p50" else mean_interval(values) if chosen == "mean" else None
+    interval = None
+    if chosen == "p50":
+        interval = median_interval(values)
+    elif chosen == "mean":
+        interval = mean_interval(values)
+    elif chosen.startswith("p"):
+        interval = percentile_interval(values, float(chosen[1:]))
     low, high = interval or (None, None)
     return MetricValue(
         value=statistic(values, chosen),
@@ -159,11 +163,23 @@ def _rates(readings: Readings, profile: Profile) -> dict[str, MetricValue]:
     found = {
         "throughput_tokens_per_s": rate("throughput_tokens_per_s", [block.output_tokens for block in readings.blocks])
     }
-    limits = [limit for limit in profile.slo.limits() if limit.metric in _TIMES]
+    limits = profile.slo.time_limits()
     if limits:
         good = [sum(_keeps(sample, limits) for sample in block.samples) for block in readings.blocks]
         found["goodput_requests_per_s"] = rate("goodput_requests_per_s", good)
     return found
+
+
+def _capacity(capacity: Capacity) -> MetricValue:
+    """Its interval is the search's: the rate that passed and the one that failed; none where no rate failed."""
+    failed = capacity.failed_per_s
+    return MetricValue(
+        value=capacity.rate_per_s,
+        unit=METRICS["capacity_requests_per_s"].unit,
+        num_samples=len(capacity.probes),
+        low=None if failed is None else capacity.rate_per_s,
+        high=failed,
+    )
 
 
 def _keeps(sample: RequestSample, limits: Sequence[Limit]) -> bool:
@@ -178,8 +194,8 @@ def _device(readings: Readings, profile: Profile) -> dict[str, MetricValue]:
     found = dict(
         [
             one("peak_memory_bytes", readings.bytes["peak"]),
-            one("weights_bytes", readings.bytes["weights"]),
-            one("kv_bytes", readings.bytes["kv"]),
+            one("weights_bytes", readings.bytes["weights"] + readings.bytes.get("draft_weights", 0)),
+            one("kv_bytes", readings.bytes["kv"] + readings.bytes.get("draft_kv", 0)),
         ]
     )
     energy_j = readings.monitor.get("energy_j")
@@ -237,7 +253,7 @@ def _quality(scores: Mapping[str, Any]) -> dict[str, MetricValue]:
 def _limited_value(
     readings: Readings, values: Mapping[str, MetricValue], limit: Limit, *, careful: bool
 ) -> float | None:
-    if limit.metric not in _TIMES:
+    if limit.metric not in TIMES:
         return values[limit.metric].value if limit.metric in values else None
     requests = request_values(readings.samples, limit.metric)
     if not requests:

@@ -21,6 +21,7 @@ class TierRule:
         confidence: of the percentiles that the sample is said to support.
         settle: two consecutive warm-up blocks must agree within this share.
         warm_up_s: most time spent on warming up.
+        capacity_s: most time for the search for the capacity, where it is asked for.
     """
 
     min_s: float
@@ -30,17 +31,42 @@ class TierRule:
     confidence: float
     settle: float
     warm_up_s: float
+    capacity_s: float
     suite: SuiteSize
 
 
 RULES: dict[Tier, TierRule] = {
     "screen": TierRule(
-        min_s=2.0, min_requests=38, min_blocks=3, max_s=20, confidence=0.90, settle=0.10, warm_up_s=1, suite=SCREEN
+        min_s=2.0,
+        min_requests=38,
+        min_blocks=3,
+        max_s=20,
+        confidence=0.90,
+        settle=0.10,
+        warm_up_s=1,
+        capacity_s=60,
+        suite=SCREEN,
     ),
     "confirm": TierRule(
-        min_s=30, min_requests=93, min_blocks=5, max_s=300, confidence=0.95, settle=0.03, warm_up_s=10, suite=CONFIRM
+        min_s=30,
+        min_requests=93,
+        min_blocks=5,
+        max_s=300,
+        confidence=0.95,
+        settle=0.03,
+        warm_up_s=10,
+        capacity_s=300,
+        suite=CONFIRM,
     ),
     "publish": TierRule(
-        min_s=600, min_requests=662, min_blocks=5, max_s=3600, confidence=0.99, settle=0.02, warm_up_s=60, suite=CONFIRM
+        min_s=600,
+        min_requests=662,
+        min_blocks=5,
+        max_s=3600,
+        confidence=0.99,
+        settle=0.02,
+        warm_up_s=60,
+        capacity_s=900,
+        suite=CONFIRM,
     ),
 }

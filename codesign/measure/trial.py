@@ -21,18 +21,23 @@ from codesign.engine.caches import cache_folder
 from codesign.engine.models.tokenizer import Tokenizer
 from codesign.errors import InputError, WorkError
 from codesign.measure import suite as suites
+from codesign.measure.capacity import Bounds, Capacity, find_capacity
 from codesign.measure.child_session import ChildSession, Limits
-from codesign.measure.load import LoadResult, drive
+from codesign.measure.client import client_facts
+from codesign.measure.counters import memory_events
+from codesign.measure.load import Load, LoadResult, drive
 from codesign.measure.monitor import MIN_ENERGY_WINDOW_S, Monitor, make_probe
 from codesign.measure.nursery import Nursery
 from codesign.measure.phases import Phases
 from codesign.measure.provenance import provenance
-from codesign.measure.requests import RandomTokens, TextTokens, TokenSource, make_load
+from codesign.measure.replay import Replay
+from codesign.measure.requests import make_load
 from codesign.measure.sanity import impossible
 from codesign.measure.scores import checked_scores, vocab_size
 from codesign.measure.session import BuildFacts, TrialFailed
 from codesign.measure.summary import Readings, metrics, unsupported_objectives, violations
 from codesign.measure.tier import RULES, TierRule
+from codesign.measure.tokens import RandomTokens, TextTokens, TokenSource
 from codesign.results.measurement import percentile_supported
 from codesign.results.record import MetricValue, Outcome, Tier, TrialIdentity, TrialRecord
 from codesign.spec.engine_config import EngineConfig
@@ -42,6 +47,7 @@ from codesign.spec.rules import unjudged
 
 OnPhase = Callable[[str, float | None], None]
 FOREIGN_CPU_LIMIT = 0.10
+CAPACITY_BLOCK = 100_000  # beyond the blocks of any window, so that no prompt comes twice
 _SUITE_SEED = 20
 
 
@@ -70,6 +76,7 @@ class TrialRunner:
         self._provenance: Mapping[str, Any] = {}
         self._tokens: TokenSource | None = None
         self._tokenizer: Tokenizer | None = None
+        self._replay: Replay | None = None
 
     def __enter__(self) -> Self:
         self._check_retrieval()
@@ -81,6 +88,10 @@ class TrialRunner:
         }
         if model.path is not None and (Path(model.path) / "tokenizer.json").exists():
             self._tokenizer = Tokenizer(Path(model.path))
+        workload = self._profile.workload
+        if workload.trace is not None:
+            encode = None if self._tokenizer is None else self._tokenizer.encode
+            self._replay = Replay(workload.trace, encode=encode, seed=workload.seed)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -160,6 +171,23 @@ class TrialRunner:
                 self._tokens = TextTokens([self._tokenizer.encode(text.text) for text in calibration_texts()])
         return self._tokens
 
+    def load(
+        self, vocab_size: int, *, block: int, lengths_of: int | None = None, num_requests: int | None = None
+    ) -> Load:
+        """The requests of one block (see `make_load`)."""
+        return make_load(
+            self._profile.workload,
+            self.tokens(vocab_size),
+            block=block,
+            lengths_of=lengths_of,
+            num_requests=num_requests,
+            replay=self._replay,
+        )
+
+    @property
+    def replay(self) -> Replay | None:
+        return self._replay
+
     def suite(self, size: suites.SuiteSize, max_model_len: int, vocab_size: int) -> dict[str, Any] | None:
         """The quality suite, or None for random weights, whose output means nothing."""
         if not self._profile.model_spec.has_trained_weights:
@@ -214,10 +242,17 @@ class _Trial:
             phases.add(self._facts.phases)
             size = vocab_size(self._facts)
             with phases("warm_up"):
-                self._warm_up(session, runner.tokens(size))
+                self._warm_up(session, size)
             with phases("measure"):
-                blocks, reading = self._window(session, runner.tokens(size))
+                blocks, reading = self._window(session, size)
                 memory = session.memory()
+            if self._config.speculate.name != "none":
+                speculation = {"speculation": dict(session.speculation())}
+                self._facts = dataclasses.replace(self._facts, resolved={**self._facts.resolved, **speculation})
+            capacity = None
+            if "capacity_requests_per_s" in runner.profile.asked_metrics:
+                with phases("capacity"):
+                    capacity = self._capacity(session, size, blocks)
             quality = None
             suite = runner.suite(self._rule.suite, self._config.max_model_len, size)
             if suite is not None:
@@ -229,7 +264,7 @@ class _Trial:
                     scores = checked_scores(session.score({**suite, "reference": str(reference)}), suite)
                 quality = {**scores, "is_text": suite["is_text"], "suite": suites.digest(suite)}
             sizes = {**self._facts.bytes, "peak": memory["peak_memory_bytes"], "host_peak": memory["host_peak_bytes"]}
-            self._readings = Readings(blocks=blocks, bytes=sizes, quality=quality, monitor=reading)
+            self._readings = Readings(blocks=blocks, bytes=sizes, quality=quality, monitor=reading, capacity=capacity)
             with phases("close"):
                 session.close()
 
@@ -265,15 +300,15 @@ class _Trial:
         self._warnings.append(f"emulated, so nothing that depends on speed is kept: {dropped}, requests, monitor")
         return {"metrics": kept, "requests": (), "monitor": {}}
 
-    def _warm_up(self, session: ChildSession, tokens: TokenSource) -> None:
+    def _warm_up(self, session: ChildSession, vocab_size: int) -> None:
         """Loads of the same lengths until two in a row take the same time, within the tier's bounds."""
         workload, rule = self._runner.profile.workload, self._rule
         count = min(workload.num_requests, self._config.max_batch_size)
         walls: list[float] = []
         settled = False
         while not settled and (len(walls) < 2 or sum(walls) < rule.warm_up_s):
-            load = make_load(workload, tokens, block=-1 - len(walls), lengths_of=-1, num_requests=count)
-            walls.append(drive(session, dataclasses.replace(load, arrivals_s=None)).wall_s)
+            load = self._runner.load(vocab_size, block=-1 - len(walls), lengths_of=-1, num_requests=count)
+            walls.append(drive(session, load.at_once).wall_s)
             settled = len(walls) > 1 and abs(walls[-1] - walls[-2]) <= rule.settle * walls[-2]
         self._trust |= {"warmup_blocks": len(walls), "warmup_settled": settled}
         if not settled:
@@ -281,22 +316,23 @@ class _Trial:
                 f"warm-up did not settle within {rule.settle:.0%} in {len(walls)} blocks; the machine is unsteady"
             )
 
-    def _window(self, session: ChildSession, tokens: TokenSource) -> tuple[tuple[LoadResult, ...], dict[str, Any]]:
+    def _window(self, session: ChildSession, vocab_size: int) -> tuple[tuple[LoadResult, ...], dict[str, Any]]:
         """The measured blocks and what the monitor saw; measured once more when others used the machine meanwhile."""
         attempts = []
         for _ in range(2):
             session.memory()  # the device's busy time counts from here
+            before = session.stats()
             with Monitor(make_probe(self._runner.profile.device, session.pid)) as monitor:
-                blocks = self._blocks(session, tokens)
+                blocks = self._blocks(session, vocab_size)
             wall_s = sum(block.wall_s for block in blocks)
             reading = {**monitor.reading, "wall_s": wall_s}
             busy_us = session.memory().get("device_busy_us")
             if busy_us is not None:
                 reading["device_busy"] = busy_us / 1e6 / wall_s
-            attempts.append((blocks, reading))
+            attempts.append((blocks, reading, memory_events(before, session.stats())))
             if not _is_disturbed(monitor.reading):
                 break
-        blocks, reading = min(attempts, key=lambda attempt: attempt[1].get("foreign_cpu", 0.0))
+        blocks, reading, counted = min(attempts, key=lambda attempt: attempt[1].get("foreign_cpu", 0.0))
         self._trust |= {
             "num_blocks": len(blocks),
             "num_requests": sum(len(block.samples) for block in blocks),
@@ -305,7 +341,11 @@ class _Trial:
             "windows": len(attempts),
             "is_disturbed": _is_disturbed(reading),
             "ignore_eos": self._runner.profile.workload.ignore_eos,
+            **counted,
         }
+        facts, warnings = client_facts(blocks, self._runner.replay, confidence=self._rule.confidence)
+        self._trust |= facts
+        self._warnings += warnings
         supported = percentile_supported(self._trust["num_requests"], confidence=self._rule.confidence)
         self._trust["percentile_supported"] = supported
         if self._trust["is_disturbed"]:
@@ -316,14 +356,14 @@ class _Trial:
             self._warnings.append(f"disturbed: other processes used {what} while this was measured, twice")
         return blocks, reading
 
-    def _blocks(self, session: ChildSession, tokens: TokenSource) -> tuple[LoadResult, ...]:
+    def _blocks(self, session: ChildSession, vocab_size: int) -> tuple[LoadResult, ...]:
         rule, profile = self._rule, self._runner.profile
         min_s = max(rule.min_s, profile.workload.min_duration_s)
         if wants_energy(profile):
             min_s = max(min_s, MIN_ENERGY_WINDOW_S)
         blocks: list[LoadResult] = []
         while True:
-            load = make_load(profile.workload, tokens, block=len(blocks))
+            load = self._runner.load(vocab_size, block=len(blocks))
             blocks.append(drive(session, load, on_progress=lambda done, total: self._phases.say("measure", None)))
             elapsed_s = sum(block.wall_s for block in blocks)
             requests = sum(len(block.samples) for block in blocks)
@@ -332,6 +372,25 @@ class _Trial:
                 return tuple(blocks)
             if elapsed_s >= max(rule.max_s, min_s):
                 return tuple(blocks)
+
+    def _capacity(self, session: ChildSession, vocab_size: int, blocks: tuple[LoadResult, ...]) -> Capacity | None:
+        """The highest rate within the SLO, from the rate that was just served; what it rests on goes into `trust`."""
+
+        def load(probe: int, num_requests: int) -> Load:
+            return self._runner.load(vocab_size, block=CAPACITY_BLOCK + probe, num_requests=num_requests)
+
+        found = find_capacity(
+            session,
+            load,
+            self._runner.profile.slo.time_limits(),
+            start_per_s=sum(len(block.samples) for block in blocks) / sum(block.wall_s for block in blocks),
+            bounds=Bounds(max_s=self._rule.capacity_s, confidence=self._rule.confidence),
+            on_probe=lambda probe: self._phases.say("capacity", None),
+        )
+        self._trust["capacity"] = found.to_dict()
+        if found.stopped in ("probes", "seconds"):
+            self._warnings.append(f"capacity: {found.verdict}")
+        return found if found.probes else None
 
     def _say_limits(self) -> None:
         weak = unsupported_objectives(self._runner.profile.objectives, self._trust["percentile_supported"])

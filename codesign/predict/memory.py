@@ -2,6 +2,7 @@
 
     weights   linear layers at the format's bits, embeddings and head at the dtype's
     KV cache  2 x layers x KV heads x head_dim x rows kept x sequences, at the codec's bytes
+    draft     both once more, its cache in full and native
 
 A lower bound on purpose: workspaces, staging and the allocator's slack are left out, and what is not known counts as
 nothing. So a configuration that this calls too large cannot run, and can be ruled out without building it; one that it
@@ -12,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from codesign.spec.engine_config import Choice, EngineConfig
+from codesign.spec.engine_config import Choice, EngineConfig, KVConfig
 from codesign.spec.kv_budget import kv_budget_tokens
 from codesign.units import format_bytes
 
@@ -91,8 +92,24 @@ class MemoryEstimate:
         )
 
 
-def estimate(size: ModelSize, config: EngineConfig) -> MemoryEstimate:
-    """The least that `config` needs with a model of this size."""
+def estimate(size: ModelSize, config: EngineConfig, draft: ModelSize | None = None) -> MemoryEstimate:
+    """The least that `config` needs with a model of this size.
+
+    Args:
+        draft: the model's own draft, of which a configuration that names another one makes no use.
+    """
+    needed = _estimate(size, config)
+    if draft is None or config.speculate.name != "draft_model" or "draft" in config.speculate.knob_dict:
+        return needed
+    weights = Choice(str(config.speculate.knob_dict.get("draft_weights", "native")))
+    beside = _estimate(draft, dataclasses.replace(config, weights=weights, kv=KVConfig()))
+    kv_bytes = needed.kv_bytes + beside.kv_bytes
+    if config.kv_memory_bytes is not None:
+        kv_bytes = min(kv_bytes, config.kv_memory_bytes)
+    return MemoryEstimate(weights_bytes=needed.weights_bytes + beside.weights_bytes, kv_bytes=kv_bytes)
+
+
+def _estimate(size: ModelSize, config: EngineConfig) -> MemoryEstimate:
     dtype_bytes = _DTYPE_BYTES[config.dtype]
     row_bytes = 2 * size.num_kv_heads * size.head_dim * _kv_value_bytes(config.kv.codec, dtype_bytes, size.head_dim)
     if config.kv.place.name != "device":

@@ -82,6 +82,27 @@ def percentile_supported(num_requests: int, *, confidence: float) -> float | Non
     return max(supported, default=None)
 
 
+def percentile_interval(values: Sequence[float], q: float) -> tuple[float, float] | None:
+    """An interval for the q-th percentile at 95 % or more that assumes no shape; None where a rank does not exist.
+
+    The number of values at or below the true percentile is binomial: the ranks leave out at most 2.5 % of it on either
+    side (David and Nagaraja, Order Statistics, section 7.1).
+    """
+    count = len(values)
+    total, low, high = 0.0, 0, 0
+    for below, probability in enumerate(_terms(count, count, 1 - q / 100)):  # P(`below` of them lie below it)
+        total += probability
+        if total <= 0.025:
+            low = below + 1
+        if total >= 0.975:
+            high = below + 1
+            break
+    if low < 1 or not 1 <= high <= count:
+        return None
+    ordered = sorted(values)
+    return ordered[low - 1], ordered[high - 1]
+
+
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """An interval for the median at 95 % that assumes no shape; None below eight values.
 

@@ -11,7 +11,10 @@ from codesign.errors import WorkError
 from codesign.results.record import TrialRecord
 from codesign.spec.metrics import METRICS, Objective
 
-SPEED = ("throughput_tokens_per_s", "goodput_requests_per_s", "tpot_ms", "itl_ms", "ttft_ms", "e2e_ms")
+SPEED = (
+    *("throughput_tokens_per_s", "goodput_requests_per_s", "capacity_requests_per_s"),
+    *("tpot_ms", "itl_ms", "ttft_ms", "e2e_ms"),
+)
 SIZE = ("peak_memory_bytes", "weights_bytes", "kv_bytes")
 QUALITY = tuple(name for name, metric in METRICS.items() if metric.needs == "quality")
 

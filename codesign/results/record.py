@@ -44,7 +44,8 @@ class MetricValue:
         value: in `unit`.
         statistic: "p50", "mean", "total" (a rate: counts and seconds summed over blocks); "" for a single reading.
         num_samples: how many independent samples (requests, sequences, blocks) stand behind it.
-        low, high: 95 % interval where the sample supports one, else None.
+        low, high: 95 % interval where the sample supports one, else None; of a capacity the highest rate that passed
+            and the lowest that failed.
     """
 
     value: float
@@ -103,7 +104,8 @@ class TrialRecord(TrialIdentity):
     phases: phase -> seconds (spawn, load, quantize, warm_up, measure, quality, close).
     kernels: part -> kernel that ran.
     trust: what the numbers can carry: num_blocks, warmup_steps, warmup_settled, disturbed windows,
-        percentile_supported.
+        percentile_supported, percentiles with their bounds, late_ms of the client, what was cut of a trace, the probes
+        of the capacity.
     provenance: machine, versions, profile, seed, model digest, prompt digest, commit.
     warnings: said aloud to the person, kept with the numbers.
     """

@@ -52,16 +52,19 @@ def inputs_of(
     )
 
 
+def _written(model: Mapping[str, Any]) -> Any:
+    """A model's section as a person writes it."""
+    if "architecture" in model:
+        return {"name": model["name"], "weights": "random", "seed": model["seed"], **model["architecture"]}
+    return model.get("path", "bundled")
+
+
 def profile_document(sections: Mapping[str, Any]) -> dict[str, Any]:
     """Resolved sections as a profile that can be loaded again, beside a `space.yaml`."""
-    model = sections["model"]
-    if "architecture" in model:
-        written: Any = {"name": model["name"], "weights": "random", "seed": model["seed"], **model["architecture"]}
-    else:
-        written = "bundled" if model["name"] == "bundled" else model["path"]
+    models = {name: _written(sections[name]) for name in ("model", "draft") if name in sections}
     return {
         **sections,
-        "model": written,
+        **models,
         "objectives": [
             {item["metric"]: item["statistic"]} if item["statistic"] else item["metric"]
             for item in sections["objectives"]

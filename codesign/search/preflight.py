@@ -20,7 +20,7 @@ from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import METRICS, Objective
 from codesign.spec.model import ModelSpec
 from codesign.spec.profile import Profile
-from codesign.spec.rules import lacking, unjudged
+from codesign.spec.rules import lacking, undrafted, unjudged
 from codesign.units import GIB, format_bytes
 
 _WAYS_ON = (
@@ -92,7 +92,10 @@ def _missing(objective: Objective, profile: Profile) -> str | None:
         case "quality":
             return None if profile.model_spec.has_trained_weights else "the model's weights are random"
         case "slo":
-            return None if profile.slo.limits() else "the profile has no slo"
+            if not profile.slo.time_limits():
+                return "the slo limits no time of a request"
+            is_served = objective.metric != "capacity_requests_per_s" or profile.workload.scenario == "server"
+            return None if is_served else f"scenario {profile.workload.scenario} has no request rate, only server has"
         case _:
             return None
 
@@ -101,7 +104,11 @@ def study_rules(profile: Profile) -> Callable[[EngineConfig], str | None]:
     """Says of a resolved configuration why no trial of this profile should be spent on it, or None."""
 
     def refuse(config: EngineConfig) -> str | None:
-        return lacking(config, profile.hardware) or unjudged(config, profile.asked_metrics)
+        return (
+            lacking(config, profile.hardware)
+            or undrafted(config, profile.model_spec)
+            or unjudged(config, profile.asked_metrics)
+        )
 
     return refuse
 
@@ -118,12 +125,13 @@ def memory_check(profile: Profile) -> Callable[[EngineConfig], Misfit | None]:
     """Says of a configuration that it cannot fit into the profile's devices, one for each rank, by its static memory
     estimate. On a CPU ranks share one memory."""
     size = model_size(profile.model_spec)
+    draft = None if profile.model_spec.draft is None else model_size(profile.model_spec.draft)
     available = available_bytes(profile)
 
     def check(config: EngineConfig) -> Misfit | None:
         if size is None or available is None:
             return None
-        needed = estimate(size, config)
+        needed = estimate(size, config, draft)
         has = available if profile.device == "cpu" else available * config.parallel.num_ranks
         detail = needed.misfit(has)
         return None if detail is None else Misfit(detail, needed.total_bytes / has - 1)

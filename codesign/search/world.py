@@ -20,7 +20,7 @@ def check_same_world(records: Sequence[TrialRecord], here: Mapping[str, Any], st
     if before is None:
         return
     then, now = _world(before), _world(here)
-    changed = [f"{name} was {then[name]}, is {now[name]}" for name in then if then[name] != now[name]]
+    changed = [f"{name} was {then[name]}, is {now.get(name)}" for name in then if then[name] != now.get(name)]
     if changed:
         raise InputError(
             f"its trials were measured in another world ({'; '.join(changed)}), so new ones could not be compared with "
@@ -32,9 +32,12 @@ def check_same_world(records: Sequence[TrialRecord], here: Mapping[str, Any], st
 
 def _world(provenance: Mapping[str, Any]) -> dict[str, str]:
     machine = provenance.get("machine", {})
-    return {
+    found = {
         "processor": f"{machine.get('cpu')} with {machine.get('cores')} cores",
         "GPUs": ", ".join(gpu.get("name", "?") for gpu in provenance.get("gpus", ())) or "none",
         "torch": str(provenance.get("versions", {}).get("torch")),
         "model": str(provenance.get("model", {}).get("digest")),
     }
+    if "draft" in provenance:
+        found["draft"] = str(provenance["draft"].get("digest"))
+    return found

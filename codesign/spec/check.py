@@ -1,5 +1,7 @@
 """Checks one file that a person wrote, whatever it is: profile, part of a profile, search space or configuration."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +10,17 @@ from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, load_config
 from codesign.spec.hardware import Hardware
 from codesign.spec.model_source import Architecture
 from codesign.spec.profile import SECTIONS, load_profile
-from codesign.spec.section import Section, validate
+from codesign.spec.section import validate
 from codesign.spec.space import load_space
-from codesign.spec.workload import Workload
-from codesign.spec.yaml import load_yaml
+from codesign.spec.workload_files import read_workload
+from codesign.spec.yaml import Document, load_yaml
 
 _ENGINE = tuple(dict.fromkeys(key.partition(".")[0] for key in (*PLAIN_FIELDS, *FAMILIES)))
 # The key that gives a part of a profile away -> what it is.
-_PARTS: dict[str, tuple[str, type[Section]]] = {
-    "device": ("hardware", Hardware),
-    "scenario": ("workload", Workload),
-    "model_type": ("model", Architecture),
+_PARTS: dict[str, tuple[str, Callable[[Document], object]]] = {
+    "device": ("hardware", partial(validate, Hardware)),
+    "scenario": ("workload", read_workload),
+    "model_type": ("model", partial(validate, Architecture)),
 }
 
 
@@ -40,9 +42,9 @@ def check_file(path: str | Path) -> str:
         if profile.search_space is not None:
             load_space(profile.search_space)
         return "profile"
-    for name, (noun, kind) in _PARTS.items():
+    for name, (noun, check) in _PARTS.items():
         if name in plain:
-            validate(kind, document)
+            check(document)
             return noun
     if not any(name in _ENGINE or name == "constraints" for name in plain):
         known = (*SECTIONS, *_ENGINE, "constraints", *_PARTS)

@@ -56,6 +56,7 @@ def _table(*rows: tuple[str, str, Direction, str, Needs, str]) -> dict[str, Metr
 METRICS: dict[str, Metric] = _table(
     ("throughput_tokens_per_s", "tokens/s", "maximize", "", "", "output tokens over wall time"),
     ("goodput_requests_per_s", "requests/s", "maximize", "", "slo", "requests per second that meet every SLO"),
+    ("capacity_requests_per_s", "requests/s", "maximize", "", "slo", "highest request rate that meets the SLO"),
     ("ttft_ms", "ms", "minimize", "p50", "", "request sent to first output token"),
     ("tpot_ms", "ms", "minimize", "p50", "", "time per output token after the first"),
     ("itl_ms", "ms", "minimize", "p50", "", "gap between successive output tokens"),
@@ -68,8 +69,8 @@ METRICS: dict[str, Metric] = _table(
     ("power_w", "W", "minimize", "", "energy", "mean device power"),
     ("cost_per_mtok", "1/Mtok", "minimize", "", "price", "price of a million output tokens"),
     ("peak_memory_bytes", "bytes", "minimize", "", "", "peak memory of the trial"),
-    ("weights_bytes", "bytes", "minimize", "", "", "resident weights"),
-    ("kv_bytes", "bytes", "minimize", "", "", "resident KV cache"),
+    ("weights_bytes", "bytes", "minimize", "", "", "resident weights, a draft's included"),
+    ("kv_bytes", "bytes", "minimize", "", "", "resident KV cache, a draft's included"),
 )
 
 STATISTICS_ALLOWED = "a percentile such as p50, p99, p99.9, or mean, max"

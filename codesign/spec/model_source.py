@@ -5,6 +5,8 @@
     model: {id: org/name, revision: 40 hex digits of a commit}
     model: {weights: random, name: 8B shape, model_type: llama, hidden_size: 4096, ...}     speed only
 
+and its draft, a smaller model with the same tokenizer for speculation, in the same forms: `draft: ../models/my-draft`.
+
 Nothing is downloaded here: whoever loads a profile passes the function that fetches a pinned id, or has it looked up in
 the local cache.
 """
@@ -17,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from codesign.bundled import target_path
+from codesign.bundled import draft_path, target_path
 from codesign.errors import InputError, shown
 from codesign.spec.model import ModelSpec
 from codesign.spec.section import Count, Name, Positive, Section, Share, validate
@@ -112,7 +114,7 @@ def model_from_text(text: str, *, folder: Path) -> ModelSpec:
         InputError: neither; the text says what is there.
     """
     if text == "bundled":
-        return ModelSpec(name="bundled", path=str(target_path()))
+        return ModelSpec(name="bundled", path=str(target_path()), draft=bundled_draft())
     try:
         path = (folder / Path(text).expanduser()).resolve()
         is_model = (path / "config.json").is_file()
@@ -129,6 +131,21 @@ def model_from_text(text: str, *, folder: Path) -> ModelSpec:
             f"model: {{id: {text}, revision: <40 hex digits of the commit>}}"
         )
     raise InputError(f"{shown(text)} is neither `bundled` nor a Hugging Face model directory")
+
+
+def bundled_draft() -> ModelSpec:
+    return ModelSpec(name="bundled, draft", path=str(draft_path()))
+
+
+def resolve_draft(document: Document, key: Key, *, folder: Path, fetch: Fetch) -> ModelSpec:
+    """The draft that stands at `key` of a profile; `bundled` is the bundled model's.
+
+    Raises:
+        InputError: as `resolve_model`.
+    """
+    if document.at(key) == "bundled":
+        return bundled_draft()
+    return resolve_model(document, key, folder=folder, fetch=fetch)
 
 
 def cached_snapshot(name: str, revision: str) -> Path:

@@ -3,6 +3,7 @@
 hardware: hardware/a100.yaml                       a part from a file, relative to the profile
 hardware: {from: hardware/a100.yaml, count: 4}     the same, with keys overridden in place
 model: bundled
+draft: ../models/a-smaller-one                     for speculation; the bundled model has one of its own
 workload: {scenario: offline, prompt_tokens: 256, output_tokens: 64, num_requests: 64}
 slo: {tpot_ms: {p99: 50}, quality: {max_kl: 0.05}}
 objectives: [throughput_tokens_per_s, kl_divergence, {tpot_ms: p90}]
@@ -20,14 +21,22 @@ from codesign.errors import InputError, shown
 from codesign.spec.hardware import Device, Hardware
 from codesign.spec.metrics import METRICS, Objective
 from codesign.spec.model import ModelSpec
-from codesign.spec.model_source import Fetch, cached_snapshot, model_from_text, resolve_model
+from codesign.spec.model_source import (
+    Fetch,
+    bundled_draft,
+    cached_snapshot,
+    model_from_text,
+    resolve_draft,
+    resolve_model,
+)
 from codesign.spec.section import validate
 from codesign.spec.slo import Slo
 from codesign.spec.workload import Workload
+from codesign.spec.workload_files import read_workload
 from codesign.spec.yaml import Document, Key, load_yaml
 
-SECTIONS = ("hardware", "model", "workload", "slo", "objectives", "search_space")
-_INCLUDABLE = ("hardware", "model", "workload", "slo")
+SECTIONS = ("hardware", "model", "draft", "workload", "slo", "objectives", "search_space")
+_INCLUDABLE = ("hardware", "model", "draft", "workload", "slo")
 _MAX_INCLUDES = 5
 
 
@@ -74,6 +83,7 @@ def load_profile(path: str | Path, *, model_override: str | None = None, fetch: 
 
     Args:
         model_override: instead of the profile's model: `bundled` or a directory, relative to the working directory.
+            The profile's draft, if any, goes with the profile's model.
         fetch: (hub id, revision) -> directory; by default only the local cache is looked at.
     Raises:
         InputError: the first thing that is wrong, with file, line, key, what is allowed, the nearest known name.
@@ -90,14 +100,16 @@ def load_profile(path: str | Path, *, model_override: str | None = None, fetch: 
             raise document.error("is missing", (name,))
     document = _with_includes(document, path.parent)
     hardware = validate(Hardware, document, ("hardware",))
-    workload = validate(Workload, document, ("workload",))
+    workload = read_workload(document, ("workload",))
     slo = validate(Slo, document, ("slo",)) if "slo" in document.value else Slo()
     objectives = _objectives(document)
-    model_spec = (
-        _overriding_model(model_override)
-        if model_override is not None
-        else resolve_model(document, ("model",), folder=path.parent, fetch=fetch)
-    )
+    if model_override is not None:
+        model_spec = _overriding_model(model_override)
+    else:
+        model_spec = resolve_model(document, ("model",), folder=path.parent, fetch=fetch)
+        if "draft" in document.value:
+            draft = resolve_draft(document, ("draft",), folder=path.parent, fetch=fetch)
+            model_spec = dataclasses.replace(model_spec, draft=draft)
     return Profile(
         path=path,
         hardware=hardware,
@@ -109,6 +121,7 @@ def load_profile(path: str | Path, *, model_override: str | None = None, fetch: 
         sections={
             "hardware": hardware.model_dump(mode="json", exclude_none=True),
             "model": _identity(model_spec),
+            **_draft_section(model_spec),
             "workload": workload.model_dump(mode="json", exclude_none=True),
             "slo": slo.model_dump(mode="json", exclude_none=True),
             "objectives": [dataclasses.asdict(objective) for objective in objectives],
@@ -118,10 +131,17 @@ def load_profile(path: str | Path, *, model_override: str | None = None, fetch: 
 
 def _identity(model: ModelSpec) -> dict[str, Any]:
     """The model without what differs from machine to machine: where the package is installed."""
-    plain = {name: value for name, value in dataclasses.asdict(model).items() if value is not None}
-    if model.name == "bundled":
+    plain = {name: value for name, value in dataclasses.asdict(model).items() if value is not None and name != "draft"}
+    if model.name in ("bundled", bundled_draft().name):
         del plain["path"]
     return plain
+
+
+def _draft_section(model: ModelSpec) -> dict[str, Any]:
+    """The draft, where it is not the one that the bundled model has anyway."""
+    if model.draft is None or (model.name == "bundled" and model.draft == bundled_draft()):
+        return {}
+    return {"draft": _identity(model.draft)}
 
 
 def _with_includes(document: Document, folder: Path) -> Document:

@@ -3,6 +3,7 @@
 senseless   it would compute something else than meant           no search proposes it, and no build makes it
 unpaid      it gives up quality for a speed that is not there    no search proposes it
 lacking     the profile's hardware cannot run it as meant        no search proposes it
+undrafted   it asks for a draft model and there is none          no search proposes it
 unjudged    an emulation has no speed to judge it by             no search proposes it, and no trial is begun
 
 What is unpaid can be built and measured by hand all the same (`codesign measure --config`, the quality benchmark): a
@@ -10,19 +11,17 @@ person who wants to know what 2:4 costs in quality asks a sensible question, a s
 not. The search says before its first trial what it leaves out, and why.
 """
 
-import os
 from collections.abc import Iterable
 
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.hardware import Hardware
+from codesign.spec.kv_budget import kv_budget_tokens
 from codesign.spec.metrics import METRICS
+from codesign.spec.model import ModelSpec
+from codesign.spec.parallel_rules import too_many_ranks, undivided
 
 _FP8_CAPABILITY = (8, 9)
 _MIN_SPARSE_BATCH = 64
-# Members that need to see more than one rank's part of the model; tests/spec/test_rules.py asks the members.
-CALIBRATED_METHODS = ("awq", "gptq", "smoothquant")
-CALIBRATED_PRUNERS = ("wanda",)
-SHARED_BUDGETS = ("ada_kv",)
 
 
 def senseless(config: EngineConfig) -> str | None:
@@ -32,43 +31,56 @@ def senseless(config: EngineConfig) -> str | None:
             "prune with weights.method gptq: gptq pushes rounding errors into pruned weights, which are zero no "
             "longer; use method rtn, hqq or awq"
         )
-    return _undivided(config)
+    if config.speculate.name != "none" and _evicts(config):
+        return (
+            f"speculate {config.speculate.name} with kv.policy {config.kv.policy.name}: the tokens verified together "
+            "see rows that decoding one by one had evicted by then, so the output would be another one; use kv.policy "
+            "full or speculate none"
+        )
+    chunk = config.scheduler.knob_dict.get("prefill_chunk_tokens")
+    if isinstance(chunk, int) and chunk > config.max_step_tokens:
+        return (
+            f"scheduler.prefill_chunk_tokens {chunk} with max_step_tokens {config.max_step_tokens}: no step has room "
+            "for such a chunk, so it bounds nothing; use a smaller one, or leave it out"
+        )
+    blocks = _not_in_blocks(config) if config.kv.layout.name == "paged" else _only_in_blocks(config)
+    return blocks or undivided(config)
 
 
-def _undivided(config: EngineConfig) -> str | None:
-    """Why what is chosen cannot be divided over ranks, or None."""
-    parallel = config.parallel
-    if parallel.num_micro_batches > 1 and parallel.pipeline_parallel_size == 1:
-        return "parallel.num_micro_batches above 1 with one stage: there is nothing to overlap; use 1"
-    if parallel.num_ranks == 1:
-        return None
-    method = config.weights.knob_dict.get("method")
-    if method in CALIBRATED_METHODS or config.prune.name in CALIBRATED_PRUNERS or config.weights.name == "mixed":
-        chosen = f"weights.method {method}" if method in CALIBRATED_METHODS else f"prune {config.prune.name}"
+def _not_in_blocks(config: EngineConfig) -> str | None:
+    kv = config.kv
+    if kv.policy.name != "full":
         return (
-            f"{'weights mixed' if config.weights.name == 'mixed' else chosen} with parallel sizes above 1: it looks at "
-            "what the whole model sees on calibration text, and a rank has a part of it; use weights.method rtn or hqq "
-            "and prune none"
+            f"kv.layout paged with kv.policy {kv.policy.name}: blocks keep every row where it was written, and a "
+            "policy that evicts overwrites rows; use kv.policy full, or kv.layout dense"
         )
-    if parallel.tensor_parallel_size == 1:
-        return None
-    if config.weights.knob_dict.get("shadow") is True:
+    if "group_size" in kv.codec.knob_dict:
         return (
-            "weights.shadow with parallel.tensor_parallel_size above 1: sums over ranks need products before they are "
-            "rounded, which dense copies do not give; leave it out"
+            f"kv.layout paged with kv.codec {kv.codec.name}: blocks hold rows that are encoded one by one, and it "
+            "encodes groups of tokens; use kv.codec native, int8 or fp8, or kv.layout dense"
         )
-    if config.prune.name != "none":
+    if kv.place.name != "device":
+        return f"kv.layout paged with kv.place {kv.place.name}: blocks lie on the device; use kv.layout dense"
+    if config.prefix_cache and kv.codec.name != "native":
         return (
-            "prune with parallel.tensor_parallel_size above 1: weights are ranked over whole rows or matrices, of "
-            "which a rank has a part; use prune none, or pipeline_parallel_size"
-        )
-    policies = (config.kv.policy.name, config.kv.policy.knob_dict.get("under_pressure"))
-    if any(policy in SHARED_BUDGETS for policy in policies):
-        return (
-            "kv.policy ada_kv with parallel.tensor_parallel_size above 1: it divides a budget among all KV heads of a "
-            "layer, and a rank has some of them; use kv.policy snapkv, or pipeline_parallel_size"
+            f"prefix_cache with kv.codec {kv.codec.name}: a prompt attends to its own rows in native precision and "
+            "would find the shared ones rounded, so that its tokens depended on who came before; use kv.codec native"
         )
     return None
+
+
+def _only_in_blocks(config: EngineConfig) -> str | None:
+    if config.prefix_cache:
+        return "prefix_cache with kv.layout dense: sequences can only share blocks; use kv.layout paged"
+    return None
+
+
+def _evicts(config: EngineConfig) -> bool:
+    """Whether the KV policy has a budget that a sequence can outgrow."""
+    budget = config.kv.policy.knob_dict.get("kv_budget")
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        return config.kv.policy.name != "full"
+    return kv_budget_tokens(budget, config.max_model_len) < config.max_model_len
 
 
 def unpaid(config: EngineConfig) -> str | None:
@@ -100,25 +112,20 @@ def lacking(config: EngineConfig, hardware: Hardware) -> str | None:
     """What a resolved configuration needs that this hardware does not have, or None; also where that is not known."""
     if _is_two_of_four(config) and hardware.device == "cpu":
         return "prune.pattern two_of_four on a CPU: no kernel there skips the zeros; use prune none"
-    if (reason := _too_many_ranks(config, hardware)) is not None:
+    if (reason := too_many_ranks(config, hardware)) is not None:
         return reason
     if config.weights.name == "fp8" and not (hardware.device == "cuda" and hardware.compute_capability is None):
         return fp8_refusal(hardware.compute_capability, is_emulated=config.is_emulated)
     return None
 
 
-def _too_many_ranks(config: EngineConfig, hardware: Hardware) -> str | None:
-    """Each rank needs a device of its own, or on a CPU a core."""
-    if hardware.device == "cuda":
-        found, noun = hardware.count, "devices"
-    else:
-        found, noun = hardware.cores or os.cpu_count() or 1, "cores"
-    parallel = config.parallel
-    if parallel.num_ranks <= found:
+def undrafted(config: EngineConfig, model: ModelSpec) -> str | None:
+    """Why a resolved configuration has no draft model to speculate with, or None."""
+    if config.speculate.name != "draft_model" or "draft" in config.speculate.knob_dict or model.draft is not None:
         return None
     return (
-        f"parallel.tensor_parallel_size {parallel.tensor_parallel_size} x pipeline_parallel_size "
-        f"{parallel.pipeline_parallel_size} needs {parallel.num_ranks} {noun}, the profile's hardware has {found}"
+        f"speculate draft_model: model {model.name!r} names no draft; give `draft:` beside `model:` in the profile, or "
+        "a directory as the knob `draft`"
     )
 
 

@@ -64,13 +64,17 @@ class Slo(Section):
                     raise ValueError(f"{metric}: unknown statistic {statistic[:40]!r}; allowed: {STATISTICS_ALLOWED}")
         return self
 
-    def limits(self) -> tuple[Limit, ...]:
-        """Every bound that is set, in the order of the fields."""
-        found = [
+    def time_limits(self) -> tuple[Limit, ...]:
+        """The bounds on times of requests, which is what a request can keep or break by itself."""
+        return tuple(
             Limit(key=f"slo.{metric}.{statistic}", metric=metric, statistic=statistic, side="at_most", bound=bound)
             for metric in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
             for statistic, bound in (getattr(self, metric) or {}).items()
-        ]
+        )
+
+    def limits(self) -> tuple[Limit, ...]:
+        """Every bound that is set, in the order of the fields."""
+        found = list(self.time_limits())
         single: tuple[tuple[str, str, float | None, float], ...] = (
             ("quality.max_kl", "kl_divergence", self.quality.max_kl, 1),
             ("quality.min_top1_agreement", "top1_agreement", self.quality.min_top1_agreement, 1),

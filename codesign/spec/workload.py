@@ -1,93 +1,29 @@
-"""Workload: what is asked of the engine, as a person writes it, and how lengths are drawn from it.
+"""Workload: what is asked of the engine, as a person writes it.
 
-prompt_tokens: 512
-prompt_tokens: {uniform: [128, 1024]}
-prompt_tokens: {lognormal: {median: 300, p90: 900, max: 2048}}
-prompt_tokens: {choices: [64, 512, 2048]}           # equally likely; list a value twice to weigh it
+scenario: server
+prompt_tokens: {lognormal: {median: 300, p90: 900, max: 2048}}      lengths: see spec.lengths
+output_tokens: 64
+arrival: {process: poisson, rate_per_s: 4}
+shared_prefix: {num_groups: 8, share: 0.5}          prompts of a group begin with the same tokens
+
+scenario: interactive
+concurrency: 16
+conversation: {turns: 4, user_tokens: 32}           each turn's prompt is the conversation so far and 32 new tokens
+
+scenario: server
+trace: {file: azure.csv, speed: 0.5}                lengths, arrivals and shared prefixes as they were observed
 """
 
-import math
 import random
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from codesign.spec.section import Positive, Section
+from codesign.spec.lengths import LengthsField, OptionalLengthsField
+from codesign.spec.section import NotNegative, Positive, Section, Share
+from codesign.spec.trace import Trace, trace_field
 
 Scenario = Literal["single_stream", "offline", "server", "interactive"]
-Tokens = Annotated[int, Field(ge=1, le=2**24)]
-
-_Z90 = 1.2815515655446004  # 90th percentile of the standard normal distribution
-
-
-class LogNormal(Section):
-    """Most lengths short, a few long: given by its median and 90th percentile, cut off at `max`."""
-
-    median: Tokens
-    p90: Tokens
-    max: Tokens
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.median < self.p90 <= self.max:
-            raise ValueError(f"needs median < p90 <= max, got {self.median}, {self.p90}, {self.max}")
-        return self
-
-
-class Lengths(Section):
-    """A distribution of whole numbers of tokens; exactly one of the fields is set."""
-
-    fixed: Tokens | None = None
-    uniform: Annotated[tuple[Tokens, Tokens], Field(strict=False)] | None = None
-    lognormal: LogNormal | None = None
-    choices: Annotated[tuple[Tokens, ...], Field(strict=False, min_length=1, max_length=1000)] | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                "must be a number of tokens or one of uniform: [low, high], lognormal: {...}, choices: [...]"
-            )
-        if self.uniform is not None and self.uniform[0] > self.uniform[1]:
-            raise ValueError(f"uniform needs low <= high, got {list(self.uniform)}")
-        return self
-
-    @property
-    def max(self) -> int:
-        """The longest that can be drawn."""
-        if self.uniform is not None:
-            return self.uniform[1]
-        if self.lognormal is not None:
-            return self.lognormal.max
-        if self.choices is not None:
-            return max(self.choices)
-        assert self.fixed is not None
-        return self.fixed
-
-    def sample(self, rng: random.Random, count: int) -> tuple[int, ...]:
-        """`count` independent lengths. The same generator state gives the same lengths."""
-        return tuple(self._draw(rng) for _ in range(count))
-
-    def _draw(self, rng: random.Random) -> int:
-        if self.uniform is not None:
-            return rng.randint(*self.uniform)
-        if self.choices is not None:
-            return rng.choice(self.choices)
-        if self.lognormal is not None:
-            sigma = math.log(self.lognormal.p90 / self.lognormal.median) / _Z90
-            drawn = self.lognormal.median * math.exp(rng.gauss(0.0, sigma))
-            return max(1, min(self.lognormal.max, round(drawn)))
-        assert self.fixed is not None
-        return self.fixed
-
-
-def _fixed(value: Any) -> Any:
-    """A bare number means that length every time."""
-    return value if isinstance(value, dict | Lengths) else {"fixed": value}
-
-
-LengthsField = Annotated[Lengths, BeforeValidator(_fixed)]
 
 
 class Arrival(Section):
@@ -121,6 +57,45 @@ class Arrival(Section):
         return tuple(rng.gammavariate(shape, mean / shape) for _ in range(count))
 
 
+class SharedPrefix(Section):
+    """Prompts that begin alike, as behind one system prompt. A group's tokens stay the same for a whole trial.
+
+    Attributes:
+        num_groups: each request belongs to one of them, drawn evenly.
+        tokens: length of the shared beginning. It is part of the prompt, whose last token is always its own.
+        share: instead of `tokens`: the shared part of each prompt's tokens.
+    """
+
+    num_groups: Annotated[int, Field(ge=1, le=100_000)] = 1
+    tokens: Annotated[int, Field(ge=1, le=2**24)] | None = None
+    share: Share | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.tokens is None) == (self.share is None):
+            raise ValueError("needs either tokens or share")
+        return self
+
+    def of(self, prompt_tokens: int) -> int:
+        """How many of a prompt's tokens are its group's."""
+        wanted = self.tokens if self.tokens is not None else round((self.share or 0.0) * prompt_tokens)
+        return min(wanted, prompt_tokens - 1)
+
+
+class Conversation(Section):
+    """Several turns: each prompt after the first is the conversation so far, with the model's real output, and more.
+
+    Attributes:
+        turns: requests of one conversation; `num_requests` counts turns.
+        user_tokens: new tokens of each turn after the first, whose length is `prompt_tokens`.
+        think_time_s: mean time from an answer to the next turn, exponentially distributed; 0: at once.
+    """
+
+    turns: Annotated[int, Field(ge=2, le=1000)]
+    user_tokens: LengthsField
+    think_time_s: Annotated[NotNegative, Field(le=3600)] = 0.0
+
+
 class Sampling(Section):
     """How output tokens are drawn; the default is greedy."""
 
@@ -140,18 +115,22 @@ class Workload(Section):
 
     Attributes:
         scenario: single_stream (one request after another), offline (all at once), server (open loop: requests come
-            by `arrival` whether or not the engine keeps up), interactive (closed loop: `concurrency` clients, each
-            sends its next request when the last one is answered).
+            by `arrival` or as in the trace, whether or not the engine keeps up), interactive (closed loop:
+            `concurrency` clients, each sends its next request when the last one is answered).
+        trace: takes the place of `prompt_tokens` and `output_tokens`; its requests come in its order.
         num_requests: measured requests; with `min_duration_s`, the load goes on until both are reached.
         ignore_eos: each output has exactly its drawn length; records stamp it.
         seed: of lengths, prompts and arrivals.
     """
 
     scenario: Scenario
-    prompt_tokens: LengthsField
-    output_tokens: LengthsField
+    prompt_tokens: OptionalLengthsField = None
+    output_tokens: OptionalLengthsField = None
+    trace: Annotated[Trace, BeforeValidator(trace_field)] | None = None
     arrival: Arrival | None = None
     concurrency: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    shared_prefix: SharedPrefix | None = None
+    conversation: Conversation | None = None
     num_requests: Annotated[int, Field(ge=1, le=1_000_000)]
     min_duration_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
     sampling: Sampling = Sampling()
@@ -159,14 +138,42 @@ class Workload(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
 
     @model_validator(mode="after")
-    def _belongs_to_scenario(self) -> Self:
-        for name, owner in (("arrival", "server"), ("concurrency", "interactive")):
-            if (getattr(self, name) is not None) != (self.scenario == owner):
-                need = "needs" if self.scenario == owner else "takes no"
-                raise ValueError(f"scenario {self.scenario} {need} `{name}` (it belongs to {owner})")
+    def _lengths_come_from_one_place(self) -> Self:
+        for name in ("prompt_tokens", "output_tokens"):
+            if self.trace is None and getattr(self, name) is None:
+                raise ValueError(f"{name} is missing: a number of tokens, a distribution, or a trace in its place")
+        for name in ("prompt_tokens", "output_tokens", "shared_prefix", "conversation"):
+            if self.trace is not None and getattr(self, name) is not None:
+                raise ValueError(f"takes no `{name}` beside a trace, which says what the requests are")
         return self
+
+    @model_validator(mode="after")
+    def _belongs_to_scenario(self) -> Self:
+        has_times = self.trace is not None and self.trace.has_times
+        keys = (("arrival", "server", not has_times), ("concurrency", "interactive", True))
+        for name, owner, is_needed in (*keys, ("conversation", "interactive", False)):
+            is_given = getattr(self, name) is not None
+            if is_given and self.scenario != owner:
+                raise ValueError(f"scenario {self.scenario} takes no `{name}` (it belongs to {owner})")
+            if is_needed and not is_given and self.scenario == owner:
+                raise ValueError(f"scenario {self.scenario} needs `{name}` (it belongs to {owner})")
+        if self.trace is not None and self.trace.speed is not None and not self.replays_arrivals:
+            raise ValueError("trace.speed has no effect here: the trace's arrivals are not used")
+        return self
+
+    @property
+    def replays_arrivals(self) -> bool:
+        """Whether requests come when they came in the trace."""
+        return self.scenario == "server" and self.arrival is None
 
     @property
     def max_model_len(self) -> int:
         """Tokens that the longest request can come to, prompt and output."""
-        return self.prompt_tokens.max + self.output_tokens.max
+        if self.trace is not None:
+            return self.trace.max_model_len
+        assert self.prompt_tokens is not None and self.output_tokens is not None
+        length = self.prompt_tokens.max + self.output_tokens.max
+        if self.conversation is not None:
+            more = self.conversation.user_tokens.max + self.output_tokens.max
+            length += (self.conversation.turns - 1) * more
+        return length

@@ -15,9 +15,7 @@ are not UTF-8, control characters in text.
 
 import dataclasses
 import math
-import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from yaml.events import (
 )
 
 from codesign.errors import InputError
+from codesign.spec.regular_file import open_regular
 
 MAX_BYTES = 128 * 1024
 MAX_NODES = 5_000
@@ -102,42 +101,9 @@ def load_yaml(path: str | Path) -> Document:
     Raises:
         InputError: there is no such regular file, it cannot be read, or `parse_yaml` refuses it.
     """
-    return parse_yaml(_read(Path(path)), file=str(path))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        # Without O_NONBLOCK opening a named pipe would wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise InputError(f"no such file{_near(path)}", file=_shown(path)) from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise InputError(f"cannot be read: {reason}", file=_shown(path)) from None
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            raise InputError(f"is {kind}; a YAML file is needed", file=_shown(path))
-        with os.fdopen(descriptor, "rb", closefd=False) as stream:
-            return stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", file=_shown(path)) from None
-    finally:
-        os.close(descriptor)
-
-
-def _shown(path: Path) -> str:
-    text = str(path)
-    return text if text.isprintable() else repr(text)
-
-
-def _near(path: Path) -> str:
-    try:
-        names = [item.name for item in path.parent.iterdir() if item.suffix in (".yaml", ".yml")]
-    except OSError:
-        return ""
-    return f" (in that folder: {', '.join(sorted(names)[:20])})" if names else ""
+    with open_regular(Path(path), wanted="a YAML file", suffixes=(".yaml", ".yml")) as stream:
+        data = stream.read(MAX_BYTES + 1)
+    return parse_yaml(data, file=str(path))
 
 
 def parse_yaml(data: bytes | str, *, file: str = "<text>") -> Document:

@@ -234,18 +234,19 @@ def main() -> int:
     args = parser.parse_args()
     if (longest := longest_context(args.model)) < GRID_LENGTH:
         parser.error(f"{args.model}: its context is {longest} tokens, the grid has {GRID_LENGTH}")
-    with tempfile.TemporaryDirectory() as scratch:
-        results = run(args, Path(scratch))
     model = ModelSpec(
         name="the bundled target" if args.model == target_path() else args.model.name, path=str(args.model)
     )
+    origin = provenance(model, "cpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        results = run(args, Path(scratch))
     facts = {
         "command": " ".join(["python tests/benchmarks/quality_kv.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "num_samples": args.samples,
         "num_sequences": args.sequences,
         "wall_s": time.perf_counter() - STARTED,
-        **provenance(model, "cpu"),
+        **origin,
     }
     document = {"facts": facts, "results": results}
     args.out.write_text(json.dumps(document) + "\n")  # before anything is concluded: a long run is not lost

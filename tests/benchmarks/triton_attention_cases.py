@@ -11,6 +11,7 @@ from codesign.engine.kernels.triton.combine import columns_kernel, combine_kerne
 from codesign.engine.kernels.triton.decode import decode_kernel
 from codesign.engine.kernels.triton.decode_int4 import decode_int4_kernel
 from codesign.engine.kernels.triton.splits import MAX_SPLITS, decode_config
+from codesign.engine.step import BLOCK_TOKENS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STORED = {"int8": "*i8", "fp8": "*u8"}
@@ -26,6 +27,7 @@ def attention_cases(*, is_quick: bool) -> Iterator[Case]:
             for num_queries in QUERIES[:1] if is_quick or dtype == "fp32" else QUERIES:
                 for head_dim in (128,) if is_quick else (64, 128):
                     yield decode_case(dtype, codec, num_queries, head_dim, extras="counts")
+                    yield decode_case(dtype, codec, num_queries, head_dim, extras="counts+table")
         for extras in () if is_quick else ("mask", "counts+columns", "mask+columns"):
             yield decode_case(dtype, "native", 4, 128, extras=extras)
         for head_dim in (128,) if is_quick else (64, 128):
@@ -60,7 +62,8 @@ def rule(
 
 
 def decode_case(dtype: str, codec: str, num_queries: int, head_dim: int, *, extras: str) -> Case:
-    block, options, words = rule(dtype, num_queries, head_dim)
+    most_at_once = BLOCK_TOKENS if "table" in extras else 64
+    block, options, words = rule(dtype, num_queries, head_dim, most_at_once)
     rows, of_row = STORED.get(codec, f"*{dtype}"), "*bf16" if codec in STORED else f"*{dtype}"
     pointers = {
         **FOUND,
@@ -68,11 +71,13 @@ def decode_case(dtype: str, codec: str, num_queries: int, head_dim: int, *, extr
         **dict.fromkeys(("key_ptr", "value_ptr"), rows),
         **dict.fromkeys(("key_scale_ptr", "value_scale_ptr"), of_row),
         "scores_ptr": "*fp32",
+        "table_ptr": "*i32",
     }
     constants: dict[str, Any] = {
         **block,
         "CODEC": codec,
         "HAS_COUNTS": "counts" in extras,
+        "TABLE_ROWS": BLOCK_TOKENS if "table" in extras else 0,
         "HAS_MASK": "mask" in extras,
         "HAS_SCORES": "columns" in extras,
         "HEAD_DIM": head_dim,

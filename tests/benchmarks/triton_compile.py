@@ -34,6 +34,7 @@ from codesign.engine.kernels.triton.fused import (
     norm_heads_kernel,
     norm_kernel,
     norm_options,
+    rotate_into_kernel,
     rotate_kernel,
     silu_mul_kernel,
 )
@@ -90,8 +91,9 @@ def layer_cases(*, is_quick: bool) -> Iterator[Case]:
 
 def fused_cases(dtype: str, hidden_sizes: tuple[int, ...]) -> Iterator[Case]:
     """The small operations between products."""
-    names = ("x", "change", "weight", "sum", "y", "q", "k", "q_weight", "k_weight", "gate_up")
+    names = ("x", "change", "weight", "sum", "y", "q", "k", "v", "key", "value", "q_weight", "k_weight", "gate_up")
     pointers = {**{f"{name}_ptr": f"*{dtype}" for name in names}, "cos_ptr": "*fp32", "sin_ptr": "*fp32", "eps": "fp32"}
+    pointers["rows_ptr"] = "*i64"
     for size in hidden_sizes:
         options = norm_options(size)
         constants = {"HAS_CHANGE": True, "BLOCK": options.pop("BLOCK")}
@@ -99,7 +101,8 @@ def fused_cases(dtype: str, hidden_sizes: tuple[int, ...]) -> Iterator[Case]:
     yield Case(f"silu_mul {dtype}: {MAX_GATES}", silu_mul_kernel, pointers, {"BLOCK": MAX_GATES}, {"num_warps": 4})
     for size in HEAD_SIZES:
         yield Case(f"norm_heads {dtype}: {size}", norm_heads_kernel, pointers, {"BLOCK": size}, {"num_warps": 1})
-        yield Case(f"rotate {dtype}: {size}", rotate_kernel, pointers, {"BLOCK": size // 2}, {"num_warps": 1})
+        for name, kernel in (("rotate", rotate_kernel), ("rotate_into", rotate_into_kernel)):
+            yield Case(f"{name} {dtype}: {size}", kernel, pointers, {"BLOCK": size // 2}, {"num_warps": 1})
 
 
 def weight_case(problem: Problem, config: Config) -> Case:

@@ -1,5 +1,7 @@
 """Export to this project's own engine."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 from codesign.deploy.native import Native
@@ -23,6 +25,17 @@ def test_what_is_exported_reads_back_equal_and_carries_its_evidence(tmp_path: Pa
     readme = (tmp_path / "deep" / "out" / "README.md").read_text()
     assert "codesign measure profile.yaml --config config.yaml" in readme
     assert "Trial 7" in readme
+
+
+def test_a_measured_table_of_drafts_goes_along(tmp_path: Path) -> None:
+    found = {"table": {"1": 4, "8": 0}, "acceptance": 0.7}
+    record = dataclasses.replace(record_of(identity(7), EngineConfig().resolve()), resolved={"speculation": found})
+    for name in ("profile.yaml", "space.yaml"):
+        (tmp_path / name).write_text("a: 1\n")
+    files = Native().export(record, tmp_path, tmp_path / "out")
+
+    assert tmp_path / "out" / "speculation.json" in files
+    assert json.loads((tmp_path / "out" / "speculation.json").read_text()) == found
 
 
 def test_native_is_a_registered_target() -> None:

@@ -1,5 +1,6 @@
 """The same engine on a CUDA device: same logits, allocator bytes, NVML energy. Skipped where there is none."""
 
+import dataclasses
 import os
 import time
 from typing import Any
@@ -16,6 +17,7 @@ from codesign.engine.kv.stream import LayerStream
 from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.quantize.formats.fp8 import Fp8
 from codesign.engine.quantize.linear import Workspace
+from codesign.engine.step import BLOCK_TOKENS
 from codesign.errors import Unsupported
 from codesign.measure.child_session import ChildSession
 from codesign.measure.memory import process_memory
@@ -57,6 +59,21 @@ def test_every_codec_generates_what_it_generates_on_the_cpu(codec: str) -> None:
 
     first = [(on_cpu[name][:3], on_gpu[name][:3]) for name in on_cpu]
     assert sum(cpu == gpu for cpu, gpu in first) >= 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
+@pytest.mark.parametrize("speculate", ["draft_model", "ngram"])
+def test_speculation_gives_the_tokens_of_plain_decoding(speculate: str, attention: str) -> None:
+    """Greedy; drawn tokens only have to come, since their law is compared on the CPU."""
+    spec = dataclasses.replace(tiny_spec(), draft=tiny_spec())
+    requests = [request(f"r{index}", 40 + 30 * index, 24, ignore_eos=True) for index in range(4)]
+    drawn = request("drawn", 20, 24, ignore_eos=True, temperature=0.9, top_p=0.9)
+    plain = generate(build_engine(spec, config(attention=attention), device="cuda"), *requests)
+    chosen = config(attention=attention, speculate={"name": speculate, "adaptive": False})
+    found = generate(build_engine(spec, chosen, device="cuda"), *requests, drawn)
+
+    assert len(found.pop("drawn")) == 24
+    assert found == plain
 
 
 OFFLOADED = [
@@ -341,6 +358,39 @@ def test_triton_attention_equals_float64(
     torch.testing.assert_close(columns.double(), mean, rtol=0, atol=2e-6)
     for again, first in zip(run(), (out, columns), strict=True):
         assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("dtype", list(ATTENTION_ATOL), ids=str)
+@pytest.mark.parametrize("codec", ["native", "int8", "fp8"])
+def test_triton_attention_over_blocks_equals_that_over_rows(codec: str, dtype: torch.dtype) -> None:
+    from codesign.engine.kernels.triton.attend import attend
+
+    counts = torch.tensor(COUNTS, dtype=torch.int32, device="cuda")
+    num_blocks = -(-max(COUNTS) // BLOCK_TOKENS)
+    table = torch.randperm(len(COUNTS) * num_blocks, device="cuda").view(len(COUNTS), num_blocks)
+    rows, blocks = zip(*(in_blocks(stored_rows(codec, dtype, 128)[0], table) for _ in range(2)), strict=True)
+    query = torch.randn(len(COUNTS), 2, 4 * 3, 128, device="cuda").to(dtype)
+    how = {"codec": codec, "counts": counts, "num_tokens": 3, "scale": 0.2}
+
+    out, _ = attend(query, *blocks, table=table.int()[:, None].expand(-1, 2, -1), **how)
+
+    expected, _ = attend(query, *rows, **how)
+    torch.testing.assert_close(out, expected, rtol=ATTENTION_RTOL[dtype], atol=ATTENTION_ATOL[dtype])
+
+
+def in_blocks(
+    parts: tuple[torch.Tensor, ...], table: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Parts [B, H_kv, R, X], and the same in blocks [num_blocks, H_kv, 32, X] as table [B, n] names them."""
+    blocks = []
+    for part in parts:
+        num_rows = table.shape[1] * BLOCK_TOKENS
+        padded = part.new_zeros(*part.shape[:2], num_rows, part.shape[3])
+        padded[:, :, : part.shape[2]] = part
+        found = part.new_empty(table.numel(), part.shape[1], BLOCK_TOKENS, part.shape[3])
+        found[table.flatten()] = padded.unflatten(2, (-1, BLOCK_TOKENS)).transpose(1, 2).flatten(0, 1)
+        blocks.append(found)
+    return parts, tuple(blocks)
 
 
 @pytest.mark.parametrize("dtype", list(ATTENTION_ATOL), ids=str)

@@ -57,6 +57,12 @@ class FakeEngine:
     def facts(self) -> Mapping[str, Any]:
         return FACTS
 
+    def speculation_stats(self) -> Mapping[str, Any]:
+        return {"table": {"1": 4}, "acceptance": 0.5}
+
+    def stats(self) -> Mapping[str, int]:
+        return {"preemptions": 3}
+
     def close(self) -> None:
         self.has_closed = True
 

@@ -68,6 +68,13 @@ def test_build_gives_the_facts(nursery: Nursery) -> None:
     )
 
 
+def test_what_became_of_drafts_is_told(nursery: Nursery) -> None:
+    with open_session(nursery) as session:
+        session.build(EngineConfig())
+
+        assert session.speculation() == {"table": {"1": 4}, "acceptance": 0.5}
+
+
 def test_a_fork_is_much_faster_than_a_start(nursery: Nursery) -> None:
     spawns = []
     for _ in range(3):
@@ -190,6 +197,17 @@ def test_memory_counts_what_the_child_took_since_its_birth(nursery: Nursery) -> 
     assert before["peak_memory_bytes"] < 30 * MIB
     assert 100 * MIB <= after["peak_memory_bytes"] < 140 * MIB  # it allocated and freed 100 MiB
     assert after["host_bytes"] - before["host_bytes"] < 40 * MIB
+
+
+def test_counters_are_asked_of_an_engine_that_has_nothing_to_do(nursery: Nursery) -> None:
+    with open_session(nursery, "fake_engine:build") as session:
+        session.build(EngineConfig())
+        session.submit(request("r"))
+        with pytest.raises(ValueError, match="1 requests are still running"):
+            session.stats()
+        drain(session, 1)
+
+        assert session.stats() == {"preemptions": 3}
 
 
 def test_a_failed_session_stays_failed(nursery: Nursery) -> None:

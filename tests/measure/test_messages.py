@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from codesign.measure.channel import ProtocolFault
-from codesign.measure.messages import build_facts, scores, sizes, step_tokens
+from codesign.measure.messages import build_facts, counts, scores, sizes, step_tokens
 
 FACTS: dict[str, Any] = {
     "resolved": {"a": [1]},
@@ -81,6 +81,25 @@ def test_facts_of_a_wrong_shape_are_a_fault(change: dict[str, Any]) -> None:
 def test_facts_with_a_part_missing_are_a_fault(missing: str) -> None:
     with pytest.raises(ProtocolFault):
         build_facts({"facts": {key: value for key, value in FACTS.items() if key != missing}})
+
+
+@pytest.mark.parametrize(
+    "stats",
+    [
+        None,
+        [1],
+        {"a": -1},
+        {"a": 1.0},
+        {"a": True},
+        {"a": "1"},
+        {"a": 2**50 + 1},
+        dict.fromkeys(map(str, range(1001)), 0),
+    ],
+)
+def test_counters_of_a_wrong_shape_are_a_fault(stats: object) -> None:
+    assert counts({"stats": {"preemptions": 0}}) == {"preemptions": 0}
+    with pytest.raises(ProtocolFault):
+        counts({"stats": stats})
 
 
 def test_sizes_and_scores_are_checked_too() -> None:

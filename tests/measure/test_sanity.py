@@ -1,10 +1,12 @@
 """Physical sanity: a number beyond the machine's peak is a wrong measurement, not a fast configuration."""
 
+import dataclasses
+
 import pytest
 
 from codesign.measure.sanity import impossible
 from codesign.measure.session import BuildFacts
-from codesign.spec.engine_config import EngineConfig
+from codesign.spec.engine_config import Choice, EngineConfig
 from codesign.spec.hardware import Hardware
 from codesign.units import GIB
 from tests.measure.test_summary import readings, sample
@@ -37,6 +39,16 @@ def test_more_traffic_than_the_memory_has_is_impossible() -> None:
 
     assert message is not None
     assert "GB/s" in message
+
+
+def test_one_step_may_give_as_many_tokens_as_it_verifies_and_one_more() -> None:
+    data = readings([[sample(tokens=100)]], wall_s=100 / 400, bytes=SIZES)
+
+    assert (
+        impossible(data, FACTS, GPU, dataclasses.replace(CONFIG, speculate=Choice.of("ngram", num_draft_tokens=3)))
+        is None
+    )
+    assert impossible(data, FACTS, GPU, dataclasses.replace(CONFIG, speculate=Choice.of("ngram", num_draft_tokens=1)))
 
 
 def test_more_arithmetic_than_the_device_has_is_impossible() -> None:

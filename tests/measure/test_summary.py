@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codesign.measure.capacity import Capacity
 from codesign.measure.load import LoadResult
 from codesign.measure.summary import (
     Readings,
@@ -66,6 +67,15 @@ def profile(*objectives: Objective, **changes: Any) -> Profile:
     return Profile(**{**fields, **changes})
 
 
+def test_bytes_of_a_draft_count_as_weights_and_cache() -> None:
+    plain = metrics(readings([[sample(tokens=5)]]), profile())
+    sizes = {"peak": 300, "weights": 200, "kv": 100, "draft_weights": 20, "draft_kv": 10}
+    drafting = metrics(readings([[sample(tokens=5)]], bytes=sizes), profile())
+
+    assert [plain[name].value for name in ("weights_bytes", "kv_bytes")] == [200, 100]
+    assert [drafting[name].value for name in ("weights_bytes", "kv_bytes")] == [220, 110]
+
+
 def test_throughput_is_all_output_tokens_over_all_wall_time() -> None:
     found = metrics(readings([[sample()] * 4] * 3, wall_s=2.0), profile())["throughput_tokens_per_s"]
 
@@ -91,6 +101,7 @@ def test_what_was_not_measured_is_absent() -> None:
         "energy_per_token_j",
         "cost_per_mtok",
         "goodput_requests_per_s",
+        "capacity_requests_per_s",
     } & set(found)
 
 
@@ -115,6 +126,85 @@ def test_goodput_counts_requests_that_meet_every_limit() -> None:
     found = metrics(readings([samples], wall_s=2.0), profile(slo=slo))
 
     assert found["goodput_requests_per_s"].value == pytest.approx(2 / 2.0)
+
+
+SAMPLES = st.lists(
+    st.builds(
+        sample,
+        ttft_ms=st.floats(0.1, 100),
+        gap_ms=st.floats(0.1, 100),
+        tokens=st.integers(1, 6),
+    ),
+    min_size=1,
+    max_size=30,
+)
+BOUNDS = st.dictionaries(
+    st.sampled_from(["ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"]), st.floats(0.1, 500), min_size=1, max_size=4
+)
+
+
+@given(SAMPLES, BOUNDS, st.sampled_from(["p50", "p99", "mean", "max"]))
+def test_goodput_is_the_rate_of_requests_that_break_no_limit_whatever(
+    samples: list[RequestSample], bounds: dict[str, float], name: str
+) -> None:
+    """The statistic of a limit is over requests; a single request just keeps the bound or does not."""
+    slo = Slo.model_validate({metric: {name: bound} for metric, bound in bounds.items()})
+    found = metrics(readings([samples], wall_s=2.0), profile(slo=slo))["goodput_requests_per_s"]
+
+    def keeps(one: RequestSample) -> bool:
+        gaps = sorted(one.itl_ms)
+        times = {"ttft_ms": one.ttft_ms, "e2e_ms": one.e2e_ms, "tpot_ms": one.tpot_ms}
+        times["itl_ms"] = gaps[(len(gaps) - 1) // 2] if gaps else None
+        return not any(times[metric] is not None and times[metric] > bound for metric, bound in bounds.items())
+
+    assert found.value == pytest.approx(sum(map(keeps, samples)) / 2.0)
+    assert found.value <= len(samples) / 2.0
+
+
+@given(SAMPLES, BOUNDS, st.sampled_from(["ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"]), st.floats(0.1, 500))
+def test_another_limit_never_raises_goodput(
+    samples: list[RequestSample], bounds: dict[str, float], metric: str, bound: float
+) -> None:
+    more = {**bounds, metric: min(bound, bounds.get(metric, math.inf))}
+
+    def goodput(limits: dict[str, float]) -> float:
+        slo = Slo.model_validate({key: {"p99": value} for key, value in limits.items()})
+        return metrics(readings([samples]), profile(slo=slo))["goodput_requests_per_s"].value
+
+    assert goodput(more) <= goodput(bounds)
+
+
+def test_a_percentile_that_is_an_objective_has_an_interval() -> None:
+    samples = [sample(ttft_ms=float(value)) for value in range(1, 101)]
+    found = metrics(readings([samples]), profile(Objective.of("ttft_ms", "p90")))["ttft_ms"]
+
+    assert found.low is not None and found.high is not None
+    assert found.low < 90 < found.high
+
+
+def capacity(**changes: Any) -> Capacity:
+    fields: dict[str, Any] = {
+        "rate_per_s": 4.0,
+        "failed_per_s": 4.2,
+        "broke": "slo.ttft_ms.p99",
+        "stopped": "resolved",
+        "alone_s": 0.1,
+        "probes": (),
+    }
+    return Capacity(**{**fields, **changes})
+
+
+def test_a_capacity_lies_between_what_passed_and_what_failed() -> None:
+    found = metrics(readings([[sample()]], capacity=capacity()), profile())["capacity_requests_per_s"]
+
+    assert (found.value, found.low, found.high, found.unit) == (4.0, 4.0, 4.2, "requests/s")
+
+
+def test_a_capacity_that_no_rate_broke_has_no_interval() -> None:
+    data = readings([[sample()]], capacity=capacity(failed_per_s=None, broke="", stopped="probes"))
+    found = metrics(data, profile())["capacity_requests_per_s"]
+
+    assert (found.value, found.low, found.high) == (4.0, None, None)
 
 
 def test_a_broken_limit_is_a_share_of_its_bound() -> None:

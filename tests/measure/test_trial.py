@@ -194,3 +194,90 @@ def test_random_weights_are_timed_and_not_judged(profile: Profile, folder: Path)
     assert record.metrics["throughput_tokens_per_s"].value > 0
     assert "kl_divergence" not in record.metrics
     assert record.quality == {}
+
+
+SERVED = {
+    "a capacity": (
+        "{scenario: server, arrival: {process: poisson, rate_per_s: 40}, prompt_tokens: 24, output_tokens: 4,"
+        " shared_prefix: {num_groups: 2, share: 0.5}, num_requests: 8}",
+        "{ttft_ms: {p90: 200}}",
+        "[capacity_requests_per_s, goodput_requests_per_s]",
+    ),
+    "conversations": (
+        "{scenario: interactive, concurrency: 2, prompt_tokens: 12, output_tokens: 4, num_requests: 8,"
+        " conversation: {turns: 3, user_tokens: 5, think_time_s: 0.001}}",
+        "{tpot_ms: {p50: 1000}}",
+        "[goodput_requests_per_s]",
+    ),
+    "a trace": (
+        "{scenario: server, num_requests: 5, trace: {file: t.csv, speed: 50, max_prompt_tokens: 60}}",
+        "{e2e_ms: {p90: 5000}}",
+        "[goodput_requests_per_s]",
+    ),
+}
+
+
+def served(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> TrialRecord:
+    workload, slo, objectives = SERVED[name]
+    rule = dataclasses.replace(RULES["screen"], min_s=0.05, min_requests=4, warm_up_s=0.05, capacity_s=4.0)
+    monkeypatch.setitem(trials.RULES, "screen", rule)
+    rows = "".join(f"2024-05-10 00:00:0{i},{30 * i + 20},{i + 2}\n" for i in range(5))
+    (folder / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+    path = folder / "served.yaml"
+    path.write_text(
+        f"{{hardware: {{name: here, device: cpu, cores: 1}}, model: bundled, "
+        f"workload: {workload}, slo: {slo}, objectives: {objectives}}}"
+    )
+    profile = load_profile(path)
+    random_weights = ModelSpec(name="tiny", architecture=tiny_config(max_position_embeddings=512))
+    served_profile = dataclasses.replace(profile, model_spec=random_weights)
+    assert profile.workload.max_model_len <= BASELINE.max_model_len
+    with TrialRunner(served_profile, baseline=BASELINE, cache_dir=folder) as runner:
+        record = measured(runner, 1)
+    assert record.outcome.kind == "ok", record.outcome
+    assert TrialRecord.from_json(record.to_json()) == record
+    return record
+
+
+def test_a_capacity_that_is_asked_for_is_searched_on_the_warm_session(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = served("a capacity", folder, monkeypatch)
+    found, kept = record.metrics["capacity_requests_per_s"], record.trust["capacity"]
+
+    assert found.value == kept["rate_per_s"]
+    assert found.num_samples == len(kept["probes"]) >= 1
+    assert record.phases["capacity_s"] > 0
+    assert {"rate_per_s", "broke", "values", "late_p99_ms"} <= set(kept["probes"][0])
+    assert set(record.trust["late_ms"]) == {"p50", "p99", "max"}
+    assert record.trust["percentiles"]["ttft_ms"]["p50"]["value"] > 0
+
+
+def test_a_capacity_that_nobody_asks_for_is_not_searched(baseline: TrialRecord) -> None:
+    assert "capacity_requests_per_s" not in baseline.metrics
+    assert "capacity_s" not in baseline.phases
+
+
+def test_conversations_go_through_the_engine_turn_by_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = served("conversations", folder, monkeypatch)
+
+    assert [sample.prompt_tokens for sample in record.requests[:8]] == [12, 21, 30, 12, 21, 30, 12, 21]
+    assert record.metrics["goodput_requests_per_s"].value > 0
+
+
+def test_a_trace_is_replayed_and_what_was_cut_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = served("a trace", folder, monkeypatch)
+
+    assert [sample.prompt_tokens for sample in record.requests[:5]] == [20, 50, 60, 60, 60]
+    assert [sample.output_tokens for sample in record.requests[:5]] == [2, 3, 4, 5, 6]
+    assert record.trust["trace"]["prompts_cut"] == 3
+    assert any("3 prompts cut" in warning for warning in record.warnings)
+
+
+def test_a_record_says_how_often_memory_ran_out_and_what_prompts_shared(runner: TrialRunner) -> None:
+    plain = measured(runner, 7)
+    paged = measured(runner, 8, kv={"layout": "paged"}, prefix_cache=True)
+
+    assert not {"preemptions", "prefix_hit_rate"} & plain.trust.keys()
+    assert paged.outcome.kind == "ok"
+    assert paged.trust["preemptions"] == 0 and 0 <= paged.trust["prefix_hit_rate"] < 1

@@ -37,6 +37,19 @@ def test_kv_bytes_of_a_full_cache() -> None:
     assert estimate(SIZE, config).kv_bytes == 128 * 1024 * 4 * 8192
 
 
+def test_a_draft_counts_where_it_is_used_and_its_cache_within_the_same_bound() -> None:
+    draft = ModelSize(linear_params=1000, other_params=500, num_layers=2, num_kv_heads=1, head_dim=8)
+    config = EngineConfig(max_batch_size=4, max_model_len=64, speculate=Choice("draft_model"))
+    plain = estimate(SIZE, EngineConfig(max_batch_size=4, max_model_len=64))
+    both = estimate(SIZE, config, draft)
+
+    assert both.weights_bytes - plain.weights_bytes == 2 * 1500
+    assert both.kv_bytes - plain.kv_bytes == 2 * 2 * 1 * 8 * 64 * 4 * 2
+    assert estimate(SIZE, dataclasses.replace(config, kv_memory_bytes=plain.kv_bytes), draft).kv_bytes == plain.kv_bytes
+    elsewhere = dataclasses.replace(config, speculate=Choice.of("draft_model", draft="elsewhere"))
+    assert estimate(SIZE, elsewhere, draft) == estimate(SIZE, config) == plain
+
+
 def test_four_bits_take_a_quarter_of_the_linear_layers() -> None:
     native = estimate(SIZE, EngineConfig())
     int4 = estimate(SIZE, EngineConfig(weights=Choice.of("int4", group_size=128)))

@@ -11,6 +11,7 @@ from codesign.results.measurement import (
     min_requests,
     passes,
     percentile,
+    percentile_interval,
     percentile_supported,
     percentile_upper,
     share_probability,
@@ -173,3 +174,31 @@ def test_the_median_interval_covers_at_its_confidence() -> None:
 def test_a_median_interval_needs_eight_values() -> None:
     assert median_interval([float(i) for i in range(7)]) is None
     assert median_interval([float(i) for i in range(8)]) == (0.0, 7.0)
+
+
+@pytest.mark.parametrize(("q", "count"), [(50.0, 30), (90.0, 60), (99.0, 500)])
+def test_a_percentile_interval_covers_at_its_confidence(q: float, count: int) -> None:
+    rng = random.Random(3)
+    true = -math.log(1 - q / 100)
+    covered = 0
+    for _ in range(1000):
+        interval = percentile_interval([rng.expovariate(1.0) for _ in range(count)], q)
+        assert interval is not None
+        covered += interval[0] <= true <= interval[1]
+
+    assert 0.94 <= covered / 1000 <= 0.995
+
+
+@given(VALUES, st.sampled_from([50.0, 90.0, 95.0, 99.0, 99.9]))
+def test_a_percentile_interval_holds_the_percentile(values: list[float], q: float) -> None:
+    interval = percentile_interval(values, q)
+
+    assert interval is None or interval[0] <= percentile(values, q) <= interval[1]
+
+
+def test_a_p99_interval_needs_368_values() -> None:
+    """0.99 to the power of the count must fall below 2.5 %."""
+    values = [float(i) for i in range(368)]
+
+    assert percentile_interval(values[:-1], 99) is None
+    assert percentile_interval(values, 99) is not None

@@ -82,8 +82,23 @@ def test_objectives_that_cannot_be_given_are_dropped_with_the_reason(
         "objective kl_divergence is dropped: the model's weights are random",
         "objective energy_per_token_j is dropped: no meter",
         "objective cost_per_mtok is dropped: the profile has no hardware.price_per_hour",
-        "objective goodput_requests_per_s is dropped: the profile has no slo",
+        "objective goodput_requests_per_s is dropped: the slo limits no time of a request",
     ]
+
+
+@pytest.mark.parametrize(
+    ("slo", "reason"),
+    [
+        ("slo: {quality: {max_kl: 1}}", "the slo limits no time of a request"),
+        ("slo: {ttft_ms: {p90: 100}}", "scenario offline has no request rate, only server has"),
+    ],
+)
+def test_a_capacity_needs_a_limit_on_time_and_a_server(tmp_path: Path, slo: str, reason: str) -> None:
+    said: list[str] = []
+    names = "[kv_bytes, capacity_requests_per_s]"
+    usable_objectives(profile(tmp_path, "{name: x, device: cpu}", names, slo), said.append)
+
+    assert said == [f"objective capacity_requests_per_s is dropped: {reason}"]
 
 
 def test_objectives_that_can_be_given_are_kept_silently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,14 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from codesign.bundled import target_path
+from codesign.bundled import draft_path, target_path
 from codesign.errors import InputError
+from codesign.search.inputs import profile_document
 from codesign.spec.check import check_file
+from codesign.spec.model import ModelSpec
 from codesign.spec.profile import Profile, load_profile
 from codesign.spec.space import load_space
 from codesign.spec.yaml import dump_yaml
@@ -234,6 +237,44 @@ def test_the_digest_follows_what_is_resolved(tmp_path: Path) -> None:
 
 def test_the_digest_of_the_bundled_model_is_the_same_on_every_machine(tmp_path: Path) -> None:
     assert "path" not in profile(tmp_path, model="bundled").sections["model"]
+
+
+def test_the_bundled_model_has_a_draft_that_changes_no_digest(tmp_path: Path) -> None:
+    plain, named = profile(tmp_path, model="bundled"), profile(tmp_path, model="bundled", draft="bundled")
+
+    assert plain.model_spec.draft is not None and plain.model_spec.draft.path == str(draft_path())
+    assert plain.digest == named.digest and "draft" not in plain.sections
+
+
+def test_a_draft_is_named_beside_its_model(tmp_path: Path) -> None:
+    model, draft = model_folder(tmp_path, "large"), model_folder(tmp_path, "small")
+    found = profile(tmp_path, model="large", draft="small")
+
+    assert found.model_spec.path == str(model)
+    assert found.model_spec.draft is not None and found.model_spec.draft.path == str(draft)
+    assert found.digest != profile(tmp_path, model="large").digest
+    assert profile(tmp_path, model="large").model_spec.draft is None
+    document = profile_document(found.sections)
+    assert (document["model"], document["draft"]) == (str(model), str(draft))
+
+
+def test_a_draft_of_random_weights_is_written_as_it_was_read(tmp_path: Path) -> None:
+    found = profile(tmp_path, draft={**ARCHITECTURE, "num_hidden_layers": 1})
+    document = profile_document(found.sections)
+
+    assert found.model_spec.draft is not None and found.model_spec.draft.path is None
+    assert profile(tmp_path, model=document["model"], draft=document["draft"]).digest == found.digest
+
+
+def test_a_draft_that_is_not_there_is_named_by_its_key(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"draft: 'nowhere' is neither `bundled` nor"):
+        profile(tmp_path, draft="nowhere")
+
+
+def test_a_model_with_its_draft_crosses_as_plain_data(tmp_path: Path) -> None:
+    found = profile(tmp_path, draft="bundled").model_spec
+
+    assert ModelSpec.from_dict(dataclasses.asdict(found)) == found
 
 
 def test_sections_are_plain_data_that_can_be_written_and_loaded_again(tmp_path: Path) -> None:

@@ -4,21 +4,11 @@ from typing import Any
 
 import pytest
 
-from codesign.engine.kv.policy import KVPolicy
-from codesign.engine.prune.pruner import Pruner
-from codesign.engine.quantize.method import Method
-from codesign.registry import KV_POLICIES, PRUNERS, WEIGHT_FORMATS, WEIGHT_METHODS
+from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.hardware import Hardware
-from codesign.spec.rules import (
-    CALIBRATED_METHODS,
-    CALIBRATED_PRUNERS,
-    SHARED_BUDGETS,
-    lacking,
-    senseless,
-    unjudged,
-    unpaid,
-)
+from codesign.spec.model import ModelSpec
+from codesign.spec.rules import lacking, senseless, undrafted, unjudged, unpaid
 
 TWO_OF_FOUR = {"name": "wanda", "pattern": "two_of_four"}
 CPU = Hardware(name="x", device="cpu")
@@ -35,6 +25,15 @@ def test_pruning_before_gptq_makes_no_sense_in_any_format(name: str) -> None:
     assert reason is not None and "gptq pushes rounding errors into pruned weights" in reason
     assert senseless(config(prune="magnitude", weights={"name": name, "method": "rtn"})) is None
     assert senseless(config(weights={"name": name, "method": "gptq"})) is None
+
+
+@pytest.mark.parametrize(("chunk", "is_refused"), [(512, False), (513, True)])
+def test_a_prompt_chunk_larger_than_a_step_makes_no_sense(chunk: int, is_refused: bool) -> None:
+    scheduler = {"name": "continuous", "prefill_chunk_tokens": chunk}
+    reason = senseless(config(scheduler=scheduler, max_step_tokens=512))
+
+    assert (reason is not None) == is_refused
+    assert reason is None or "prefill_chunk_tokens 513 with max_step_tokens 512" in reason
 
 
 @pytest.mark.parametrize(
@@ -62,67 +61,70 @@ def test_a_cpu_has_no_sparse_kernel_at_any_batch() -> None:
     assert lacking(asked, Hardware(name="x", device="cuda", compute_capability="9.0")) is None
 
 
+@pytest.mark.parametrize("name", KV_CODECS.names())
+def test_blocks_hold_the_codecs_whose_rows_are_encoded_one_by_one(name: str) -> None:
+    reason = senseless(config(kv={"layout": "paged", "codec": name}))
+
+    if KV_CODECS.create(name).group_size:
+        assert reason is not None and f"kv.codec {name}" in reason and "use kv.codec native, int8 or fp8" in reason
+    else:
+        assert reason is None
+
+
+@pytest.mark.parametrize("name", KV_POLICIES.names())
+def test_blocks_hold_what_keeps_every_row(name: str) -> None:
+    reason = senseless(config(kv={"layout": "paged", "policy": name}))
+
+    assert reason is None if name == "full" else f"kv.policy {name}" in str(reason)
+
+
+def test_blocks_lie_on_the_device() -> None:
+    assert "kv.place offload" in str(senseless(config(kv={"layout": "paged", "place": "offload"})))
+
+
+@pytest.mark.parametrize(
+    ("kv", "said"),
+    [
+        ({"layout": "paged"}, None),
+        ({"layout": "dense"}, "prefix_cache with kv.layout dense"),
+        ({"layout": "paged", "codec": "int8"}, "prefix_cache with kv.codec int8"),
+        ({"layout": "paged", "codec": "fp8"}, "prefix_cache with kv.codec fp8"),
+    ],
+)
+def test_prefixes_are_shared_in_native_blocks(kv: dict[str, Any], said: str | None) -> None:
+    reason = senseless(config(kv=kv, prefix_cache=True))
+
+    assert reason is None if said is None else said in str(reason)
+
+
 def test_the_unmodified_configuration_breaks_no_rule() -> None:
     plain = config()
 
     assert senseless(plain) is unpaid(plain) is lacking(plain, CPU) is unjudged(plain, ["tpot_ms"]) is None
 
 
-TENSOR, PIPELINE = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
+@pytest.mark.parametrize("speculate", ["ngram", "draft_model"])
+@pytest.mark.parametrize("name", [name for name in KV_POLICIES.names() if name != "full"])
+def test_a_policy_that_evicts_does_not_speculate(name: str, speculate: str) -> None:
+    policy = {"name": name, "kv_budget": 0.5}
+    reason = senseless(config(kv={"policy": policy}, speculate=speculate))
+
+    assert reason is not None and f"speculate {speculate} with kv.policy {name}" in reason
+    assert senseless(config(kv={"policy": policy})) is None
+    assert senseless(config(kv={"policy": {"name": name, "kv_budget": 1.0}}, speculate=speculate)) is None
+    assert senseless(config(kv={"policy": {"name": name, "kv_budget": 4096}}, speculate=speculate)) is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "tensor", "pipeline"),
-    [
-        ({"weights": {"name": "int4", "method": "gptq"}}, "weights.method gptq", "weights.method gptq"),
-        ({"weights": {"name": "int8", "method": "awq"}}, "weights.method awq", "weights.method awq"),
-        ({"weights": {"name": "int4", "method": "hqq"}}, None, None),
-        ({"weights": "mixed"}, "weights mixed", "weights mixed"),
-        ({"weights": {"name": "int4", "shadow": True}}, "weights.shadow", None),
-        ({"prune": "wanda"}, "prune wanda", "prune wanda"),
-        ({"prune": "magnitude"}, "ranked over whole rows or matrices", None),
-        ({"kv": {"policy": "ada_kv"}}, "divides a budget among all KV heads", None),
-        ({"kv": {"policy": {"name": "dynamic", "under_pressure": "ada_kv"}}}, "divides a budget", None),
-        ({"kv": {"policy": "h2o"}}, None, None),
-    ],
-)
-def test_what_needs_the_whole_model_is_not_divided(
-    changes: dict[str, Any], tensor: str | None, pipeline: str | None
-) -> None:
-    for parallel, reason in ((TENSOR, tensor), (PIPELINE, pipeline), ({}, None)):
-        found = senseless(config(**changes, parallel=parallel))
-        assert found is None if reason is None else reason in str(found)
+def test_a_full_cache_speculates_in_any_encoding() -> None:
+    for codec in ("native", "int8", "fp8", "int4", "low_rank"):
+        assert senseless(config(kv={"codec": codec}, speculate="draft_model")) is None
 
 
-def test_members_that_need_the_whole_model_are_all_named() -> None:
-    methods: dict[str, Method] = {name: WEIGHT_METHODS.create(name) for name in WEIGHT_METHODS.names()}
-    pruners: dict[str, Pruner] = {name: PRUNERS.create(name) for name in PRUNERS.names()}
-    policies: dict[str, KVPolicy] = {name: KV_POLICIES.create(name) for name in KV_POLICIES.names()}
+def test_a_draft_model_needs_a_draft_from_somewhere() -> None:
+    model = ModelSpec(name="mine", path="/somewhere")
+    with_draft = ModelSpec(name="mine", path="/somewhere", draft=ModelSpec(name="d", path="/elsewhere"))
 
-    assert {name for name, method in methods.items() if method.needs_inputs} == set(CALIBRATED_METHODS)
-    assert {name for name, pruner in pruners.items() if pruner.needs_inputs} == set(CALIBRATED_PRUNERS)
-    assert {name for name, policy in policies.items() if policy.head_budgets == "ragged"} == set(SHARED_BUDGETS)
-
-
-def test_micro_batches_need_stages() -> None:
-    assert "nothing to overlap" in str(senseless(config(parallel={"num_micro_batches": 2})))
-    assert "nothing to overlap" in str(senseless(config(parallel={"num_micro_batches": 2, **TENSOR})))
-    assert senseless(config(parallel={"num_micro_batches": 2, **PIPELINE})) is None
-
-
-@pytest.mark.parametrize(
-    ("hardware", "most", "noun"),
-    [
-        (Hardware(name="x", device="cpu", cores=4), 4, "cores"),
-        (Hardware(name="x", device="cuda", count=2), 2, "devices"),
-        (Hardware(name="x", device="cuda"), 1, "devices"),
-    ],
-)
-def test_each_rank_needs_a_device_or_a_core(hardware: Hardware, most: int, noun: str) -> None:
-    for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 2)):
-        parallel = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
-        found = lacking(config(parallel=parallel), hardware)
-        if tensor * pipeline <= most:
-            assert found is None
-        else:
-            assert f"needs {tensor * pipeline} {noun}, the profile's hardware has {most}" in str(found)
+    assert "'mine' names no draft" in (undrafted(config(speculate="draft_model"), model) or "")
+    assert undrafted(config(speculate={"name": "draft_model", "draft": "/d"}), model) is None
+    assert undrafted(config(speculate="draft_model"), with_draft) is None
+    assert undrafted(config(speculate="ngram"), model) is undrafted(config(), model) is None

@@ -16,7 +16,7 @@ from codesign.engine.attention.calls import Call
 from codesign.engine.kernels.compiled import Missing
 
 if TYPE_CHECKING:
-    from codesign.engine.kv.codec import KVCodec
+    from codesign.engine.kv.codec import KVCodec, Parts
     from codesign.engine.kv.group import LayerGroup
 
 
@@ -91,3 +91,17 @@ class AttentionBackend(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """`attend`, or `attend_columns` if wanted, over what the slots of a call hold in `group.layers[index]`."""
         raise NotImplementedError  # a backend that reads nothing stored is never asked
+
+    def reads_blocks(self, codec: "KVCodec") -> bool:
+        """Whether `attend_blocks` takes what this codec stores."""
+        return False
+
+    def attend_blocks(
+        self, query: Tensor, codec: "KVCodec", key: "Parts", value: "Parts", table: Tensor, call: Call, *, scale: float
+    ) -> Tensor:
+        """`attend` for output tokens over blocks, key and value parts [num_blocks, H_kv, 32, X].
+
+        Args:
+            table: [B, H_kv, n] int32 block ids of each sequence of the call, which may differ in length.
+        """
+        raise NotImplementedError  # a backend that reads no blocks is never asked

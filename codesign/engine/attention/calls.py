@@ -53,7 +53,7 @@ class Call:
     """One backend call: neighbouring slots, equally many queries each, one row count.
 
     Attributes:
-        spans: the sequences, slots and packed tokens both consecutive.
+        spans: the sequences, packed tokens consecutive, and slots too unless they are found through tables.
         num_rows: rows read of each: the largest of the spans.
         mask: additive in the compute dtype, [B, 1, 1, R] or [B, 1, G * Q, R] (output tokens), [n, R] (prompt chunk);
             None where every query sees every row, or where `is_causal` says which.
@@ -92,34 +92,48 @@ class Call:
         return len(self.spans) * self.num_queries * self.num_rows
 
 
-def cut(spans: Sequence[Span], *, num_groups: int, dtype: torch.dtype, device: torch.device) -> tuple[Call, ...]:
-    """The calls of a step, in packed order."""
+def cut(
+    spans: Sequence[Span],
+    *,
+    num_groups: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_tables: bool = False,
+    is_ragged: bool = False,
+) -> tuple[Call, ...]:
+    """The calls of a step, in packed order.
+
+    Args:
+        has_tables: any slots can share a call, since a table says where the rows of each are.
+        is_ragged: output tokens are read by what takes sequences of any lengths: none is padded and no mask is needed.
+    """
     runs: list[list[Span]] = []
     longest = total = 0
     for span in spans:
         rows = span.num_rows
-        if runs and _are_neighbours(runs[-1][-1], span):
+        if runs and _are_neighbours(runs[-1][-1], span, has_tables):
             padding = max(longest, rows) * (len(runs[-1]) + 1) - total - rows
-            if padding <= max(_MAX_PADDING * (total + rows), _CHEAP_ROWS):
+            if is_ragged or padding <= max(_MAX_PADDING * (total + rows), _CHEAP_ROWS):
                 runs[-1].append(span)
                 longest, total = max(longest, rows), total + rows
                 continue
         runs.append([span])
         longest = total = rows
-    return tuple(_call(run, num_groups, dtype, device) for run in runs)
+    return tuple(_call(run, num_groups, dtype, device, is_ragged) for run in runs)
 
 
-def _are_neighbours(last: Span, span: Span) -> bool:
+def _are_neighbours(last: Span, span: Span, has_tables: bool) -> bool:
     is_output = not (span.is_prompt or last.is_prompt)
-    return is_output and span.slot == last.slot + 1 and span.num_queries == last.num_queries
+    return is_output and (has_tables or span.slot == last.slot + 1) and span.num_queries == last.num_queries
 
 
-def _call(run: list[Span], num_groups: int, dtype: torch.dtype, device: torch.device) -> Call:
+def _call(run: list[Span], num_groups: int, dtype: torch.dtype, device: torch.device, is_ragged: bool) -> Call:
     first = run[0]
     num_rows = max(span.num_rows for span in run)
     is_causal = first.is_prompt and first.num_past == 0
+    needs_mask = not is_causal and (first.is_prompt or not is_ragged)
     mask = None
-    if not is_causal and (first.num_queries > 1 or any(span.num_rows != num_rows for span in run)):
+    if needs_mask and (first.num_queries > 1 or any(span.num_rows != num_rows for span in run)):
         past = torch.tensor([span.num_past for span in run], device=device)
         query = torch.arange(first.num_queries, device=device)
         is_hidden = torch.arange(num_rows, device=device) > (past[:, None] + query)[..., None]  # [B, Q, R]

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
+from codesign.engine.attention.fold import fold, unfold
 from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.ragged import attend_ragged
 from codesign.engine.attention.rope import Rope
+from codesign.engine.attention.rules import check_plan, check_runs
 from codesign.engine.batch import Batch
 from codesign.engine.kernels.pieces import Pieces
 from codesign.engine.kernels.plain import PLAIN
@@ -30,7 +32,6 @@ from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.kv.store import DenseStore
 from codesign.engine.step import StepPlan
-from codesign.errors import Unsupported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +90,7 @@ class Attention:
         place: KVPlace = ON_DEVICE,
         pieces: Pieces = PLAIN,
     ) -> None:
-        missing = backend.missing(device)
-        if missing is not None:
-            name = type(backend).__module__.rpartition(".")[2]
-            raise Unsupported(f"attention {name!r} on {device}: {missing.reason}; use attention 'sdpa'")
+        check_runs(backend, device)
         self._pieces = pieces
         self.policy, self.codec, self.backend = policy, codec, backend
         self._cos, self._signed_sin = rope.tables(max_model_len, device)
@@ -124,7 +122,8 @@ class Attention:
                     dtype=dtype,
                     device=device,
                 )
-        self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
+        self._is_native = codec.is_native and self.store.stream is None
+        self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, dtype=dtype, device=device)
         self.kernel = self._attend_slots.named(
             has_weights=is_bounded and policy.evidence == "column_sums",
             has_ragged=is_bounded and policy.head_budgets == "ragged",
@@ -172,7 +171,13 @@ class Attention:
             for layer in self._where:
                 self.staged_prompts.pop((layer, slot), None)
         starts = plan.query_starts
-        self._check(plan, starts)
+        check_plan(
+            plan,
+            num_tokens=self.store.num_tokens,
+            num_pending=self.store.num_pending,
+            max_model_len=self._max_model_len,
+            max_query_len=self._max_query_len,
+        )
         groups = tuple(self._group_step(group, plan, starts) for group in self.store.groups)
         output_tokens, rows = self._reserve(batch, starts)
         self.store.fetch(plan.slots, plan.is_prompt)
@@ -184,21 +189,6 @@ class Attention:
             slots_positions = token_slots[output], batch.positions[output]
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
         self._step = _Step(cos[:, None], signed_sin[:, None], output_tokens, rows, slots_positions, groups)
-
-    def _check(self, plan: StepPlan, starts: tuple[int, ...]) -> None:
-        for index, slot in enumerate(plan.slots):
-            length, num_tokens = plan.query_lens[index], self.store.num_tokens[slot]
-            if self.store.num_pending[slot]:
-                raise ValueError(f"slot {slot} has pending rows; commit or free them first")
-            first, last = plan.positions[starts[index]], plan.positions[starts[index + 1] - 1]
-            if (first, last) != (num_tokens, num_tokens + length - 1):
-                raise ValueError(
-                    f"slot {slot}: positions {first} to {last}, {length} of them, after {num_tokens} tokens"
-                )
-            if num_tokens + length > self._max_model_len:
-                raise ValueError(f"slot {slot}: more than max_model_len = {self._max_model_len} tokens")
-            if not plan.is_prompt[index] and length > self._max_query_len:
-                raise ValueError(f"slot {slot}: {length} output tokens, max_query_len is {self._max_query_len}")
 
     def _group_step(self, group: LayerGroup, plan: StepPlan, starts: tuple[int, ...]) -> _GroupStep:
         spans: list[Span] = []
@@ -251,13 +241,20 @@ class Attention:
                 group.sinks.store(index, part.new_sinks, k)
             if part.turn is not None:
                 group.sinks.apply(index, part.turn)
-        q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
-        if step.rows:
-            tokens = step.output_tokens
-            new_key, new_value = (k, v) if tokens is None else (k[tokens], v[tokens])
-            self.store.write(layer, step.rows[layer], new_key, new_value)
-            if group.recent is not None and step.slots_positions is not None:
-                group.recent.write(index, *step.slots_positions, q if tokens is None else q[tokens])
+        tokens = step.output_tokens
+        if step.rows and tokens is None and self._is_native:
+            q = self._pieces.rotate_into(
+                *(q, k, v, step.cos, step.signed_sin),
+                key=self.store.key[0],
+                value=self.store.value[0],
+                rows=step.rows[layer],
+            )
+        else:
+            q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
+            if step.rows:
+                self.store.write(layer, step.rows[layer], *((k, v) if tokens is None else (k[tokens], v[tokens])))
+        if step.rows and group.recent is not None and step.slots_positions is not None:
+            group.recent.write(index, *step.slots_positions, q if tokens is None else q[tokens])
         if len(part.calls) == 1:
             return self._attend(part.calls[0], layer, group, index, q, k, v)
         out = q.new_empty(q.shape)
@@ -274,10 +271,7 @@ class Attention:
 
     def _attend_output(self, call: Call, group: LayerGroup, index: int, q: Tensor) -> Tensor:
         """Output tokens: query groups folded into rows, B slots in one call, straight from the cache."""
-        shape = (len(call.spans), call.num_queries, self._num_kv_heads, self._num_groups, q.shape[2])
-        query = q.view(shape)
-        # [B, H_kv, G * Q, D]; with one query each nothing has to move
-        query = query[:, 0] if call.num_queries == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        query = fold(q, num_queries=call.num_queries, num_kv_heads=self._num_kv_heads)
         column = group.pending_column
         if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
             kernel, mass = self._attend_slots.native, None
@@ -286,9 +280,7 @@ class Attention:
             out, mass = self._attend_slots(query, group, index, call, want_columns=column is not None)
         if column is not None and mass is not None:
             column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
-        if call.num_queries > 1:
-            out = out.reshape(*out.shape[:2], self._num_groups, call.num_queries, -1).permute(0, 3, 1, 2, 4)
-        return out.reshape(q.shape)
+        return unfold(out, num_queries=call.num_queries)
 
     def _attend_prompt(
         self, call: Call, layer: int, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from codesign.engine.attention.layer import Attention
+from codesign.engine.attention.paged import PagedAttention
 from codesign.engine.batch import Batch
+from codesign.engine.kv.place import ON_DEVICE, KVPlace
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.step import StepPlan
 
 
-def make_attention(*, policy: KVPolicy, num_slots: int, **rest: Any) -> "Attention | SwitchedAttention":
-    """What `policy` asks for; `rest` as in Attention, whose errors it raises."""
+def make_attention(
+    *, policy: KVPolicy, num_slots: int, num_blocks: int | None = None, place: KVPlace = ON_DEVICE, **rest: Any
+) -> "AnyAttention":
+    """What `policy` asks for, in blocks where their number is given; `rest` as in Attention, whose errors it raises."""
+    if num_blocks is not None:
+        return PagedAttention(policy=policy, num_slots=num_slots, num_blocks=num_blocks, **rest)
     classes = policy.slot_policies(num_slots)
-    parts = [Attention(policy=own, num_slots=count, **rest) for count, own in classes]
+    parts = [Attention(policy=own, num_slots=count, place=place, **rest) for count, own in classes]
     return parts[0] if len(parts) == 1 else SwitchedAttention(policy, parts)
 
 
@@ -111,3 +117,6 @@ def _share(batch: Batch, slots: range) -> _Share:
         return _Share(dataclasses.replace(batch, plan=part), None)
     row = torch.tensor(tokens, dtype=torch.int64, device=batch.positions.device)
     return _Share(Batch(plan=part, token_ids=batch.token_ids[row], positions=batch.positions[row]), row)
+
+
+AnyAttention = Attention | SwitchedAttention | PagedAttention

@@ -194,6 +194,35 @@ INLINE void rotate_heads(const void *q, long q_stride, const void *k, long k_str
                         AT(y, (token * num + head) * size), dtype, size / 2);
 }
 
+INLINE void rotate_heads_into(const void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
+                              const float *cos, const float *sin, void *y, void *key, void *value, const int64_t *rows,
+                              int dtype, long tokens, long num_q, long num_k, long size) {
+    long num = num_q + num_k;
+#pragma omp parallel for schedule(static) if (tokens * num * size > GRAIN)
+    for (long token = 0; token < tokens; token++)
+        for (long head = 0; head < num; head++) {
+            long own = head - num_q; /* KV head */
+            void *to = own < 0 ? AT(y, (token * num_q + head) * size) : AT(key, rows[token * num_k + own] * size);
+            rotate_head(HEAD(q, q_stride, k, k_stride), cos + token * size, sin + token * size, to, dtype, size / 2);
+            if (own >= 0)
+                memcpy(AT(value, rows[token * num_k + own] * size), AT(v, token * v_stride + own * size),
+                       size * (dtype == FP32 ? 4 : 2));
+        }
+}
+
+/* The same, but turned keys and v [tokens, num_k, size] go into rows [tokens, num_k] of key and value [.., size], and y
+ * [tokens, num_q, size] holds the queries alone. */
+void rotate_into(const void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
+                 const float *cos, const float *sin, void *y, void *key, void *value, const int64_t *rows, int dtype,
+                 long tokens, long num_q, long num_k, long size) {
+    if (dtype == FP32)
+        rotate_heads_into(q, q_stride, k, k_stride, v, v_stride, cos, sin, y, key, value, rows, FP32, tokens, num_q,
+                          num_k, size);
+    else
+        rotate_heads_into(q, q_stride, k, k_stride, v, v_stride, cos, sin, y, key, value, rows, BF16, tokens, num_q,
+                          num_k, size);
+}
+
 /* q [tokens, num_q, size] and k [tokens, num_k, size], tokens `stride` values apart; cos and sin [tokens, size], sin with
  * the sign of its half -> y [tokens, num_q + num_k, size]. */
 void rotate(const void *q, long q_stride, const void *k, long k_stride, const float *cos, const float *sin, void *y,

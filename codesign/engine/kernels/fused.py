@@ -21,6 +21,7 @@ _ARGUMENTS = {
     "norm_heads": (_POINTER, _LONG, _POINTER, _LONG, *[_POINTER] * 3, _INT, *[_LONG] * 4, _FLOAT, _FLOAT),
     "silu_mul": (_POINTER, _POINTER, _INT, _LONG, _LONG),
     "rotate": (_POINTER, _LONG, _POINTER, _LONG, *[_POINTER] * 3, _INT, *[_LONG] * 4),
+    "rotate_into": (*[_POINTER, _LONG] * 3, *[_POINTER] * 6, _INT, *[_LONG] * 4),
 }
 
 
@@ -34,7 +35,8 @@ class Fused:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
         self._norm, self._norm_heads = library.norm, library.norm_heads
-        self._silu_mul, self._rotate, self._dtype = library.silu_mul, library.rotate, _DTYPES[dtype]
+        self._silu_mul, self._rotate, self._rotate_into = library.silu_mul, library.rotate, library.rotate_into
+        self._dtype = _DTYPES[dtype]
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, size = x.contiguous(), x.shape[-1]
@@ -77,6 +79,27 @@ class Fused:
         tables = (cos.data_ptr(), signed_sin.data_ptr())
         self._rotate(*heads, *tables, y.data_ptr(), self._dtype, tokens, num_q, num_k, size)
         return _split(y, num_q, num_k)
+
+    def rotate_into(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        signed_sin: Tensor,
+        *,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor,
+    ) -> Tensor:
+        q, k, v, cos, signed_sin = *map(_whole_heads, (q, k, v)), cos.contiguous(), signed_sin.contiguous()
+        tokens, num_q, size = q.shape
+        y = q.new_empty(tokens, num_q, size)
+        heads = (q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0))
+        tables = (cos.data_ptr(), signed_sin.data_ptr())
+        cache = (key.data_ptr(), value.data_ptr(), rows.data_ptr())
+        self._rotate_into(*heads, *tables, y.data_ptr(), *cache, self._dtype, tokens, num_q, k.shape[1], size)
+        return y
 
 
 @functools.cache

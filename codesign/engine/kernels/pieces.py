@@ -4,6 +4,7 @@
     norm_heads   RMSNorm of each head of q and k:        10
     silu_mul     SiLU(gate) * up:                        3
     rotate       rotary positions of q and k:            5
+    rotate_into  the same, k and v written to the cache: 7
 
 At batch 1 each operation costs microseconds whatever its size, and these are most of what a layer costs beside its
 products. `plain.py` is the reference; `fused.py` (C) and `triton/fused.py` do the same in one pass each.
@@ -45,6 +46,20 @@ class Pieces(Protocol):
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, signed_sin: Tensor) -> tuple[Tensor, Tensor]:
         """q [N, H, D] and k [N, H_kv, D] turned by rows [N, 1, D] of `Rope.tables`."""
 
+    def rotate_into(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        signed_sin: Tensor,
+        *,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor,
+    ) -> Tensor:
+        """q turned; k turned and v [N, H_kv, D] go into rows [N * H_kv] int64 of key and value [R, D]."""
+
 
 def choose(is_fused: bool, *, dtype: torch.dtype, device: torch.device) -> Pieces:
     """The plain pieces, or the fused ones of this device and dtype; plain with the reason where there are none."""
@@ -64,5 +79,5 @@ def describe(pieces: Pieces, *, has_qk_norm: bool) -> str:
     """For a record: "none", or "codesign::fused (residual + RMSNorm, SiLU * up, RoPE)"."""
     if isinstance(pieces, Plain):
         return pieces.kernel
-    names = ("residual + RMSNorm", *(("q/k-norm",) if has_qk_norm else ()), "SiLU * up", "RoPE")
+    names = ("residual + RMSNorm", *(("q/k-norm",) if has_qk_norm else ()), "SiLU * up", "RoPE + cache write")
     return f"{pieces.kernel} ({', '.join(names)})"

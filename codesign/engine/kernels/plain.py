@@ -52,5 +52,22 @@ class Plain:
         rotated = rotate(torch.cat((q, k), dim=1), cos, signed_sin)
         return rotated[:, :num_heads], rotated[:, num_heads:]
 
+    def rotate_into(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        signed_sin: Tensor,
+        *,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor,
+    ) -> Tensor:
+        q, k = self.rotate(q, k, cos, signed_sin)
+        for cache, new in ((key, k), (value, v)):
+            cache.index_copy_(0, rows, new.reshape(-1, new.shape[-1]))
+        return q
+
 
 PLAIN = Plain()

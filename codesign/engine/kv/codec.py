@@ -82,3 +82,7 @@ class KVCodec:
     def attend(self, kernel: KVAttention, queries: Queries, group: "LayerGroup", index: int, slots: slice) -> None:
         """Lets queries attend to what `slots` hold in layer `group.layers[index]`."""
         raise NotImplementedError  # a codec without a kernel is never asked
+
+    def attend_blocks(self, kernel: KVAttention, queries: Queries, table: Tensor, key: Parts, value: Parts) -> None:
+        """The same over blocks: key and value parts [num_blocks, H_kv, 32, X], block ids [B, H_kv, n] int32."""
+        raise NotImplementedError  # a codec of groups is never asked

@@ -8,13 +8,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from codesign.errors import InputError, WorkError
 
-_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt"]
+_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "chat_template.jinja"]
 
 
 def resolve(name: str, revision: str) -> Path:
     """The directory with the model's files, downloaded once and then taken from the hub's cache.
 
-    Only weights as safetensors, JSON and tokenizer files are fetched.
+    Only weights as safetensors, JSON, tokenizer files and the chat template are fetched.
 
     Args:
         name: "owner/model".

@@ -27,16 +27,33 @@ class Tokenizer:
             raise InputError(f"is not a readable tokenizer: {error}", file=file) from error
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, with added tokens."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    @property
     def vocab_size(self) -> int:
         """With added tokens."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of the text alone: nothing is put before or after it."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of the text alone, or with what the model's tokenizer puts before and after a text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+
+def same_vocabulary(one: str, other: str) -> bool:
+    """Whether the tokenizers of two model directories name their tokens alike; true where one has none to compare.
+
+    Raises:
+        InputError: a tokenizer that cannot be read.
+    """
+    files = [Path(folder) / "tokenizer.json" for folder in (one, other)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return True
+    return Tokenizer(files[0].parent).vocabulary == Tokenizer(files[1].parent).vocabulary
 
 
 def eos_token_ids(path: Path) -> frozenset[int]:

@@ -154,14 +154,22 @@ def test_rotary_positions_are_those_of_torch(
     seed: int,
 ) -> None:
     values = Values(seed, dtype, spread, special)
-    q, k, _ = values(num_rows, num_q + 2 * num_k, size).split((num_q, num_k, num_k), dim=1)
+    q, k, v = values(num_rows, num_q + 2 * num_k, size).split((num_q, num_k, num_k), dim=1)
     tables = Rope(1e4 ** (-torch.arange(0, size, 2) / size), 1.1).tables(1000, torch.device("cpu"))
     positions = torch.randint(0, 1000, (num_rows,), generator=values.generator)
     cos, signed_sin = (table[positions][:, None] for table in tables)
 
     ours = kernels(dtype).rotate(q, k, cos, signed_sin)
 
-    assert all(map(same, ours, PLAIN.rotate(q, k, cos, signed_sin)))
+    plain = PLAIN.rotate(q, k, cos, signed_sin)
+    assert all(map(same, ours, plain))
+    cache = torch.zeros(2, num_rows * num_k + 3, size, dtype=dtype)
+    row = torch.randperm(num_rows * num_k + 3, generator=values.generator)[: num_rows * num_k]
+    expected = cache.clone()
+    assert same(PLAIN.rotate_into(q, k, v, *(cos, signed_sin), key=expected[0], value=expected[1], rows=row), plain[0])
+    turned = kernels(dtype).rotate_into(q, k, v, *(cos, signed_sin), key=cache[0], value=cache[1], rows=row)
+    assert same(turned, plain[0]) and same(cache, expected)
+    assert same(expected[0, row].view(plain[1].shape), plain[1]) and same(expected[1, row].view(v.shape), v)
 
 
 @given(rows, st.integers(1, 100), spreads, seeds)
@@ -197,7 +205,9 @@ def test_many_rows_on_two_threads_are_the_same(dtype: torch.dtype) -> None:
     def results() -> list[Tensor]:
         own = kernels(dtype)
         parts = own.add_norm(x, change, weight, 1e-6), own.norm_heads(q, k, weight[:64], weight[64:128], 1e-6)
-        return [*parts[0], *parts[1], *own.rotate(q, k, *tables), own.silu_mul(x)]
+        cache = torch.zeros(2, 260, 64, dtype=dtype)
+        turned = own.rotate_into(q, k, k, *tables, key=cache[0], value=cache[1], rows=torch.arange(259, -1, -1))
+        return [*parts[0], *parts[1], *own.rotate(q, k, *tables), own.silu_mul(x), turned, cache]
 
     single = results()
     try:

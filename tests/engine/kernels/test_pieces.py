@@ -41,7 +41,7 @@ def test_a_record_names_the_pieces_that_the_model_has(has_qk_norm: bool) -> None
     words = describe(choose(True, dtype=torch.float32, device=CPU), has_qk_norm=has_qk_norm)
 
     between = "q/k-norm, " if has_qk_norm else ""
-    assert words == f"codesign::fused (residual + RMSNorm, {between}SiLU * up, RoPE)"
+    assert words == f"codesign::fused (residual + RMSNorm, {between}SiLU * up, RoPE + cache write)"
 
 
 def test_choosing_on_the_cpu_never_imports_triton() -> None:

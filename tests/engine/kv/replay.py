@@ -63,7 +63,7 @@ def make_attention(
     )
 
 
-def make_oracle(policy: KVPolicy, name: str) -> Oracle:
+def make_oracle(policy: KVPolicy, name: str, *, max_model_len: int = MAX_MODEL_LEN) -> Oracle:
     return Oracle(
         policy=policy,
         name=name,
@@ -73,7 +73,7 @@ def make_oracle(policy: KVPolicy, name: str) -> Oracle:
         num_slots=NUM_SLOTS,
         scale=SCALE,
         inv_freq=rope().inv_freq.double().numpy(),
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         max_query_len=MAX_QUERY_LEN,
     )
 

@@ -56,6 +56,7 @@ def compared(reference: Ran, found: Ran) -> dict[str, Any]:
         "reference_bytes": reference.facts["bytes"],
         "budgets": found.facts["resolved"]["kv_budget_tokens"],
         "reference_budgets": reference.facts["resolved"]["kv_budget_tokens"],
+        "num_slots": [ran.facts["resolved"]["num_slots"] for ran in (reference, found)],
         "bytes_per_rank": found.facts["resolved"]["bytes_per_rank"],
         "ranks": found.facts["resolved"]["ranks"],
     }
@@ -82,6 +83,15 @@ KNOBS: dict[str, dict[str, Any]] = {
     **{name: {"window_tokens": 4} for name in ("snapkv", "pyramidkv", "ada_kv")},
     "r_kv": {"window_tokens": 4, "buffer_tokens": 4},
     "dynamic": {"under_pressure": "h2o"},
+}
+
+
+# Room for two of four sequences, of 96 tokens: 2 x 4 layers x 2 KV heads x 32 values x 4 bytes each, and a little more.
+_TWO_SLOTS = 2 * 96 * 2 * 4 * 2 * 32 * 4 + 20_000
+CACHES: dict[str, dict[str, Any]] = {
+    "bounded": {"kv_memory_bytes": _TWO_SLOTS},
+    "paged": {"kv": {"layout": "paged"}, "prefix_cache": True},
+    "paged, bounded": {"kv": {"layout": "paged"}, "kv_memory_bytes": _TWO_SLOTS},
 }
 
 
@@ -137,6 +147,7 @@ def main() -> None:
             for name in KV_POLICIES.names()
         },
         "codecs": {name: cases(spec, {**BASE, "kv": {"codec": name}}, ["tp2xpp2"]) for name in KV_CODECS.names()},
+        "caches": {name: cases(spec, {**BASE, **own}, ["tp2xpp2"], num_greedy=6) for name, own in CACHES.items()},
         "formats": {
             name: cases(spec, {**BASE, "weights": weights(name)}, ["tp2xpp2"]) for name in WEIGHT_FORMATS.names()
         },

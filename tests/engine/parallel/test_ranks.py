@@ -15,7 +15,7 @@ from codesign.engine.models.shape import ARCHITECTURES
 from codesign.engine.models.tiny import tiny_spec
 from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
 from tests.engine.parallel.comparing import PLANS, run
-from tests.engine.parallel.grid import SHAPES
+from tests.engine.parallel.grid import CACHES, SHAPES
 
 SEVERAL = [name for name in PLANS if name != "single"]
 HIDDEN, VOCABULARY, TENSOR = 64, 131, "all_reduce"
@@ -70,6 +70,15 @@ def test_each_policy_decides_as_on_one_rank_or_is_refused(grid: dict[str, Any], 
 @pytest.mark.parametrize("codec", KV_CODECS.names())
 def test_each_codec_encodes_as_on_one_rank(grid: dict[str, Any], codec: str) -> None:
     assert grid["codecs"][codec]["tp2xpp2"]["difference"] < 1e-4
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_each_cache_holds_and_bounds_what_it_does_on_one_rank(grid: dict[str, Any], cache: str) -> None:
+    case = grid["caches"][cache]["tp2xpp2"]
+
+    assert case["difference"] < 1e-4
+    assert all(gap < 1e-4 for gap in case["parted_at_gaps"])
+    assert case["num_slots"][0] == case["num_slots"][1] == (2 if cache == "bounded" else 4)
 
 
 # Their codes or activations are rounded with what a rank has of a row.

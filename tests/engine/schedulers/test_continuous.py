@@ -1,137 +1,46 @@
-"""The scheduler alone, against a model of what a cache would accept: no engine, thousands of steps."""
+"""What `continuous` alone does: iteration-level admission, chunks, preemption, fairness.
 
-import dataclasses
-import random
+That its steps keep the contract and its tokens are right is shown for every scheduler in test_schedulers.py.
+"""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from codesign.engine.schedulers.continuous import Continuous
+from codesign.engine.schedulers.continuous import Continuous, ContinuousScheduler
 from codesign.engine.sequence import Sequence
-from codesign.engine.step import StepPlan
-from codesign.spec.request import Request, SamplingParams
+from codesign.engine.step import BLOCK_TOKENS, StepPlan
+from tests.engine.schedulers.fake_model import FakeModel, allocator, alone, sequence
 
 
-@dataclasses.dataclass
-class Slot:
-    """What the cache knows: whose rows, how many committed, how many pending."""
-
-    num_rows: int = 0
-    num_pending: int = 0
+def start(num_slots: int, max_step_tokens: int, num_blocks: int = 0, *, shares: bool = False) -> ContinuousScheduler:
+    return Continuous().start(
+        num_slots=num_slots, max_step_tokens=max_step_tokens, allocator=allocator(num_blocks, shares=shares)
+    )
 
 
-class CheckedCache:
-    """Replays plans and asserts the contract of StepPlan."""
+class Driver:
+    """Runs steps on a model that checks them; keeps who finished, in order, and all plans."""
 
-    def __init__(self, num_slots: int, max_step_tokens: int) -> None:
-        self.slots = {slot: Slot() for slot in range(num_slots)}
-        self.max_step_tokens = max_step_tokens
+    def __init__(self, scheduler: ContinuousScheduler, num_slots: int, max_step_tokens: int, num_blocks: int) -> None:
+        self.scheduler, self.model = scheduler, FakeModel(num_slots, max_step_tokens, num_blocks)
+        self.finished: list[str] = []
+        self.plans: list[StepPlan] = []
 
-    def run(self, plan: StepPlan) -> None:
-        assert 0 < len(plan.token_ids) <= self.max_step_tokens
-        for slot, count in plan.commits:
-            assert slot not in plan.frees
-            assert 1 <= count <= self.slots[slot].num_pending
-            self.slots[slot].num_rows += count
-            self.slots[slot].num_pending = 0
-        assert len({slot for slot, _ in plan.commits}) == len(plan.commits)
-        for slot in plan.frees:
-            self.slots[slot] = Slot()
-        assert list(plan.is_prompt) == sorted(plan.is_prompt), "outputs come before prompt chunks"
-        decoding = [slot for slot, is_prompt in zip(plan.slots, plan.is_prompt, strict=True) if not is_prompt]
-        assert decoding == sorted(decoding)
-        starts, rows = plan.query_starts, []
-        for index, slot in enumerate(plan.slots):
-            held, length = self.slots[slot], plan.query_lens[index]
-            assert held.num_pending == 0, "queried with pending rows that nobody committed"
-            positions = plan.positions[starts[index] : starts[index + 1]]
-            assert positions == tuple(range(held.num_rows, held.num_rows + length))
-            if plan.is_prompt[index]:
-                held.num_rows += length
-            else:
-                assert not plan.is_prompt_end[index]
-                held.num_pending = length
-                rows += range(starts[index], starts[index + 1])
-            if plan.is_prompt_end[index]:
-                rows.append(starts[index + 1] - 1)
-        assert plan.logits_rows == tuple(rows)
+    def step(self, drafts: dict[str, list[int]] | None = None) -> None:
+        plan, sampled = self.scheduler.plan(drafts or {})
+        self.plans.append(plan)
+        rows, tokens = iter(self.model.run(plan)), []
+        for count in plan.num_logits:
+            tokens.append([next(rows) for _ in range(count)][:1])  # a draft is never kept
+        outputs = self.scheduler.commit(sampled, tokens)
+        self.finished += [output.request_id for output in outputs if output.finish_reason]
 
-
-def sequence(name: str, num_prompt: int, max_tokens: int) -> Sequence:
-    prompt = tuple(random.Random(name).choices(range(1000), k=num_prompt))
-    return Sequence(Request(request_id=name, prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens)))
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    num_slots=st.integers(1, 5),
-    spare=st.integers(0, 20),
-    events=st.lists(
-        st.one_of(
-            st.tuples(st.just("add"), st.integers(1, 40), st.integers(1, 12)),
-            st.tuples(st.just("abort"), st.integers(0, 30), st.just(0)),
-            st.tuples(st.just("step"), st.integers(1, 8), st.just(0)),
-        ),
-        max_size=60,
-    ),
-    seed=st.integers(0, 999),
-)
-def test_any_mix_of_arrivals_aborts_and_drafts_keeps_the_contract_and_finishes(
-    num_slots: int, spare: int, events: list[tuple[str, int, int]], seed: int
-) -> None:
-    rng = random.Random(seed)
-    scheduler = Continuous().start(num_slots=num_slots, max_step_tokens=num_slots + spare)
-    cache = CheckedCache(num_slots, num_slots + spare)
-    live: dict[str, Sequence] = {}
-    order: list[str] = []
-    started: list[str] = []
-    num_added = 0
-
-    def step() -> None:
-        drafts = {own.request_id: rng.choices(range(9), k=rng.randrange(5)) for own in scheduler.decoding()}
-        plan, sampled = scheduler.plan(drafts)
-        if not plan.slots:
-            assert not live
-            return
-        for own, length, start in zip(sampled, plan.query_lens, plan.query_starts, strict=False):
-            if not own.is_prefilling:
-                taken = list(plan.token_ids[start + 1 : start + length])
-                assert taken == drafts[own.request_id][: len(taken)], "the first drafts, in order"
-                assert len(taken) < own.num_left
-        cache.run(plan)
-        started.extend(s.request_id for s in sampled if s.request_id not in started)
-        for output in scheduler.commit(sampled, [[7] * rng.randint(1, count) for count in plan.num_logits]):
-            if output.finish_reason:
-                done = live.pop(output.request_id)
-                assert len(done.token_ids) == done.num_prompt + done.sampling.max_tokens
-
-    for kind, first, second in events:
-        if kind == "add":
-            added = sequence(f"r{num_added}", first, second)
-            live[added.request_id] = added
-            order.append(added.request_id)
-            scheduler.add(added)
-            num_added += 1
-        elif kind == "abort":
-            name = f"r{first}"
-            assert scheduler.abort(name) == (name in live)
-            if live.pop(name, None):
-                order.remove(name)
-        else:
-            for _ in range(first):
-                step()
-    steps = 0
-    while scheduler.has_work:
-        step()
-        steps += 1
-        assert steps < 5000
-    assert not live
-    assert [name for name in started if name in order] == [name for name in order if name in started], "not FCFS"
+    def finish(self) -> None:
+        while self.scheduler.has_work:
+            self.step()
 
 
 def test_everything_is_done_with_one_token_per_step() -> None:
-    scheduler = Continuous().start(num_slots=1, max_step_tokens=1)
+    scheduler = start(1, 1)
     scheduler.add(sequence("a", 5, 3))
     lengths = []
     while scheduler.has_work:
@@ -142,13 +51,8 @@ def test_everything_is_done_with_one_token_per_step() -> None:
     assert lengths == [1] * 7
 
 
-def test_step_too_small_for_the_slots_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_step_tokens 3 cannot hold one token of each of 4"):
-        Continuous().start(num_slots=4, max_step_tokens=3)
-
-
 def test_freed_slot_is_listed_before_it_is_used_again_in_the_same_plan() -> None:
-    scheduler = Continuous().start(num_slots=1, max_step_tokens=64)
+    scheduler = start(1, 64)
     scheduler.add(sequence("a", 5, 1))
     scheduler.add(sequence("b", 6, 1))
     _, sampled = scheduler.plan()
@@ -157,3 +61,153 @@ def test_freed_slot_is_listed_before_it_is_used_again_in_the_same_plan() -> None
     plan, _ = scheduler.plan()
 
     assert plan.frees == (0,) and plan.slots == (0,) and plan.query_lens == (6,)
+
+
+def test_prompt_chunks_are_bounded_while_outputs_are_not() -> None:
+    scheduler = Continuous(prefill_chunk_tokens=10).start(num_slots=4, max_step_tokens=64)
+    driver = Driver(scheduler, 4, 64, 0)
+    for name in "abc":
+        scheduler.add(sequence(name, 15, 4))
+    driver.finish()
+
+    prompts = [
+        sum(length for length, is_prompt in zip(plan.query_lens, plan.is_prompt, strict=True) if is_prompt)
+        for plan in driver.plans
+    ]
+    assert prompts[:5] == [10, 10, 10, 10, 5] and not any(prompts[5:])
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.5])
+def test_a_chunk_that_is_no_number_of_tokens_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="prefill_chunk_tokens must be a whole number from 1"):
+        Continuous(prefill_chunk_tokens=value)  # type: ignore[arg-type]
+
+
+def test_the_youngest_gives_way_and_goes_on_as_if_nothing_had_happened() -> None:
+    """Two of 2 blocks each grow into a third; there are five."""
+    driver = Driver(start(2, 128, 5), 2, 128, 5)
+    old, young = sequence("old", 60, 30), sequence("young", 60, 30)
+    for own in (old, young):
+        driver.scheduler.add(own)
+    driver.finish()
+
+    assert driver.scheduler.stats()["preemptions"] == young.num_preemptions == 1
+    assert driver.finished == ["old", "young"]
+    for own in (old, young):
+        assert own.token_ids[60:] == alone(own.token_ids[:60], 30)
+
+
+def test_a_preempted_output_is_prefilled_with_its_prompt_and_found_where_prefixes_are_kept() -> None:
+    computed = {}
+    for shares in (False, True):
+        driver = Driver(start(2, 256, 5, shares=shares), 2, 256, 5)
+        driver.scheduler.add(sequence("old", 60, 30))
+        driver.scheduler.add(young := sequence("young", 60, 40))
+        driver.finish()
+        assert young.num_preemptions == 1 and young.num_prefill > young.num_prompt
+        resumed = next(plan for plan in driver.plans if any(plan.is_prompt) and plan.positions[-1] >= 64)
+        assert resumed.is_prompt_end[-1] and resumed.logits_rows[-1] == len(resumed.token_ids) - 1
+        computed[shares] = resumed.query_lens[-1]
+
+    assert computed[False] == young.num_prefill
+    assert computed[True] < computed[False], "its own blocks are still there"
+
+
+def test_drafts_are_dropped_before_anybody_is_preempted() -> None:
+    """Two of 2 blocks each, and one more that the first takes for its drafts."""
+    driver = Driver(start(2, 128, 5), 2, 128, 5)
+    for name in "ab":
+        driver.scheduler.add(sequence(name, 60, 20))
+    driver.step()
+
+    for _ in range(4):
+        driver.step({name: [-1] * 8 for name in "ab"})
+
+    assert [plan.query_lens for plan in driver.plans[1:]] == [(9, 4), (9, 3), (9, 2), (9, 1)]
+    assert driver.scheduler.stats()["preemptions"] == 0
+    driver.step()
+    assert driver.scheduler.stats()["preemptions"] == 1
+
+
+def test_nobody_is_admitted_where_those_who_run_need_the_blocks_next() -> None:
+    """One block for each that runs stays free, so that admission does not lead to preemption at once."""
+    driver = Driver(start(3, 256, 6), 3, 256, 6)
+    for name in "abc":
+        driver.scheduler.add(sequence(name, 2 * BLOCK_TOKENS, 20))
+    driver.step()
+
+    assert driver.plans[0].slots == (0, 1), "two of two blocks each, and one for each to grow into"
+    driver.finish()
+    assert driver.scheduler.stats()["preemptions"] == 0
+
+
+def test_equal_prompts_admitted_together_compute_themselves_and_later_ones_share() -> None:
+    driver = Driver(start(4, 256, 30, shares=True), 4, 256, 30)
+    prompt = sequence("a", 70, 8).token_ids
+    for name in "ab":
+        driver.scheduler.add(sequence(name, 70, 8, prefix=prompt))
+    driver.step()
+    driver.scheduler.add(sequence("c", 70, 8, prefix=prompt))
+    driver.scheduler.add(sequence("d", 70, 8, prefix=prompt))
+    driver.step()
+
+    first, second = driver.plans
+    assert first.query_lens == (70, 70) and first.num_cached == ()
+    assert second.query_lens == (1, 1, 6, 6) and second.num_cached == (0, 0, 64, 64)
+    assert driver.scheduler.stats()["blocks_shared"] == 2
+    driver.finish()
+    stats = driver.scheduler.stats()
+    assert (stats["prefix_hit_tokens"], stats["prompt_tokens"], stats["blocks_used"]) == (128, 280, 0)
+
+
+def test_the_next_turn_of_a_conversation_finds_the_output_of_the_last() -> None:
+    driver = Driver(start(1, 256, 30, shares=True), 1, 256, 30)
+    first = sequence("first", 40, 60)
+    driver.scheduler.add(first)
+    driver.finish()
+    driver.scheduler.add(sequence("second", 130, 4, prefix=first.token_ids))
+    driver.finish()
+
+    # 99 of its 100 tokens were computed: the last came out and nobody asked what follows it.
+    assert driver.scheduler.stats()["prefix_hit_tokens"] == 96
+
+
+def test_short_requests_do_not_starve_a_long_one() -> None:
+    """It needs every block, and short ones never stop coming."""
+    driver = Driver(start(4, 64, 8), 4, 64, 8)
+    for number in range(8):
+        driver.scheduler.add(sequence(f"early {number}", 20, 10))
+    driver.scheduler.add(sequence("long", 8 * BLOCK_TOKENS - 40, 40))
+    for number in range(200):
+        driver.scheduler.add(sequence(f"late {number}", 20, 10))
+        driver.step()
+
+    assert "long" in driver.finished
+    assert driver.finished.index("long") == 8, "all that came before it, and nobody else"
+
+
+def test_long_requests_do_not_starve_a_short_one() -> None:
+    driver = Driver(start(4, 64, 10), 4, 64, 10)
+    for number in range(3):
+        driver.scheduler.add(sequence(f"early {number}", 100, 100))
+    driver.scheduler.add(sequence("short", 5, 5))
+    for number in range(300):
+        driver.scheduler.add(sequence(f"late {number}", 100, 100))
+        driver.step()
+
+    assert set(driver.finished[:4]) == {"early 0", "early 1", "early 2", "short"}
+
+
+def test_the_oldest_is_never_preempted() -> None:
+    driver = Driver(start(5, 64, 12), 5, 64, 12)
+    waiting: list[Sequence] = [sequence(str(number), 30, 200) for number in range(8)]
+    for own in waiting:
+        driver.scheduler.add(own)
+    while driver.scheduler.has_work:
+        oldest = next(own for own in waiting if not own.finish_reason)
+        before = oldest.num_preemptions
+        driver.step()
+        assert oldest.num_preemptions == before
+
+    assert driver.finished == [own.request_id for own in waiting]
+    assert driver.scheduler.stats()["preemptions"] > 3

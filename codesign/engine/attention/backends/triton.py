@@ -1,9 +1,9 @@
 """triton: output tokens by our split-K kernels: K and V are read once for a query group, where and as they are stored.
 
-Codes of int8, fp8 and int4 caches become numbers in registers; what else a cache stores is decoded in slices. Weights
-for a policy that scores columns come out of the same pass, and of a prompt by two passes in O(n) memory. Prompt chunks
-attend through SDPA, whose kernels are made for many queries. Runs on CUDA, or anywhere in Triton's interpreter
-(TRITON_INTERPRET=1), which is for tests.
+Codes of int8, fp8 and int4 caches become numbers in registers; what else a cache stores is decoded in slices. Rows in
+blocks are found through their table. Weights for a policy that scores columns come out of the same pass, and of a
+prompt by two passes in O(n) memory. Prompt chunks attend through SDPA, whose kernels are made for many queries. Runs on
+CUDA, or anywhere in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from codesign.engine.attention.calls import Call
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.triton import available
 from codesign.engine.kernels.triton.splits import int4_is_read
-from codesign.engine.kv.codec import KVCodec
+from codesign.engine.kv.codec import KVCodec, Parts
 from codesign.engine.kv.group import LayerGroup
 
 _PROMPTS = Sdpa()
@@ -112,6 +112,25 @@ class Triton(AttentionBackend):
             scale=scale,
         )
         return out, None
+
+    def reads_blocks(self, codec: KVCodec) -> bool:
+        return _name(codec) in _ROW_CODECS
+
+    def attend_blocks(
+        self, query: Tensor, codec: KVCodec, key: Parts, value: Parts, table: Tensor, call: Call, *, scale: float
+    ) -> Tensor:
+        from codesign.engine.kernels.triton.attend import attend
+
+        return attend(
+            query,
+            key,
+            value,
+            codec=_name(codec),
+            counts=call.counts,
+            table=table,
+            num_tokens=call.num_queries,
+            scale=scale,
+        )[0]
 
 
 def _name(codec: KVCodec) -> str:

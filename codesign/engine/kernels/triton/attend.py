@@ -22,6 +22,7 @@ def attend(
     *,
     codec: str = "native",
     counts: Tensor | None = None,
+    table: Tensor | None = None,
     num_tokens: int = 1,
     mask: Tensor | None = None,
     scale: float,
@@ -36,21 +37,23 @@ def attend(
             scales [B, H_kv, R, 1] that lie as the codes do.
         counts: [B] int32, rows of each sequence: its last token sees them all, the one before it one less, and so on.
             None: every query sees R rows. Beyond a count nothing is read.
+        table: [B, H_kv, n] int32, side by side: rows lie in blocks, key and value are parts [num_blocks, H_kv, 32, X],
+            and row r of a sequence's KV head h is row r % 32 of h in block table[b, h, r // 32]; R = 32 n.
         mask: additive, broadcasts to [B, H_kv, M, R].
         want_columns: also [B, H_kv, num_tokens, R] fp32, the weight each row received, averaged over the query group.
-        config: instead of the rule's.
+        config: instead of the rule's; with a table rows that are read at once lie in one block.
     Raises:
         ValueError: strides that the kernel cannot follow.
     """
     num_batch, num_heads, num_queries, _ = query.shape
-    num_rows = key[0].shape[2]
-    config = config or config_for(query, num_rows)
+    num_rows = key[0].shape[2] * (1 if table is None else table.shape[2])
+    config = config or config_for(query, num_rows, most_at_once=64 if table is None else key[0].shape[2])
     scores: Tensor | None = None
     if want_columns:
         scores = query.new_empty(num_batch, num_heads, num_queries, num_rows, dtype=torch.float32)
     found = _Found.room(query, config.num_splits)
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]  # see launch.py
-        _decode(query, key, value, codec, counts, num_tokens, mask, scale, scores, config, found, 0)
+        _decode(query, key, value, codec, counts, table, num_tokens, mask, scale, scores, config, found, 0)
         out, lse = found.combine(query)
         if scores is None:
             return out, None
@@ -126,7 +129,7 @@ def attend_int4(
             **over_groups.options(),
         )
         _decode(
-            query, (key,), (value,), "native", counts, num_tokens, None, scale, None, over_rows, found,
+            query, (key,), (value,), "native", counts, None, num_tokens, None, scale, None, over_rows, found,
             over_groups.num_splits,
         )  # fmt: skip
         return found.combine(query)[0]
@@ -173,6 +176,7 @@ def _decode(
     value: Sequence[Tensor],
     codec: str,
     counts: Tensor | None,
+    table: Tensor | None,
     num_tokens: int,
     mask: Tensor | None,
     scale: float,
@@ -183,7 +187,8 @@ def _decode(
 ) -> None:
     """Rows that are encoded one by one, into the splits from `first_split` on."""
     num_batch, num_heads, num_queries, head_dim = query.shape
-    num_rows = key[0].shape[2]
+    block_rows = key[0].shape[2]
+    num_rows = block_rows * (1 if table is None else table.shape[2])
     for rows in (query, key[0], value[0]):
         if rows.stride(3) != 1:
             raise ValueError(f"the values of a row must lie side by side, strides are {rows.stride()}")
@@ -192,6 +197,14 @@ def _decode(
             if any(code.stride(dim) != head_dim * own.stride(dim) for dim in range(3) if code.shape[dim] > 1):
                 raise ValueError(f"scales must lie as their codes do: {own.stride()} beside {code.stride()}")
     absent = query  # a tensor that the kernel does not touch
+    table_strides: tuple[int, ...] = (0, 0)
+    if table is not None:
+        table_strides = table.stride()[:2]
+        is_side_by_side = table.shape[2] < 2 or table.stride(2) == 1
+        if not is_side_by_side or not key[0].is_contiguous() or not value[0].is_contiguous():
+            raise ValueError("blocks must be contiguous, and so must each table")
+        if block_rows % config.block_r:
+            raise ValueError(f"blocks of {block_rows} rows, {config.block_r} of which would be read at once")
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         mask_strides = mask.expand(num_batch, num_heads, num_queries, num_rows).stride()
@@ -202,6 +215,7 @@ def _decode(
         key[-1],
         value[-1],
         absent if counts is None else counts,
+        absent if table is None else table,
         absent if mask is None else mask,
         found.sums,
         found.largest,
@@ -210,6 +224,7 @@ def _decode(
         *query.stride()[:3],
         *key[0].stride()[:3],
         *value[0].stride()[:3],
+        *table_strides,
         *mask_strides,
         num_queries,
         num_tokens,
@@ -220,6 +235,7 @@ def _decode(
         scale,
         CODEC=codec,
         HAS_COUNTS=counts is not None,
+        TABLE_ROWS=0 if table is None else block_rows,
         HAS_MASK=mask is not None,
         HAS_SCORES=scores is not None,
         HEAD_DIM=head_dim,

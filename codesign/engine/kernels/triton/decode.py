@@ -6,6 +6,8 @@ same order every time, which atomic additions would not.
 
     scores   s = scale * log2(e) * q.k + mask * log2(e)        weights 2 ** (s - largest)
 
+Rows lie one after the other, or in blocks [num_blocks, H_kv, TABLE_ROWS] that a table of each sequence lists.
+
 Flash-decoding (Dao et al., 2023), https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
 """
 
@@ -23,6 +25,7 @@ def decode_kernel(
     key_scale_ptr,
     value_scale_ptr,
     counts_ptr,
+    table_ptr,
     mask_ptr,
     sums_ptr,
     largest_ptr,
@@ -37,6 +40,8 @@ def decode_kernel(
     value_stride_b,
     value_stride_h,
     value_stride_r,
+    table_stride_b,
+    table_stride_h,
     mask_stride_b,
     mask_stride_h,
     mask_stride_m,
@@ -50,6 +55,7 @@ def decode_kernel(
     scale,
     CODEC: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
+    TABLE_ROWS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -57,7 +63,11 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Grid: (splits, KV heads x blocks of queries, sequences). Scales lie as their rows do, one for HEAD_DIM codes."""
+    """Grid: (splits, KV heads x blocks of queries, sequences). Scales lie as their rows do, one for HEAD_DIM codes.
+
+    TABLE_ROWS 0: no table. Otherwise a multiple of BLOCK_R, and its blocks take the place of sequences: `*_stride_b` is
+    theirs, of keys and values alike.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     num_blocks = tl.cdiv(num_queries, BLOCK_M)
     num_heads = tl.num_programs(1) // num_blocks
@@ -76,11 +86,19 @@ def decode_kernel(
     query_ptr += batch * query_stride_b + head * query_stride_h
     is_there = is_query[:, None] & (d < HEAD_DIM)[None, :]
     q = tl.load(query_ptr + m[:, None] * query_stride_m + d[None, :], mask=is_there, other=0.0)
-    key_ptr += batch * key_stride_b + head * key_stride_h
-    value_ptr += batch * value_stride_b + head * value_stride_h
+    key_ptr += head * key_stride_h
+    value_ptr += head * value_stride_h
     if CODEC != "native":
-        key_scale_ptr += batch * (key_stride_b // HEAD_DIM) + head * (key_stride_h // HEAD_DIM)
-        value_scale_ptr += batch * (value_stride_b // HEAD_DIM) + head * (value_stride_h // HEAD_DIM)
+        key_scale_ptr += head * (key_stride_h // HEAD_DIM)
+        value_scale_ptr += head * (value_stride_h // HEAD_DIM)
+    if TABLE_ROWS:
+        table_ptr += batch * table_stride_b + head * table_stride_h
+    else:
+        key_ptr += batch * key_stride_b
+        value_ptr += batch * value_stride_b
+        if CODEC != "native":
+            key_scale_ptr += batch * (key_stride_b // HEAD_DIM)
+            value_scale_ptr += batch * (value_stride_b // HEAD_DIM)
     if HAS_MASK:
         mask_ptr += batch * mask_stride_b + head * mask_stride_h
     plane = (batch * num_heads + head) * num_queries
@@ -91,10 +109,14 @@ def decode_kernel(
     for start in range(first, stop, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         seen = r < stop
-        k = load_rows(key_ptr, key_stride_r, r, seen, q.dtype, CODEC, HEAD_DIM, BLOCK_D)
+        rows = r
+        if TABLE_ROWS:  # rows that are read at once lie in one block
+            block = tl.load(table_ptr + start // TABLE_ROWS).to(tl.int64)
+            rows = block * (key_stride_b // key_stride_r) + r % TABLE_ROWS
+        k = load_rows(key_ptr, key_stride_r, rows, seen, q.dtype, CODEC, HEAD_DIM, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
         if CODEC != "native":
-            s *= load_scales(key_scale_ptr, key_stride_r // HEAD_DIM, r, seen, CODEC)[None, :]
+            s *= load_scales(key_scale_ptr, key_stride_r // HEAD_DIM, rows, seen, CODEC)[None, :]
         if HAS_MASK:
             mask = mask_ptr + m[:, None] * mask_stride_m + r[None, :] * mask_stride_r
             s += tl.load(mask, mask=is_query[:, None] & seen[None, :], other=0.0).to(tl.float32) * LOG2E
@@ -108,11 +130,11 @@ def decode_kernel(
         shrink = tl.exp2(largest - base)
         weight = tl.exp2(s - base[:, None])
         total = total * shrink + tl.sum(weight, axis=1)
-        v = load_rows(value_ptr, value_stride_r, r, seen, q.dtype, CODEC, HEAD_DIM, BLOCK_D)
+        v = load_rows(value_ptr, value_stride_r, rows, seen, q.dtype, CODEC, HEAD_DIM, BLOCK_D)
         if CODEC == "native":
             sums = tl.dot(weight.to(q.dtype), v, sums * shrink[:, None], input_precision="ieee")
         else:  # scales beside the largest of the block, so that their products with weights stay normal in fp16
-            worth = load_scales(value_scale_ptr, value_stride_r // HEAD_DIM, r, seen, CODEC)
+            worth = load_scales(value_scale_ptr, value_stride_r // HEAD_DIM, rows, seen, CODEC)
             unit = tl.maximum(tl.max(worth, axis=0), 1e-30)
             mixed = tl.dot((weight * (worth / unit)[None, :]).to(q.dtype), v, input_precision="ieee")
             sums = sums * shrink[:, None] + mixed * unit

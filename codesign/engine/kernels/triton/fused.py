@@ -76,6 +76,49 @@ def rotate_kernel(q_ptr, k_ptr, cos_ptr, sin_ptr, y_ptr, q_stride, k_stride, num
 
 
 @triton.jit
+def rotate_into_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    key_ptr,
+    value_ptr,
+    rows_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    num_q,
+    size,
+    BLOCK: tl.constexpr,
+):
+    """As `rotate_kernel`, but a head of k goes into its row of the cache, and so does that of v."""
+    half = size // 2
+    i = tl.arange(0, BLOCK)
+    mask = i < half
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    from_ptr = _head(q_ptr, k_ptr, q_stride, k_stride, num_q, size)
+    low = tl.load(from_ptr + i, mask=mask, other=0.0)
+    high = tl.load(from_ptr + half + i, mask=mask, other=0.0)
+    to_ptr = y_ptr + (token * num_q + head) * size
+    if head >= num_q:
+        row = tl.load(rows_ptr + token * (tl.num_programs(1) - num_q) + head - num_q)
+        to_ptr = key_ptr + row * size
+        v_from = v_ptr + token * v_stride + (head - num_q) * size
+        for side in tl.static_range(2):
+            at = side * half + i
+            tl.store(value_ptr + row * size + at, tl.load(v_from + at, mask=mask, other=0.0), mask=mask)
+    for side in tl.static_range(2):
+        own, other = (high, low) if side else (low, high)
+        at = token * size + side * half + i
+        cos = tl.load(cos_ptr + at, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + at, mask=mask, other=0.0)
+        turned = own.to(tl.float32) * cos + other.to(tl.float32) * sin
+        tl.store(to_ptr + side * half + i, turned.to(low.dtype), mask=mask)
+
+
+@triton.jit
 def _normed(x, weight, size, eps):
     """Of values with zeros beyond `size`."""
     wide = x.to(tl.float32)
@@ -143,6 +186,30 @@ class TritonFused:
             with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
                 rotate_kernel[y.shape[:2]](q, k, cos, signed_sin, y, *sizes, BLOCK=block, num_warps=1)
         return y[:, : q.shape[1]], y[:, q.shape[1] :]
+
+    def rotate_into(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        signed_sin: Tensor,
+        *,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor,
+    ) -> Tensor:
+        q, k, v, cos, signed_sin = *map(_whole_heads, (q, k, v)), cos.contiguous(), signed_sin.contiguous()
+        tokens, num_q, size = q.shape
+        y = q.new_empty(tokens, num_q, size)
+        if y.numel():
+            block = triton.next_power_of_2(size // 2)
+            strides = (q.stride(0), k.stride(0), v.stride(0))
+            with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+                rotate_into_kernel[tokens, num_q + k.shape[1]](
+                    q, k, v, cos, signed_sin, y, key, value, rows, *strides, num_q, size, BLOCK=block, num_warps=1
+                )
+        return y
 
 
 def norm_options(size: int) -> dict[str, int]:

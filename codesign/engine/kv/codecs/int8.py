@@ -41,3 +41,6 @@ class Int8(KVCodec):
 
     def attend(self, kernel: KVAttention, queries: Queries, group: LayerGroup, index: int, slots: slice) -> None:
         kernel.rows("int8", queries, *group.stored(index, slots))
+
+    def attend_blocks(self, kernel: KVAttention, queries: Queries, table: Tensor, key: Parts, value: Parts) -> None:
+        kernel.paged_rows("int8", queries, table, key, value)

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[3] / "benchmarks" / "triton_compile.py"
 MOST_SHARED_BYTES = 99 * 1024  # a block's on sm_86 and sm_89; sm_80 and sm_90 have more
 ATTENTION = ("decode_native", "decode_int8", "decode_fp8", "decode_int4", "prompt_lse", "prompt_sums")
 PRODUCTS = ("w8a16", "w4a16", "w3a16", "w2a16", "nf4", *ATTENTION)
-OTHERS = ("add_splits", "norm", "norm_heads", "silu_mul", "rotate", "combine", "columns")
+OTHERS = ("add_splits", "norm", "norm_heads", "silu_mul", "rotate", "rotate_into", "combine", "columns")
 
 
 @pytest.fixture(scope="module")

@@ -273,3 +273,67 @@ def test_the_rule_covers_every_row_with_whole_blocks() -> None:
             covered = found.rows_per_split * found.num_splits
             assert covered >= num_rows > covered - found.rows_per_split or num_rows == 0
             assert found.rows_per_split % found.block_r == 0 and 1 <= found.num_splits <= 64
+
+
+@pytest.mark.parametrize(
+    ("codec", "dtype", "is_shared"),
+    [
+        ("native", torch.float32, True),
+        ("native", torch.bfloat16, False),
+        ("int8", torch.bfloat16, True),
+        ("fp8", torch.float16, True),
+    ],
+)
+def test_rows_in_blocks(codec: str, dtype: torch.dtype, is_shared: bool) -> None:
+    """One table for both heads (stride 0) or one each; beyond a count, and in all other blocks, rows are no numbers."""
+    counts, head_dim, num_tokens = torch.tensor(COUNTS, dtype=torch.int32), 64, 2
+    rows = torch.randn(2, len(COUNTS), 2, NUM_ROWS, head_dim)
+    encode = {"int8": int8, "fp8": fp8}.get(codec, lambda part: (part.to(dtype),))
+    ids = torch.randperm(2 * len(COUNTS) * 3, dtype=torch.int32)
+    table = ids.view(len(COUNTS), 2, 3)[:, : 1 if is_shared else 2].expand(-1, 2, -1)
+    parts = [
+        tuple(
+            in_blocks(stored(own, counts, torch.nan if own.is_floating_point() else 127), table, len(ids))
+            for own in encode(part)
+        )
+        for part in rows
+    ]
+    query = torch.randn(len(COUNTS), 2, 4 * num_tokens, head_dim).to(dtype)
+    visible = visible_rows(counts, query.shape[2], num_tokens, NUM_ROWS)
+
+    out, _ = attend(
+        query, *parts, codec=codec, counts=counts, table=table, num_tokens=num_tokens, scale=0.2, config=CONFIG
+    )
+
+    meant = [encode(part)[0].double() if codec == "native" else decoded(encode(part)) for part in rows]
+    wanted, _ = expected(query, *meant, visible, 0.2, num_tokens)
+    torch.testing.assert_close(out.double(), wanted, rtol=RTOL[dtype], atol=ATOL[dtype])
+
+
+def in_blocks(rows: Tensor, table: Tensor, num_blocks: int) -> Tensor:
+    """Rows [B, H_kv, R, X] in the blocks [num_blocks, H_kv, 32, X] that the table names."""
+    blocks = torch.full((num_blocks, rows.shape[1], 32, rows.shape[3]), 127 if rows.dtype == torch.int8 else torch.nan)
+    blocks = blocks.nan_to_num(127).to(rows.dtype) if rows.dtype == torch.uint8 else blocks.to(rows.dtype)
+    for head in range(rows.shape[1]):
+        blocks[table[:, head].long(), head] = rows[:, head].unflatten(1, (-1, 32))
+    return blocks
+
+
+def test_tables_that_the_kernel_cannot_follow_are_refused() -> None:
+    query, blocks = torch.randn(1, 1, 4, 32), torch.randn(3, 1, 32, 32)
+    table, count = torch.zeros(1, 1, 4, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+
+    with pytest.raises(ValueError, match="blocks must be contiguous, and so must each table"):
+        attend(query, (blocks,), (blocks,), counts=count, table=table[..., ::2], scale=1.0)
+    with pytest.raises(ValueError, match="blocks must be contiguous"):
+        attend(query, (blocks[::2],), (blocks,), counts=count, table=table, scale=1.0)
+    with pytest.raises(ValueError, match="blocks of 16 rows, 32 of which"):
+        attend(
+            query,
+            (blocks[:, :, :16].contiguous(),),
+            (blocks[:, :, :16].contiguous(),),
+            counts=count,
+            table=table,
+            scale=1.0,
+            config=CONFIG,
+        )

@@ -4,8 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from block_plans import sharing_plans
 from random_plans import random_plans
 from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_SLOTS, make_attention, make_oracle, replay
+from test_paged import check_that_nothing_is_copied
+from test_paged_contract import TRAFFIC, paged
+from test_paged_contract import replay as replay_blocks
 
 from codesign.engine.attention import weights
 from codesign.engine.attention.backends.triton import Triton
@@ -79,6 +83,19 @@ def test_random_traffic_agrees_with_a_dictionary_of_rows(
 
     assert num_evicted > 5 or name == "full"
     assert name != "h2o" or attention.kernel == f"{KERNEL} + triton::column_sums"
+
+
+def test_random_traffic_in_shared_blocks_agrees_with_a_dictionary_of_rows() -> None:
+    attention = paged("native", "triton")
+    plans = sharing_plans(2, num_steps=14, num_blocks=attention.num_blocks, **TRAFFIC)
+
+    assert replay_blocks(attention, plans) > 0
+    assert attention.kernel == KERNEL
+
+
+@pytest.mark.parametrize("codec", ["native", "int8", "fp8"])
+def test_output_tokens_are_read_where_they_lie_in_blocks(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_that_nothing_is_copied(codec, "triton", monkeypatch)
 
 
 def test_an_engine_runs_on_them_and_says_so() -> None:

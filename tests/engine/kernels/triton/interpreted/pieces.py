@@ -66,7 +66,7 @@ def test_silu_times_up(num_rows: int, size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_tokens", "num_q", "num_k", "size"), [(0, 2, 1, 16), (1, 4, 2, 64), (5, 3, 1, 80)])
 def test_heads(num_tokens: int, num_q: int, num_k: int, size: int, dtype: torch.dtype) -> None:
-    q, k, _ = values(num_tokens, num_q + 2 * num_k, size, dtype=dtype).split((num_q, num_k, num_k), dim=1)
+    q, k, v = values(num_tokens, num_q + 2 * num_k, size, dtype=dtype).split((num_q, num_k, num_k), dim=1)
     weights = values(size, dtype=dtype), values(size, dtype=dtype).flip(0)
     cos, signed_sin = (
         values(num_tokens, 1, size, dtype=torch.float32),
@@ -79,6 +79,12 @@ def test_heads(num_tokens: int, num_q: int, num_k: int, size: int, dtype: torch.
     assert all(map(near, normed, plain_normed))
     for ours, plain in zip(turned, plain_turned, strict=True):  # a difference may vanish next to what it is made of
         assert torch.allclose(ours.float(), plain.float(), rtol=RTOL[dtype], atol=1e-6)
+    row = torch.arange(num_tokens * num_k).flip(0) + 1  # the first row and the last stay as they are
+    ours, plain = torch.ones(2, 2, num_tokens * num_k + 2, size, dtype=dtype)
+    query = FUSED.rotate_into(q, k, v, cos, signed_sin, key=ours[0], value=ours[1], rows=row)
+    plain_query = PLAIN.rotate_into(q, k, v, cos, signed_sin, key=plain[0], value=plain[1], rows=row)
+    for found, wanted in ((query, plain_query), (ours, plain)):
+        assert torch.allclose(found.float(), wanted.float(), rtol=RTOL[dtype], atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])

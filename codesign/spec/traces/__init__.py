@@ -1,0 +1,1 @@
+"""Traces of real traffic: one file per published format."""
