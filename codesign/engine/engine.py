@@ -199,16 +199,14 @@ class Engine:
     def facts(self) -> dict[str, Any]:
         """What was built, as plain data: resolved settings, bytes by part, kernels, phases in seconds."""
         parts = self.parts
+        ranks = parts.runner.rank_bytes(self.own_bytes())
+        resolved = dict(parts.resolved)
+        if len(ranks) > 1:
+            resolved["bytes_per_rank"] = ranks
         layer_kernels = {linear.kernel: None for layer in parts.model.layers for linear in _linears(layer)}
         return {
-            "resolved": dict(parts.resolved),
-            "bytes": {
-                "weights": parts.model.num_bytes,
-                "kv": parts.attention.kv_bytes,
-                "kv_staging": parts.attention.staging_bytes,
-                "workspace": parts.workspace.num_bytes,
-                **({} if parts.speculation is None else parts.speculation.proposer.num_bytes()),
-            },
+            "resolved": resolved,
+            "bytes": {name: sum(own[name] for own in ranks) for name in ranks[0]},
             "kernels": {
                 "weights": ", ".join(layer_kernels),
                 "head": parts.model.head.kernel,
@@ -216,6 +214,17 @@ class Engine:
                 "fused": describe(parts.model.pieces, has_qk_norm=parts.model.shape.has_qk_norm),
             },
             "phases": dict(parts.phases),
+        }
+
+    def own_bytes(self) -> dict[str, int]:
+        """What this process holds, by part."""
+        parts = self.parts
+        return {
+            "weights": parts.model.num_bytes,
+            "kv": parts.attention.kv_bytes,
+            "kv_staging": parts.attention.staging_bytes,
+            "workspace": parts.workspace.num_bytes,
+            **({} if parts.speculation is None else parts.speculation.proposer.num_bytes()),
         }
 
     def stats(self) -> dict[str, int]:
@@ -233,8 +242,10 @@ class Engine:
         return {} if self.parts.speculation is None else self.parts.speculation.stats()
 
     def close(self) -> None:
-        """Lets go of weights and cache; a second call does nothing."""
-        self._parts = None
+        """Lets go of weights and cache, and ends other ranks; a second call does nothing."""
+        parts, self._parts = self._parts, None
+        if parts is not None:
+            parts.runner.close()
 
 
 def check_tokens(token_ids: tuple[int, ...] | list[int], vocab_size: int, what: str) -> None:

@@ -1,5 +1,6 @@
 """SingleRunner: runs one StepPlan on one device. Timed steps, scoring and, later, drafts all go through here."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -49,6 +50,13 @@ class SingleRunner:
         torch.cuda.synchronize(self._device)
         steps, self._steps = self._steps, []
         return round(sum(float(begin.elapsed_time(end)) for begin, end in steps) * 1e3)
+
+    def rank_bytes(self, own: Mapping[str, int]) -> list[dict[str, int]]:
+        """What each rank holds, part -> bytes, from what this one holds; rank 0 first."""
+        return [dict(own)]
+
+    def close(self) -> None:
+        """Ends what runs beside it; nothing here."""
 
     def _event(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":

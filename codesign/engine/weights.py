@@ -17,13 +17,18 @@ from codesign.engine.models.load import Checkpoint, read_config
 from codesign.engine.models.random import RandomWeights
 from codesign.engine.models.rope_scaling import rope_of
 from codesign.engine.models.shape import ModelShape
+from codesign.engine.parallel.links import Links
+from codesign.engine.parallel.part import Part
+from codesign.engine.parallel.sharded import Sharded
+from codesign.engine.parallel.stage import build_stage
+from codesign.engine.parallel.whole_rows import WholeRows, has_row_scales
 from codesign.engine.prune.pruner import Pruner
 from codesign.engine.prune.pruners.none import NoPruning
 from codesign.engine.quantize.cache import WeightCache
 from codesign.engine.quantize.cache_key import weights_key
 from codesign.engine.quantize.calibration import Calibration
 from codesign.engine.quantize.calibration_text import calibration_ids
-from codesign.engine.quantize.format import WeightFormat
+from codesign.engine.quantize.format import GridFormat, WeightFormat
 from codesign.engine.quantize.formats.mixed import Mixed
 from codesign.engine.quantize.formats.native import Native
 from codesign.engine.quantize.linear import Workspace
@@ -45,9 +50,13 @@ def build_decoder(
     device: torch.device,
     workspace: Workspace,
     clock: PackClock,
+    part: Part | None = None,
+    links: Links | None = None,
 ) -> Decoder:
     """Args:
         clock: takes the seconds spent on packing and what the cache did.
+        part: what to build of the model, a Stage; by default all of it.
+        links: to the ranks that hold the rest.
     Raises:
         InputError: a file or tensor of the model is wrong.
         Unsupported: a format that this device cannot multiply or that cannot hold a weight, or a method that cannot
@@ -61,6 +70,14 @@ def build_decoder(
     pruner: Pruner = PRUNERS.create(config.prune.name, key="prune", **config.prune.knob_dict)
     source = _source(model, shape, config, dtype)
     files = source.files if isinstance(source, Checkpoint) else []
+    if part is not None:
+        if isinstance(source, ImportedCheckpoint):
+            raise Unsupported(
+                f"parallel: {source.path} is already quantised, and its packed weights are not cut here; use the "
+                "original checkpoint, or parallel sizes of 1"
+            )
+        has_rows = part.tensor_size > 1 and has_row_scales(weight_format, dtype)
+        source = Sharded(source, part, whole_rows=has_rows)
 
     def text(num_sequences: int | None = None, num_tokens: int | None = None) -> Callable[[Tensor], Calibration]:
         def calibrate(embedding: Tensor) -> Calibration:
@@ -70,7 +87,7 @@ def build_decoder(
         return calibrate
 
     assembler = Assembler(
-        shape=shape,
+        shape=shape if part is None else part.shape,
         weight_format=weight_format,
         pruner=pruner,
         dtype=dtype,
@@ -88,9 +105,20 @@ def build_decoder(
         assembler = dataclasses.replace(
             assembler,
             cache=WeightCache(cache_folder("weights")),
-            cache_key=weights_key(model, files, weight_format, pruner, dtype=dtype, device=device),
+            cache_key="-".join(
+                [
+                    weights_key(model, files, weight_format, pruner, dtype=dtype, device=device),
+                    *([] if part is None else [part.name]),
+                ]
+            ),
         )
-    decoder = assembler.build(source)
+    if part is None:
+        decoder = assembler.build(source)
+    else:
+        if has_rows:
+            assert isinstance(weight_format, GridFormat)
+            assembler = dataclasses.replace(assembler, weight_format=WholeRows(weight_format, part))
+        decoder = build_stage(assembler, source, part, links)
     if clock.cache == "made":
         # From here on it is as if the weights had been found: what packing them took is not the configuration's.
         workspace.release()

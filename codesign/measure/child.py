@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from codesign.engine.parallel.failure import RankDied
 from codesign.measure import linux
 from codesign.measure.channel import Channel
 from codesign.measure.memory import process_memory
@@ -80,6 +81,16 @@ def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
     raise _Terminated
 
 
+def _end_like(death: RankDied) -> NoReturn:
+    """Ends this process by the signal that ended one of its engine's ranks: the parent judges by it, and by whether the
+    kernel had to kill for memory meanwhile."""
+    print(death, file=sys.stderr, flush=True)
+    if death.number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(death.number, signal.SIG_DFL)
+    os.kill(os.getpid(), death.number)
+    raise death  # a signal that ends nobody by itself
+
+
 class _Child:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -100,6 +111,8 @@ class _Child:
                 if not self._is_closing and self._engine is not None and self._engine.has_work:
                     self._step()
             return 0
+        except RankDied as death:
+            _end_like(death)
         except Exception as error:
             outcome = outcome_of_exception(error)
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)

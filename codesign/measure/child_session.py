@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Self, TypeVar
 
-from codesign.measure import messages
+from codesign.measure import linux, messages
 from codesign.measure.channel import Channel, ProtocolFault, shown
 from codesign.measure.memory import ProcessMemory, available_bytes, kernel_oom_kills, process_memory
 from codesign.measure.nursery import Nursery
@@ -199,13 +199,15 @@ class ChildSession:
 
     def memory(self) -> Mapping[str, int]:
         """In bytes: `peak_memory_bytes` is the figure of the trial, by the CUDA allocator or, on CPU, the child's peak
-        resident memory minus what it was born with; `host_peak_bytes` and `host_bytes` are the child process's.
+        resident memory minus what it was born with; `host_peak_bytes` and `host_bytes` are the child process's. Other
+        ranks of its engine are added: they were born as the child was, before it had done anything.
         """
         self._check_open()
-        memory = self._process_memory()
+        ranks = [memory for pid in linux.children_of(self.pid) if (memory := process_memory(pid)) is not None]
+        processes = [self._process_memory(), *ranks]
         host = {
-            "host_peak_bytes": memory.peak_rss_bytes - self._at_birth.peak_rss_bytes,
-            "host_bytes": memory.rss_bytes,
+            "host_peak_bytes": sum(memory.peak_rss_bytes - self._at_birth.peak_rss_bytes for memory in processes),
+            "host_bytes": sum(memory.rss_bytes for memory in processes),
         }
         if self._device == "cpu":
             return {"peak_memory_bytes": host["host_peak_bytes"], **host}

@@ -35,8 +35,8 @@ class Probe(Protocol):
 class CpuProbe:
     """psutil readings of the child's process and of everything else on the machine.
 
-    `foreign_cpu` is the share of the machine's CPU time used by processes other than ours (the child and this one);
-    a window with much of it is disturbed.
+    `foreign_cpu` is the share of the machine's CPU time used by processes other than ours (the child, other ranks of
+    its engine, and this one); a window with much of it is disturbed.
     """
 
     def __init__(self, pid: int) -> None:
@@ -73,13 +73,19 @@ class CpuProbe:
 
     def _own_cpu_s(self) -> float:
         total = 0.0
-        for process in (self._child, self._self):
+        for process in (self._child, *self._ranks(), self._self):
             try:
                 times = process.cpu_times()
             except psutil.NoSuchProcess:
                 continue
             total += times.user + times.system
         return total
+
+    def _ranks(self) -> list[psutil.Process]:
+        try:
+            return self._child.children()
+        except psutil.NoSuchProcess:
+            return []
 
 
 class RaplCounter:

@@ -9,7 +9,7 @@ from typing import Any
 from codesign.report.show import visible
 from codesign.spec.engine_config import FAMILIES
 
-_GROUPS = ("kv", "kernels")  # keys that hold what is chosen below them
+_GROUPS = ("kv", "kernels", "parallel")  # keys that hold what is chosen below them
 # What a person decides on comes first; other keys follow in alphabetical order.
 _ORDER = (
     "weights",
@@ -19,6 +19,8 @@ _ORDER = (
     "kv.place",
     "kv.layout",
     "speculate",
+    "parallel.tensor_parallel_size",
+    "parallel.pipeline_parallel_size",
     "prefix_cache",
     "dtype",
     "max_batch_size",

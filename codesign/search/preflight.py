@@ -122,7 +122,8 @@ def say_ruled_out(points: Points, say: Callable[[str], None]) -> None:
 
 
 def memory_check(profile: Profile) -> Callable[[EngineConfig], Misfit | None]:
-    """Says of a configuration that it cannot fit into the profile's device, by its static memory estimate."""
+    """Says of a configuration that it cannot fit into the profile's devices, one for each rank, by its static memory
+    estimate. On a CPU ranks share one memory."""
     size = model_size(profile.model_spec)
     draft = None if profile.model_spec.draft is None else model_size(profile.model_spec.draft)
     available = available_bytes(profile)
@@ -131,8 +132,9 @@ def memory_check(profile: Profile) -> Callable[[EngineConfig], Misfit | None]:
         if size is None or available is None:
             return None
         needed = estimate(size, config, draft)
-        detail = needed.misfit(available)
-        return None if detail is None else Misfit(detail, needed.total_bytes / available - 1)
+        has = available if profile.device == "cpu" else available * config.parallel.num_ranks
+        detail = needed.misfit(has)
+        return None if detail is None else Misfit(detail, needed.total_bytes / has - 1)
 
     return check
 

@@ -81,6 +81,7 @@ def make_app(service: Service) -> FastAPI:
             model=service.model,
             fingerprint=service.fingerprint,
             prompt_tokens=sum(len(request.prompt_token_ids) for request in requests[:: asked.n or 1]),
+            has_token_ids=bool(asked.return_token_ids),
         )
         if asked.stream:
             return EventStream(generation, has_usage_at_end=asked.has_usage_at_end)
@@ -122,7 +123,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/openapi.json")
     async def schema() -> dict[str, Any]:
-        return openapi.document(app, service.model)
+        return openapi.document(app, service.model, service.max_model_len)
 
     @app.exception_handler(Refusal)
     async def on_refusal(_: HttpRequest, refusal: Refusal) -> Response:

@@ -28,11 +28,13 @@ class Piece:
     """What one token brought.
 
     Attributes:
+        token_id: the token.
         text: settled by it, often empty.
         finish_reason: "stop" or "length" when it was the last.
         score: None when not asked for.
     """
 
+    token_id: int
     text: str
     finish_reason: str = ""
     score: TokenScore | None = None
@@ -71,7 +73,7 @@ class Choice:
         elif output.finish_reason:
             self.finish_reason = output.finish_reason
             text += self._stops.finish()
-        return Piece(text, self.finish_reason, self._score(output, offset))
+        return Piece(output.token_id, text, self.finish_reason, self._score(output, offset))
 
     def _score(self, output: StepOutput, offset: int) -> TokenScore | None:
         if not output.logprobs:

@@ -28,6 +28,7 @@ class Generation:
     flight: the sequences, one per choice.
     model, fingerprint: said in every document.
     prompt_tokens: for the usage; a prompt counts once however many choices it has.
+    has_token_ids: every choice also says its tokens' ids.
     """
 
     flight: Flight
@@ -36,6 +37,7 @@ class Generation:
     model: str
     fingerprint: str
     prompt_tokens: int
+    has_token_ids: bool = False
 
     def __post_init__(self) -> None:
         self._head = {
@@ -49,11 +51,14 @@ class Generation:
         """The whole answer. Raises Refusal when the engine cannot finish it."""
         texts: list[list[str]] = [[] for _ in self.choices]
         scores: list[list[TokenScore]] = [[] for _ in self.choices]
+        token_ids: list[list[int]] = [[] for _ in self.choices]
         async for index, piece in self._pieces():
             texts[index].append(piece.text)
             scores[index] += [piece.score] if piece.score else []
+            token_ids[index].append(piece.token_id)
         choices = [
             self.format.choice(index, "".join(texts[index]), choice.finish_reason, scores[index])
+            | self._ids(token_ids[index])
             for index, choice in enumerate(self.choices)
         ]
         return {**self._head, "object": self.format.whole, "choices": choices, "usage": self._usage}
@@ -71,8 +76,9 @@ class Generation:
                 if (opening := self.format.opening(index)) is not None:
                     yield _event({**head, "choices": [opening]})
             async for index, piece in self._pieces():
-                if piece.text or piece.finish_reason or piece.score:
-                    yield _event({**head, "choices": [self.format.piece(index, piece)]})
+                if piece.text or piece.finish_reason or piece.score or self.has_token_ids:
+                    choice = self.format.piece(index, piece) | self._ids([piece.token_id])
+                    yield _event({**head, "choices": [choice]})
         except Refusal as refusal:
             yield _event(refusal.document)
             return
@@ -92,6 +98,9 @@ class Generation:
                 num_open -= 1
                 self.flight.abort(index, is_complete=True)
             yield index, piece
+
+    def _ids(self, token_ids: list[int]) -> dict[str, Any]:
+        return {"token_ids": token_ids} if self.has_token_ids else {}
 
     @property
     def _usage(self) -> dict[str, int]:

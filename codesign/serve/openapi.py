@@ -38,9 +38,10 @@ _REFUSALS = {
 }
 
 
-def document(app: FastAPI, model: str) -> dict[str, Any]:
+def document(app: FastAPI, model: str, max_model_len: int) -> dict[str, Any]:
     """Args:
     model: the one name that requests may give.
+    max_model_len: most tokens of prompt and output.
     """
     app.openapi_schema = None
     app.title, app.version = "codesign serve", codesign.__version__
@@ -50,7 +51,13 @@ def document(app: FastAPI, model: str) -> dict[str, Any]:
     )
     schemas = {**definitions["$defs"], "Refusal": _ERROR}
     for kind in _BODIES.values():
-        schemas[kind.__name__]["properties"]["model"] = {"type": "string", "enum": [model]}
+        fields = schemas[kind.__name__]["properties"]
+        fields["model"] = {"type": "string", "enum": [model]}
+        for name in ("max_tokens", "max_completion_tokens"):
+            if name in fields:
+                fields[name] = {
+                    "anyOf": [{"type": "integer", "minimum": 1, "maximum": max_model_len - 1}, {"type": "null"}]
+                }
     found["components"] = {
         "schemas": schemas,
         "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},

@@ -15,6 +15,7 @@ from codesign.serve.refusal import Refusal
 from codesign.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
 from codesign.spec.request import Request, SamplingParams
 
+_CHARS_PER_TOKEN, _LEAST_CHARS = 16, 4096  # of a beginning that is looked at first
 _COMPLETION_TOKENS = 16  # OpenAI's default
 
 
@@ -29,6 +30,7 @@ class Prompts:
     ) -> None:
         self._tokenizer, self._template = tokenizer, template
         self._max_model_len, self._vocab_size = max_model_len, vocab_size
+        self._encoder = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="template")
         self._rendering = asyncio.Lock()
 
@@ -43,7 +45,7 @@ class Prompts:
             raise Refusal(400, f"n: {num_sequences} choices are asked for, {bounds.SEQUENCES} is the most", param="n")
         found = []
         for prompt in asked.prompts:
-            token_ids = await self._encoded(prompt, whole=True) if isinstance(prompt, str) else prompt
+            token_ids = await self._encoded(prompt, "prompt", whole=True) if isinstance(prompt, str) else prompt
             self._check(token_ids, "prompt")
             max_tokens = asked.max_tokens or _COMPLETION_TOKENS
             found += self._requests(asked, token_ids, max_tokens, asked.logprobs)
@@ -56,39 +58,54 @@ class Prompts:
             Refusal: 400, too long, or the model's template cannot say it; 429 when the template is busy.
         """
         text = await self._rendered([message.plain for message in asked.messages])
-        token_ids = await self._encoded(text, whole=False)
+        token_ids = await self._encoded(text, "messages", whole=False)
         self._check(token_ids, "messages")
         max_tokens = asked.max_completion_tokens or asked.max_tokens or self._max_model_len - len(token_ids)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         return self._requests(asked, token_ids, max_tokens, logprobs)
 
     def close(self) -> None:
+        self._encoder.shutdown()
         self._renderer.shutdown()
         if isinstance(self._template, ChatTemplate):
             self._template.close()
 
-    async def _encoded(self, text: str, *, whole: bool) -> list[int]:
+    async def _encoded(self, text: str, what: str, *, whole: bool) -> Sequence[int]:
         """Args:
         whole: with what the model's tokenizer puts around a text; a chat template has said that itself.
         """
+        loop = asyncio.get_running_loop()
         # In another thread: a large text takes as long as many steps, and the library lets go of the interpreter.
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=whole)
+        return await loop.run_in_executor(self._encoder, self._encode, text, what, whole)
+
+    def _encode(self, text: str, what: str, whole: bool) -> Sequence[int]:
+        """Raises Refusal early for a text far beyond the model's room: a MiB of text takes a second and 80 MiB."""
+        num_chars = _CHARS_PER_TOKEN * self._max_model_len + _LEAST_CHARS
+        if len(text) > num_chars:
+            # What follows can join the last word of a beginning, but not halve the number of its tokens.
+            least = len(self._tokenizer.encode(text[:num_chars])) // 2
+            if least > self._max_model_len:
+                raise self._too_long(f"more than {least}", what)
+        return self._tokenizer.encode(text, add_special_tokens=whole)
 
     def _check(self, token_ids: Sequence[int], what: str) -> None:
         if not token_ids:
             raise Refusal(400, f"{what}: a prompt needs at least one token", param=what)
         if len(token_ids) >= self._max_model_len:
-            raise Refusal(
-                400,
-                f"{what}: {len(token_ids)} tokens leave no room for an output: this server has room for "
-                f"{self._max_model_len} in all",
-                param=what,
-                code="context_length_exceeded",
-            )
+            raise self._too_long(str(len(token_ids)), what)
         try:
             check_tokens(list(token_ids), self._vocab_size, what)
         except InputError as error:
             raise Refusal(400, error.message, param=what) from None
+
+    def _too_long(self, num_tokens: str, what: str) -> Refusal:
+        return Refusal(
+            400,
+            f"{what}: {num_tokens} tokens leave no room for an output: this server has room for "
+            f"{self._max_model_len} in all",
+            param=what,
+            code="context_length_exceeded",
+        )
 
     def _requests(
         self, asked: GenerationRequest, token_ids: Sequence[int], max_tokens: int, logprobs: int | None

@@ -1,6 +1,7 @@
 """What a client may send, as OpenAI's API names it. A field that is not here, or not done, is refused by name.
 
-Extensions: `top_k` (0 keeps all tokens) and `ignore_eos` (go on to `max_tokens`, for loads of fixed length).
+Extensions: `top_k` (0 keeps all tokens), `ignore_eos` (go on to `max_tokens`, for loads of fixed length) and
+`return_token_ids` (the output's token ids in `choices[].token_ids`, as in vLLM).
 A field of OpenAI's that we do not do is taken with the one value that changes nothing, since many clients send it.
 """
 
@@ -51,6 +52,7 @@ class GenerationRequest(Sent):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
     user: Annotated[str, Field(max_length=bounds.USER_CHARS)] | None = None  # OpenAI's bookkeeping; of no effect here
     # Not done, taken when they ask for nothing.
     frequency_penalty: Zero | None = None

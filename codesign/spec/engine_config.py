@@ -8,6 +8,7 @@ The same document feeds `search`, `measure`, `serve` and `export`:
     weights: {name: int4, group_size: 64}
     kv: {policy: {name: h2o, kv_budget: 0.2}, codec: native, place: device}
     kernels: {fused: true}
+    parallel: {tensor_parallel_size: 2, pipeline_parallel_size: 1, num_micro_batches: 1}
 
 A family choice is a name, or a mapping with `name` and the member's knobs. Knobs left out take the member's defaults
 when the configuration is resolved; only resolved configurations are stored, so that a digest means one engine.
@@ -61,6 +62,9 @@ PLAIN_FIELDS = (
     "max_step_tokens",
     "prefix_cache",
     "kernels.fused",
+    "parallel.tensor_parallel_size",
+    "parallel.pipeline_parallel_size",
+    "parallel.num_micro_batches",
 )
 FLAGS = ("prefix_cache", "kernels.fused")
 
@@ -100,6 +104,12 @@ def _check_flag(key: str, value: object) -> None:
         raise InputError(f"must be true or false, got {shown(value)}", key=key)
 
 
+def _check_count(key: str, value: object, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        limit = "2^50" if most == 2**50 else str(most)
+        raise InputError(f"must be a whole number from 1 to {limit}, got {shown(value)}", key=key)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
     """Args:
@@ -110,6 +120,34 @@ class KernelsConfig:
 
     def __post_init__(self) -> None:
         _check_flag("kernels.fused", self.fused)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one engine is spread over ranks, processes with a device (or cores) each (`engine/parallel/`).
+
+    Args:
+        tensor_parallel_size: ranks that share every layer.
+        pipeline_parallel_size: stages, runs of layers one after the other; each has `tensor_parallel_size` ranks.
+        num_micro_batches: parts that the sequences of one step are cut into, so that stages work at the same time;
+            means nothing with one stage.
+    """
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    num_micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_count(f"parallel.{field.name}", getattr(self, field.name), 1024)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+# Keys that hold plain fields.
+GROUPS: dict[str, type[KernelsConfig] | type[ParallelConfig]] = {"kernels": KernelsConfig, "parallel": ParallelConfig}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,6 +176,7 @@ class EngineConfig:
     prefix_cache: bool = False
     attention: Choice = Choice("sdpa")
     kernels: KernelsConfig = KernelsConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -148,8 +187,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is None and name == "kv_memory_bytes":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**50:
-                raise InputError(f"must be a whole number from 1 to 2^50, got {shown(value)}", key=name)
+            _check_count(name, value, 2**50)
         _check_flag("prefix_cache", self.prefix_cache)
 
     def choices(self) -> dict[str, tuple[Family, Choice]]:
@@ -180,7 +218,7 @@ class EngineConfig:
         for name in _CHOICES:
             plain[name] = plain[name].to_dict()
         plain["kv"] = {part: getattr(self.kv, part).to_dict() for part in _KV_PARTS}
-        plain["kernels"] = dataclasses.asdict(self.kernels)
+        plain.update({name: dataclasses.asdict(plain[name]) for name in GROUPS})
         return plain
 
     @classmethod
@@ -198,9 +236,10 @@ class EngineConfig:
             kv = _mapping(values["kv"], "kv", list(_KV_PARTS), file)
             values["kv"] = KVConfig(**{k: _choice(v, f"kv.{k}", FAMILIES[f"kv.{k}"], file) for k, v in kv.items()})
         try:
-            if "kernels" in values:
-                names = [field.name for field in dataclasses.fields(KernelsConfig)]
-                values["kernels"] = KernelsConfig(**_mapping(values["kernels"], "kernels", names, file))
+            for group, kind in GROUPS.items():
+                if group in values:
+                    names = [field.name for field in dataclasses.fields(kind)]
+                    values[group] = kind(**_mapping(values[group], group, names, file))
             return cls(**values)
         except InputError as error:
             raise InputError(error.message, file=file, key=error.key) from None

@@ -18,6 +18,7 @@ from codesign.spec.hardware import Hardware
 from codesign.spec.kv_budget import kv_budget_tokens
 from codesign.spec.metrics import METRICS
 from codesign.spec.model import ModelSpec
+from codesign.spec.parallel_rules import too_many_ranks, undivided
 
 _FP8_CAPABILITY = (8, 9)
 _MIN_SPARSE_BATCH = 64
@@ -42,7 +43,8 @@ def senseless(config: EngineConfig) -> str | None:
             f"scheduler.prefill_chunk_tokens {chunk} with max_step_tokens {config.max_step_tokens}: no step has room "
             "for such a chunk, so it bounds nothing; use a smaller one, or leave it out"
         )
-    return _not_in_blocks(config) if config.kv.layout.name == "paged" else _only_in_blocks(config)
+    blocks = _not_in_blocks(config) if config.kv.layout.name == "paged" else _only_in_blocks(config)
+    return blocks or undivided(config)
 
 
 def _not_in_blocks(config: EngineConfig) -> str | None:
@@ -110,6 +112,8 @@ def lacking(config: EngineConfig, hardware: Hardware) -> str | None:
     """What a resolved configuration needs that this hardware does not have, or None; also where that is not known."""
     if _is_two_of_four(config) and hardware.device == "cpu":
         return "prune.pattern two_of_four on a CPU: no kernel there skips the zeros; use prune none"
+    if (reason := too_many_ranks(config, hardware)) is not None:
+        return reason
     if config.weights.name == "fp8" and not (hardware.device == "cuda" and hardware.compute_capability is None):
         return fp8_refusal(hardware.compute_capability, is_emulated=config.is_emulated)
     return None

@@ -7,6 +7,7 @@
     kv:
       policy: {full: {}, h2o: {kv_budget: {low: 0.05, high: 0.5, log: true}}}
     kernels: {fused: [true, false]}
+    parallel: {tensor_parallel_size: [1, 2], pipeline_parallel_size: [1, 2], num_micro_batches: [1, 4]}
     constraints:
     - when: {weights: int4, dtype: fp16}
       reason: why not
@@ -29,7 +30,7 @@ from codesign.errors import InputError, shown
 from codesign.registry import Family
 from codesign.spec.constraint import Constraint, read_constraints
 from codesign.spec.domain import Domain, Range, Values, read_domain
-from codesign.spec.engine_config import FAMILIES, PLAIN_FIELDS, Choice, EngineConfig, KernelsConfig, KVConfig, Scalar
+from codesign.spec.engine_config import FAMILIES, GROUPS, PLAIN_FIELDS, Choice, EngineConfig, KVConfig, Scalar
 from codesign.spec.rules import senseless, unpaid
 from codesign.spec.yaml import Document, Key, load_yaml
 
@@ -169,12 +170,13 @@ def load_space(path: str | Path) -> SearchSpace:
 
 def _config(values: Mapping[str, Any]) -> EngineConfig:
     """EngineConfig from dotted keys."""
-    kv, kernels = (
-        {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{group}.")}
-        for group in ("kv", "kernels")
-    )
-    top = {key: value for key, value in values.items() if "." not in key}
-    return EngineConfig(**top, kv=KVConfig(**kv), kernels=KernelsConfig(**kernels))
+
+    def group(name: str) -> dict[str, Any]:
+        return {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
+
+    found: dict[str, Any] = {key: value for key, value in values.items() if "." not in key}
+    found.update({name: kind(**group(name)) for name, kind in GROUPS.items()})
+    return EngineConfig(**found, kv=KVConfig(**group("kv")))
 
 
 def _is_in(plain: Mapping[str, Any], name: str) -> bool:
@@ -204,7 +206,7 @@ def _field(document: Document, name: str) -> Domain:
 
 
 def _check_group(document: Document, name: str) -> None:
-    """`kv` and `kernels` hold what is chosen below them."""
+    """`kv`, `kernels` and `parallel` hold what is chosen below them."""
     known = tuple(key.partition(".")[2] for key in (*FAMILIES, *PLAIN_FIELDS) if key.startswith(f"{name}."))
     if not isinstance(document.value[name], dict):
         raise document.error(f"must be a mapping with {', '.join(known)}, got {shown(document.value[name])}", (name,))

@@ -54,22 +54,21 @@ class Kind:
     """One request and what the engine says to it alone.
 
     Attributes:
-        ends: length of the text after each token.
+        token_ids: its greedy output.
         gaps: between the two likeliest tokens, in log probability, at each token.
     """
 
     body: dict[str, Any]
-    text: str
-    ends: tuple[int, ...]
-    gaps: tuple[float, ...]
+    token_ids: list[int]
+    gaps: list[float]
 
-    def agrees(self, text: str) -> bool:
+    def agrees(self, found: list[int]) -> bool:
         """Whether an answer is this one, or left it at a tie."""
-        if text == self.text:
+        if found == self.token_ids:
             return True
-        same = next((i for i, (a, b) in enumerate(zip(text, self.text, strict=False)) if a != b), len(text))
-        index = next((i for i, end in enumerate(self.ends) if end > same), len(self.ends) - 1)
-        return self.gaps[index] < TIE
+        pairs = enumerate(zip(found, self.token_ids, strict=False))
+        index = next((i for i, (a, b) in pairs if a != b), None)
+        return index is not None and self.gaps[index] < TIE
 
 
 @dataclasses.dataclass
@@ -95,17 +94,23 @@ def kinds(engine: Engine, tokenizer: Tokenizer, seed: int) -> list[Kind]:
         outputs = []
         while engine.has_work:
             outputs += engine.step()
-        said = [output.token_id for output in outputs if output.finish_reason != "stop"]
-        ends = tuple(len(tokenizer.decode(said[:count])) for count in range(1, len(outputs) + 1))
-        gaps = tuple(output.logprobs[1][1] - output.logprobs[2][1] for output in outputs)
-        body = {"model": "bundled", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        found.append(Kind({**body, "stream": draw.random() < 0.7}, tokenizer.decode(said), ends, gaps))
+        body = {
+            "model": "bundled",
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "return_token_ids": True,
+            "stream": draw.random() < 0.7,
+        }
+        gaps = [output.logprobs[1][1] - output.logprobs[2][1] for output in outputs]
+        found.append(Kind(body, [output.token_id for output in outputs], gaps))
     return found
 
 
 async def ask(client: httpx.AsyncClient, kind: Kind, outcomes: Outcomes, *, leave_after_s: float | None) -> None:
     started = time.perf_counter()
-    text, first_s, is_done = "", None, False
+    token_ids: list[int] = []
+    first_s, is_done = None, False
     try:
         async with asyncio.timeout(leave_after_s), client.stream("POST", "/v1/completions", json=kind.body) as answer:
             if answer.status_code != 200:
@@ -117,9 +122,12 @@ async def ask(client: httpx.AsyncClient, kind: Kind, outcomes: Outcomes, *, leav
                         is_done = True
                     elif line:
                         first_s = first_s or time.perf_counter() - started
-                        text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                        document = json.loads(line.removeprefix("data: "))
+                        if "choices" not in document:  # an error: what came so far is no answer
+                            break
+                        token_ids += document["choices"][0]["token_ids"]
             else:
-                text, is_done = json.loads(await answer.aread())["choices"][0]["text"], True
+                token_ids, is_done = json.loads(await answer.aread())["choices"][0]["token_ids"], True
     except TimeoutError:
         outcomes.counts["left early"] += 1
         return
@@ -130,8 +138,8 @@ async def ask(client: httpx.AsyncClient, kind: Kind, outcomes: Outcomes, *, leav
     outcomes.e2e_ms.append((time.perf_counter() - started) * 1e3)
     if first_s is not None:
         outcomes.ttft_ms.append(first_s * 1e3)
-    if not kind.agrees(text):
-        outcomes.wrong.append({"body": kind.body, "expected": kind.text, "found": text})
+    if not kind.agrees(token_ids):
+        outcomes.wrong.append({"body": kind.body, "expected": kind.token_ids, "found": token_ids})
 
 
 async def soak(server: ServerProcess, kinds: list[Kind], args: argparse.Namespace) -> Outcomes:

@@ -17,6 +17,7 @@ from codesign.engine.kv.stream import LayerStream
 from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.quantize.formats.fp8 import Fp8
 from codesign.engine.quantize.linear import Workspace
+from codesign.engine.step import BLOCK_TOKENS
 from codesign.errors import Unsupported
 from codesign.measure.child_session import ChildSession
 from codesign.measure.memory import process_memory
@@ -357,6 +358,39 @@ def test_triton_attention_equals_float64(
     torch.testing.assert_close(columns.double(), mean, rtol=0, atol=2e-6)
     for again, first in zip(run(), (out, columns), strict=True):
         assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("dtype", list(ATTENTION_ATOL), ids=str)
+@pytest.mark.parametrize("codec", ["native", "int8", "fp8"])
+def test_triton_attention_over_blocks_equals_that_over_rows(codec: str, dtype: torch.dtype) -> None:
+    from codesign.engine.kernels.triton.attend import attend
+
+    counts = torch.tensor(COUNTS, dtype=torch.int32, device="cuda")
+    num_blocks = -(-max(COUNTS) // BLOCK_TOKENS)
+    table = torch.randperm(len(COUNTS) * num_blocks, device="cuda").view(len(COUNTS), num_blocks)
+    rows, blocks = zip(*(in_blocks(stored_rows(codec, dtype, 128)[0], table) for _ in range(2)), strict=True)
+    query = torch.randn(len(COUNTS), 2, 4 * 3, 128, device="cuda").to(dtype)
+    how = {"codec": codec, "counts": counts, "num_tokens": 3, "scale": 0.2}
+
+    out, _ = attend(query, *blocks, table=table.int()[:, None].expand(-1, 2, -1), **how)
+
+    expected, _ = attend(query, *rows, **how)
+    torch.testing.assert_close(out, expected, rtol=ATTENTION_RTOL[dtype], atol=ATTENTION_ATOL[dtype])
+
+
+def in_blocks(
+    parts: tuple[torch.Tensor, ...], table: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Parts [B, H_kv, R, X], and the same in blocks [num_blocks, H_kv, 32, X] as table [B, n] names them."""
+    blocks = []
+    for part in parts:
+        num_rows = table.shape[1] * BLOCK_TOKENS
+        padded = part.new_zeros(*part.shape[:2], num_rows, part.shape[3])
+        padded[:, :, : part.shape[2]] = part
+        found = part.new_empty(table.numel(), part.shape[1], BLOCK_TOKENS, part.shape[3])
+        found[table.flatten()] = padded.unflatten(2, (-1, BLOCK_TOKENS)).transpose(1, 2).flatten(0, 1)
+        blocks.append(found)
+    return parts, tuple(blocks)
 
 
 @pytest.mark.parametrize("dtype", list(ATTENTION_ATOL), ids=str)

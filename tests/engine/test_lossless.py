@@ -4,6 +4,7 @@ Randomised schedules through whole engines in fp32, greedy. Another order of sum
 token may differ where the two likeliest of the request alone are less than 1e-4 apart, and only there.
 """
 
+import dataclasses
 import functools
 import random
 from collections.abc import Mapping
@@ -13,15 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codesign.engine.build import build_engine
 from codesign.engine.engine import Engine
+from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.score import score
+from codesign.spec.engine_config import EngineConfig
 from codesign.spec.request import Request, SamplingParams
-from tests.engine.driving import finish, generate, request, tiny_engine
+from tests.engine.driving import DEFAULTS, finish, generate, request
 
 GAP = 1e-4
 NUM_KINDS = 40
 # Blocks of the tiny model: 2 layers, 2 KV heads of 16, key and value, 32 rows of 4 bytes each.
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 32 * 4
+DRAFT_SLOT_BYTES = 98304  # its cache is dense
 PAGED = {"layout": "paged"}
 
 
@@ -30,7 +35,9 @@ def kv_memory(num_blocks: int, num_slots: int) -> int:
 
 
 def small_engine(**config: Any) -> Engine:
-    return tiny_engine(max_model_len=192, **config)
+    """The tiny model, which a draft of another architecture belongs to."""
+    model = dataclasses.replace(tiny_spec(), draft=tiny_spec("Qwen3ForCausalLM", seed=2))
+    return build_engine(model, EngineConfig.from_dict({**DEFAULTS, "max_model_len": 192, **config}))
 
 
 @functools.cache
@@ -111,6 +118,9 @@ def schedule(engine: Engine, rng: random.Random, num_requests: int) -> None:
         check(number, tokens[name])
 
 
+LITTLE_MEMORY = {"kv": PAGED, "prefix_cache": True, "max_batch_size": 6, "kv_memory_bytes": kv_memory(8, 6)}
+NGRAM = {"name": "ngram", "num_draft_tokens": 5, "min_ngram": 1, "max_ngram": 3, "adaptive": False}
+DRAFT_MODEL = {"name": "draft_model", "num_draft_tokens": 3, "adaptive": False}
 ENGINES: dict[str, dict[str, Any]] = {
     "dense": {},
     "dense, static": {"scheduler": "static"},
@@ -126,6 +136,12 @@ ENGINES: dict[str, dict[str, Any]] = {
         "kv_memory_bytes": kv_memory(7, 6),
         "scheduler": {"name": "continuous", "prefill_chunk_tokens": 33},
     },
+    "paged, prefixes, little memory, n-gram drafts": {**LITTLE_MEMORY, "speculate": NGRAM},
+    "paged, prefixes, little memory, drafts of a model": {
+        **LITTLE_MEMORY,
+        "speculate": DRAFT_MODEL,
+        "kv_memory_bytes": kv_memory(8, 6) + 6 * DRAFT_SLOT_BYTES,
+    },
 }
 
 
@@ -136,7 +152,7 @@ def engine_of(name: str) -> Engine:
 
 
 @pytest.mark.parametrize("name", ENGINES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), num_requests=st.integers(1, 9))
 def test_any_schedule_gives_the_tokens_of_each_request_alone(name: str, seed: int, num_requests: int) -> None:
     engine = engine_of(name)

@@ -12,6 +12,7 @@ from codesign.engine.engine import Engine
 from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.step import StepPlan
 from codesign.errors import Unsupported
+from codesign.predict.memory import ModelSize, estimate
 from codesign.spec.engine_config import EngineConfig
 from tests.engine.driving import DEFAULTS, generate, recorded_plans, request, tiny_engine
 from tests.engine.kv.block_plans import in_blocks
@@ -128,3 +129,13 @@ def test_what_blocks_cannot_hold_is_not_built(kv: dict[str, Any], said: str) -> 
 
     with pytest.raises(Unsupported, match=said):
         build_engine(tiny_spec(), config)
+
+
+@pytest.mark.parametrize("codec", ["native", "int8", "fp8"])
+def test_the_static_estimate_is_no_more_than_what_is_allocated(codec: str) -> None:
+    engine = paged_engine(codec=codec, max_model_len=70)
+    architecture = tiny_spec().architecture
+    assert architecture is not None
+    least = estimate(ModelSize.of(architecture), engine.parts.config).kv_bytes
+
+    assert 0.5 * cache(engine).kv_bytes < least <= cache(engine).kv_bytes

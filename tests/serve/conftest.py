@@ -1,7 +1,8 @@
 """One server for all tests that only ask it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +21,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     yield process
     process.stop()
     assert "Traceback" not in process.stderr
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers of a test's own; none outlives the test, however it ends."""
+    started = []
+
+    def starting(config: str, *options: str, **more: Any) -> ServerProcess:
+        started.append(ServerProcess(tmp_path, config, *options, **more))
+        return started[-1]
+
+    yield starting
+    for process in started:
+        process.kill()

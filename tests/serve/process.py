@@ -52,7 +52,7 @@ class ServerProcess:
         )
         self._lines: list[str] = []
         self._ready = threading.Event()
-        self._reader = threading.Thread(target=self._read)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._ready.wait(120)
         found = re.search(r"^ready: (\S+)/v1", self.stderr, flags=re.MULTILINE)

@@ -1,6 +1,6 @@
 """A hundred requests that nobody thought of; `tests/benchmarks/serve_soak.py` sends two thousand."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -10,14 +10,16 @@ pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
 
-def test_nothing_from_the_servers_own_schema_or_beside_it_is_a_5xx(tmp_path: Path) -> None:
+def test_nothing_from_the_servers_own_schema_or_beside_it_is_a_5xx(
+    start: Callable[..., ServerProcess],
+) -> None:
     from tests.serve.fuzz import GENERATING, fuzz
 
-    server = ServerProcess(tmp_path, "{dtype: fp32, max_batch_size: 4, max_model_len: 32}")
+    server = start("{dtype: fp32, max_batch_size: 4, max_model_len: 96}")
     answers = fuzz(server.url, server.headers, num_cases=100, seed=5)
 
     assert sum(answers.values()) >= 90
-    for path in GENERATING:
-        assert answers[path, 200] > 0 and answers[path, 400] > 0
+    assert sum(answers[path, 200] for path in GENERATING) > 3
+    assert all(answers[path, 400] > 3 for path in GENERATING)
     server.stop()
     assert "Traceback" not in server.stderr

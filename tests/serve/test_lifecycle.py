@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -14,12 +15,13 @@ import pytest
 
 from codesign.bundled import target_path
 from codesign.cli import main
-from tests.serve.process import ROOT, ServerProcess, wait_until
+from tests.serve.process import ROOT, RUNNER, ServerProcess, wait_until
 from tests.serve.test_chat_template import HOSTILE
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
 LONG = {"model": "bundled", "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
+Start = Callable[..., ServerProcess]
 CONFIG = "{dtype: fp32, max_batch_size: 2, max_model_len: 1024}"
 
 
@@ -35,8 +37,8 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones(tmp_path: Path) -> None:
-    process = ServerProcess(tmp_path, CONFIG)
+def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones(start: Start) -> None:
+    process = start(CONFIG)
     statuses: list[int] = []
     with (
         httpx.Client(base_url=process.url, headers=process.headers, timeout=60) as client,
@@ -58,8 +60,35 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones(tmp_path: Pa
     assert "SIGTERM: served 1 sequences, 200 tokens; 0 were cut off" in process.stderr
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    process = ServerProcess(tmp_path, CONFIG, key=None)
+def test_it_drains_though_nobody_reads_its_messages_any_more(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    process = subprocess.Popen(
+        [sys.executable, str(RUNNER), "serve", str(path), "--port", "0", "--model", "bundled"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert process.stderr is not None
+        ready = next(line for line in process.stderr if line.startswith("ready: "))
+        with httpx.stream("POST", f"{ready.split()[1]}/completions", json=LONG, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.stderr.close()
+            process.send_signal(signal.SIGTERM)
+            events = [line for line in lines if line]
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert events[-1] == "data: [DONE]"
+    assert process.returncode >= 0
+
+
+def test_a_second_signal_ends_at_once(start: Start) -> None:
+    process = start(CONFIG, key=None)
     with httpx.stream("POST", f"{process.url}/v1/completions", json={**LONG, "n": 8}, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -73,8 +102,8 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert process.wait() == 0, process.stderr
 
 
-def test_when_the_engine_fails_clients_are_told_and_the_process_ends_with_an_error(tmp_path: Path) -> None:
-    process = ServerProcess(tmp_path, CONFIG, runner=("--fail-after", "5"))
+def test_when_the_engine_fails_clients_are_told_and_the_process_ends_with_an_error(start: Start) -> None:
+    process = start(CONFIG, runner=("--fail-after", "5"))
     answers: list[httpx.Response] = []
     with httpx.Client(base_url=process.url, headers=process.headers, timeout=60) as client:
         thread = threading.Thread(
@@ -102,10 +131,10 @@ def test_an_open_address_without_a_key_is_exit_2(
         assert "an API key is needed" in err and "CODESIGN_API_KEY" in err
 
 
-def test_an_open_address_with_a_key_is_served_by_any_address(tmp_path: Path) -> None:
+def test_an_open_address_with_a_key_is_served_by_any_address(start: Start, tmp_path: Path) -> None:
     key_file = tmp_path / "key"
     key_file.write_text("secret\n")
-    process = ServerProcess(tmp_path, CONFIG, "--host", "0.0.0.0", "--api-key-file", str(key_file), key=None)
+    process = start(CONFIG, "--host", "0.0.0.0", "--api-key-file", str(key_file), key=None)
     url = process.url.replace("0.0.0.0", "127.0.0.1")
     key = {"Authorization": "Bearer secret"}
 
@@ -159,13 +188,13 @@ def test_random_weights_are_not_served(capfd: pytest.CaptureFixture[str], config
     assert "no tokenizer" in err and "--model" in err
 
 
-def test_the_profile_beside_the_configuration_names_the_model(tmp_path: Path) -> None:
+def test_the_profile_beside_the_configuration_names_the_model(start: Start, tmp_path: Path) -> None:
     (tmp_path / "profile.yaml").write_text(
         "hardware: {name: here, device: cpu, cores: 1}\nmodel: bundled\n"
         "workload: {scenario: offline, prompt_tokens: 16, output_tokens: 4, num_requests: 4}\n"
         "objectives: [throughput_tokens_per_s]\n"
     )
-    process = ServerProcess(tmp_path, CONFIG, "--profile", str(tmp_path / "profile.yaml"))
+    process = start(CONFIG, "--profile", str(tmp_path / "profile.yaml"))
 
     assert "building bundled on cpu" in process.stderr
     process.stop()
@@ -196,14 +225,14 @@ def test_what_cannot_be_built_is_exit_2(capfd: pytest.CaptureFixture[str], confi
     assert "max_model_len" in err and "Traceback" not in err
 
 
-def test_a_template_that_never_ends_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_template_that_never_ends_holds_nobody_up(start: Start, tmp_path: Path) -> None:
     """The model directory brings the template; whoever chats is refused in time, and everybody else goes on."""
     model = tmp_path / "hostile"
     model.mkdir()
     for file in target_path().iterdir():
         (model / file.name).symlink_to(file)
     (model / "chat_template.jinja").write_text(HOSTILE["nested_range"])
-    process = ServerProcess(tmp_path, CONFIG, "--model", str(model))
+    process = start(CONFIG, "--model", str(model))
     chat = {"model": "hostile", "messages": [{"role": "user", "content": "x"}]}
     with httpx.Client(base_url=process.url, headers=process.headers, timeout=60) as client:
         answers: list[httpx.Response] = []

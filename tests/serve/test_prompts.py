@@ -16,8 +16,8 @@ from codesign.spec.request import Request
 TOKENIZER = Tokenizer(target_path())
 
 
-def asked(**fields: Any) -> list[Request]:
-    prompts = Prompts(TOKENIZER, "it has no chat template", max_model_len=64, vocab_size=4096)
+def asked(max_model_len: int = 64, **fields: Any) -> list[Request]:
+    prompts = Prompts(TOKENIZER, "it has no chat template", max_model_len=max_model_len, vocab_size=4096)
     body = json.dumps({"model": "m", **fields}).encode()
     try:
         if "messages" in fields:
@@ -77,3 +77,26 @@ def test_a_model_without_a_template_does_not_chat() -> None:
     with pytest.raises(Refusal, match="has no chat template; use /v1/completions") as caught:
         asked(messages=[{"role": "user", "content": "x"}])
     assert caught.value.status == 400
+
+
+def test_a_text_far_too_long_is_refused_by_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = 0
+    encode = Tokenizer.encode
+
+    def watched(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return encode(tokenizer, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", watched)
+    with pytest.raises(Refusal, match="more than"):
+        asked(prompt="word " * 100_000)
+
+    assert longest < 10_000
+
+
+def test_a_long_text_of_few_tokens_is_taken() -> None:
+    spaces = " " * 60_000  # 32 in a token, so twice the characters that are looked at first still fit
+    (request,) = asked(prompt=spaces, max_model_len=2048)
+
+    assert len(request.prompt_token_ids) == len(TOKENIZER.encode(spaces)) < 2048

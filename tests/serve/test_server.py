@@ -13,6 +13,8 @@ import pytest
 from codesign.bundled import target_path
 from codesign.engine.build import build_engine
 from codesign.engine.models.tokenizer import Tokenizer
+from codesign.measure.http_endpoint import HttpEndpoint
+from codesign.measure.load import Load, drive
 from codesign.serve import bounds
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
@@ -171,6 +173,29 @@ def test_top_k_1_is_greedy(client: httpx.Client) -> None:
     assert complete(client, temperature=1, top_k=1)["choices"] == complete(client)["choices"]
 
 
+def test_token_ids_are_said_when_asked_for(client: httpx.Client, reference: list[int]) -> None:
+    asked = {**GREEDY, "return_token_ids": True}
+    chunks = stream(client, "/v1/completions", asked)
+
+    assert complete(client, **asked)["choices"][0]["token_ids"] == reference[:16]
+    assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[token] for token in reference[:16]]
+    assert "token_ids" not in complete(client)["choices"][0]
+
+
+def test_the_load_that_measures_other_servers_drives_ours(server: ServerProcess, reference: list[int]) -> None:
+    sampling = SamplingParams(max_tokens=16)
+    requests = [
+        Request(request_id=str(index), prompt_token_ids=tuple(TOKENIZER.encode(PROMPT)), sampling=sampling)
+        for index in range(3)
+    ]
+    endpoint = HttpEndpoint(server.url, model="bundled", api_key=server.key, extra={"return_token_ids": True})
+    with endpoint:
+        result = drive(endpoint, Load(requests=tuple(requests), concurrency=3))
+
+    assert all(result.tokens[request.request_id] == tuple(reference[:16]) for request in requests)
+    assert [sample.output_tokens for sample in result.samples] == [16] * 3
+
+
 def test_logprobs_of_a_completion(client: httpx.Client, reference: list[int]) -> None:
     choice = complete(client, logprobs=3)["choices"][0]
     scores = choice["logprobs"]
@@ -267,7 +292,7 @@ def test_a_bound_and_one_more_is_refused_in_openais_words(
     assert len(error["message"]) < 400
 
 
-def test_requests_at_their_bounds_leave_no_memory_behind(server: ServerProcess, client: httpx.Client) -> None:
+def test_requests_beyond_their_bounds_leave_no_memory_behind(server: ServerProcess, client: httpx.Client) -> None:
     most = bounds.BODY_BYTES
     bodies = [
         {**GREEDY, "prompt": "x" * (most - 200)},
@@ -288,7 +313,7 @@ def test_requests_at_their_bounds_leave_no_memory_behind(server: ServerProcess, 
     process = psutil.Process(server.pid)
     send_all()
     before = process.memory_info().rss
-    for _ in range(2):
+    for _ in range(4):
         send_all()
 
     assert process.memory_info().rss - before < 20 * 2**20

@@ -49,6 +49,7 @@ SPACE: dict[str, Any] = {
     "weights": {"native": {}, "int4": {"group_size": [32, 64]}},
     "kv": {"policy": {"full": {}, "h2o": {"kv_budget": [0.1, 0.2]}}, "codec": ["native"]},
     "kernels": {"fused": [True, False]},
+    "parallel": {"tensor_parallel_size": [1, 2], "pipeline_parallel_size": [1, 2], "num_micro_batches": [1, 4]},
     "constraints": [{"when": {"weights": "int4", "dtype": "fp32"}, "reason": "an example"}],
 }
 CONFIG: dict[str, Any] = {
@@ -57,6 +58,7 @@ CONFIG: dict[str, Any] = {
     "weights": {"name": "int4", "group_size": 64},
     "kv": {"policy": {"name": "h2o", "kv_budget": 0.2}, "codec": "native"},
     "kernels": {"fused": True},
+    "parallel": {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "num_micro_batches": 1},
 }
 
 # What no whole number of at least one is.

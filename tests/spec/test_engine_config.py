@@ -12,6 +12,7 @@ from codesign.spec.engine_config import (
     EngineConfig,
     KernelsConfig,
     KVConfig,
+    ParallelConfig,
     load_config,
 )
 from codesign.spec.yaml import dump_yaml
@@ -25,6 +26,7 @@ def test_plain_data_comes_back_equal() -> None:
         weights=Choice.of("int4", group_size=32),
         kv=KVConfig(policy=Choice.of("h2o", kv_budget=0.2)),
         kernels=KernelsConfig(fused=True),
+        parallel=ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=3, num_micro_batches=6),
     )
 
     assert EngineConfig.from_dict(config.to_dict()) == config
@@ -161,3 +163,18 @@ def test_a_configuration_is_hashable() -> None:
 def test_every_member_resolves_from_its_bare_name(family: Family) -> None:
     for name in family.names():
         assert family.create(name) is not None
+
+
+def test_one_rank_is_the_default_and_ranks_multiply() -> None:
+    flat = EngineConfig().flat()
+
+    assert EngineConfig().parallel.num_ranks == 1
+    assert ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=3).num_ranks == 6
+    assert [flat[f"parallel.{name}"] for name in ("tensor_parallel_size", "num_micro_batches")] == [1, 1]
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "2", None, 10**9])
+def test_a_degree_is_a_number_of_ranks(value: Any) -> None:
+    with pytest.raises(InputError, match="whole number from 1 to 1024") as caught:
+        EngineConfig.from_dict({"parallel": {"tensor_parallel_size": value}}, file="record.json")
+    assert (caught.value.file, caught.value.key) == ("record.json", "parallel.tensor_parallel_size")

@@ -200,6 +200,15 @@ def test_a_flag_that_is_fixed_is_fixed_in_the_default_too(tmp_path: Path) -> Non
     assert found.default(300).kernels == found.build(pick_from({})).kernels == KernelsConfig(fused=True)
 
 
+def test_degrees_are_knobs_and_the_default_is_one_rank(tmp_path: Path) -> None:
+    found = space(tmp_path, "parallel: {tensor_parallel_size: [1, 2], pipeline_parallel_size: [1, 2]}")
+
+    ranks = sorted(config.parallel.num_ranks for config in every_point(found))
+
+    assert ranks == [1, 2, 2, 4]
+    assert found.default(300) == EngineConfig(max_model_len=300)
+
+
 @pytest.mark.parametrize(("condition", "refused"), [("true", True), ("[false]", False), ("{not: false}", True)])
 def test_a_constraint_can_name_a_flag(condition: str, refused: bool, tmp_path: Path) -> None:
     text = f"kernels: {{fused: [true, false]}}\nconstraints:\n- when: {{kernels.fused: {condition}}}\n  reason: so"

@@ -24,7 +24,14 @@ class BlockAttention:
     """
 
     def __init__(
-        self, codec: KVCodec, backend: AttentionBackend, *, scale: float, head_dim: int, device: torch.device
+        self,
+        codec: KVCodec,
+        backend: AttentionBackend,
+        *,
+        scale: float,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._codec, self._backend, self._scale = codec, backend, scale
         self._fused: KVAttention | None = None
@@ -41,8 +48,8 @@ class BlockAttention:
             self.kernel += f" over rows copied out of blocks ({found.reason})"
             return
         self._fused, self.is_ragged = found, True
-        name = "paged" if codec.is_native else f"paged_{type(codec).__name__.lower()}"
-        self.kernel = f"codesign::attend_{name}, prompts {backend.kernel}"
+        stored = "paged" if codec.is_native else f"paged_{type(codec).__name__.lower()}"
+        self.kernel = f"{found.name(stored, head_dim=head_dim, dtype=dtype)}, prompts {backend.kernel}"
 
     def __call__(self, query: Tensor, store: PagedStore, layer: int, call: Call, table: Tensor) -> Tensor:
         """[B, H_kv, M, D] for the queries of a call, as large.
@@ -61,7 +68,7 @@ class BlockAttention:
             num_tokens=call.num_queries,
             num_rows=call.num_rows,
             scale=self._scale,
-            want_weights=False,
+            want_columns=False,
         )
         self._codec.attend_blocks(self._fused, queries, table, *store.parts(layer))
         return queries.out

@@ -123,7 +123,7 @@ class Attention:
                     device=device,
                 )
         self._is_native = codec.is_native and self.store.stream is None
-        self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
+        self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, dtype=dtype, device=device)
         self.kernel = self._attend_slots.named(
             has_weights=is_bounded and policy.evidence == "column_sums",
             has_ragged=is_bounded and policy.head_budgets == "ragged",

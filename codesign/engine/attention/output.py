@@ -1,9 +1,9 @@
 """OutputAttention: output tokens over what the slots hold. B slots in one call, query groups folded into rows.
 
-A backend may read what is stored by itself. Otherwise rows that are stored as they are read are views; where their
-weights are wanted, which fused backends do not show, the compiled kernel finds them in the same pass. Other rows are
-read by the codec's own kernel where there is one, or are decoded a slice of (slot, KV head) planes at a time: there is
-never a decoded copy of the cache.
+A backend may read what is stored by itself. Otherwise rows that are stored as they are read are views: the compiled
+kernel reads them where it is faster than the backend, and where their weights are wanted, which fused backends do not
+show: it finds them in the same pass. Other rows are read by the codec's own kernel where there is one, or are decoded a
+slice of (slot, KV head) planes at a time: there is never a decoded copy of the cache.
 """
 
 from collections.abc import Iterator
@@ -31,10 +31,19 @@ class OutputAttention:
     """
 
     def __init__(
-        self, codec: KVCodec, backend: AttentionBackend, *, scale: float, head_dim: int, device: torch.device
+        self,
+        codec: KVCodec,
+        backend: AttentionBackend,
+        *,
+        scale: float,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._codec, self._backend, self._scale = codec, backend, scale
         self._fused: KVAttention | None = None
+        self._is_native_faster = False
+        self._native_name = ""
         self._is_read = backend.reads(codec, head_dim=head_dim)
         self.kernel = backend.kernel
         self.native: KVAttention | Missing = Missing("plain")
@@ -44,6 +53,11 @@ class OutputAttention:
         if codec.is_native:
             if not backend.is_plain:
                 self.native = kv_attention.usable(head_dim=head_dim, device=device)
+            if not isinstance(self.native, Missing):
+                self._native_name = self.native.name("native", head_dim=head_dim, dtype=dtype)
+                self._is_native_faster = self.native.beats_sdpa(head_dim=head_dim, dtype=dtype)
+            if self._is_native_faster:
+                self.kernel = f"{self._native_name}, prompts {backend.kernel}"
             return
         self.native = Missing("encoded rows")
         found = Missing("plain") if backend.is_plain else codec.kernel(head_dim=head_dim, device=device)
@@ -51,24 +65,22 @@ class OutputAttention:
             self.kernel += f" over decoded slices ({found.reason})"
             return
         self._fused = found
-        self.kernel = f"codesign::attend_{type(codec).__name__.lower()}, prompts {backend.kernel}"
+        stored = type(codec).__name__.lower()
+        name = found.name(stored, head_dim=head_dim, dtype=dtype, group_size=codec.group_size)
+        self.kernel = f"{name}, prompts {backend.kernel}"
 
     def named(self, *, has_weights: bool, has_ragged: bool) -> str:
         """What runs for a policy that wants weights, or whose heads differ in length."""
         name, reason = self.kernel, self.native.reason if isinstance(self.native, Missing) else None
         if has_weights and self._is_read:
             name += f" + {self._backend.column_kernel}"
-        elif has_weights and self._codec.is_native:
-            name = (
-                f"{name} + column pass ({reason})"
-                if reason
-                else f"codesign::attend_native, prompts {name} + column pass"
-            )
         elif has_weights:
-            name += " + column pass"
+            if self._native_name and not self._is_native_faster:
+                name = f"{self._native_name}, prompts {name}"
+            name += f" + column pass ({reason})" if self._codec.is_native and reason else " + column pass"
         if has_ragged:
             calls = f"{self._backend.kernel}, a call per slot and KV head ({reason})"
-            name += f", ragged heads {calls if reason else 'codesign::attend_native'}"
+            name += f", ragged heads {calls if reason else self._native_name}"
         return name
 
     def __call__(
@@ -83,8 +95,8 @@ class OutputAttention:
                 query, self._codec, group, index, call, scale=self._scale, want_columns=want_columns
             )
         if self._codec.is_native:
-            if want_columns and isinstance(self.native, KVAttention):
-                return self._weighted(self.native, query, group, index, call)
+            if isinstance(self.native, KVAttention) and (want_columns or self._is_native_faster):
+                return self._over_native(self.native, query, group, index, call, want_columns)
             where = (call.slots, slice(None), slice(call.num_rows))
             key, value = group.near_key[index][0][where], group.near_value[index][0][where]
             return self._over_rows(query, key, value, call, call.mask, want_columns)
@@ -96,13 +108,13 @@ class OutputAttention:
             num_tokens=call.num_queries,
             num_rows=call.num_rows,
             scale=self._scale,
-            want_weights=want_columns,
+            want_columns=want_columns,
         )
         self._codec.attend(self._fused, queries, group, index, call.slots)
-        return queries.out, _columns(queries, call)
+        return queries.out, queries.columns
 
-    def _weighted(
-        self, kernel: KVAttention, query: Tensor, group: LayerGroup, index: int, call: Call
+    def _over_native(
+        self, kernel: KVAttention, query: Tensor, group: LayerGroup, index: int, call: Call, want_columns: bool
     ) -> tuple[Tensor, Tensor | None]:
         queries = Queries(
             query,
@@ -110,13 +122,13 @@ class OutputAttention:
             num_tokens=call.num_queries,
             num_rows=call.num_rows,
             scale=self._scale,
-            want_weights=True,
+            want_columns=want_columns,
         )
         (key,), (value,) = group.stored(index, call.slots)
         num_heads, capacity = key.shape[1:3]
         first = [[(slot * num_heads + head) * capacity for head in range(num_heads)] for slot in range(len(call.spans))]
         kernel.native(queries, first, key, value)
-        return queries.out, _columns(queries, call)
+        return queries.out, queries.columns
 
     def _over_slices(
         self, query: Tensor, group: LayerGroup, index: int, call: Call, want_columns: bool
@@ -144,13 +156,6 @@ class OutputAttention:
                 query, key, value, num_tokens=call.num_queries, mask=mask, scale=self._scale
             )
         return self._backend.attend(query, key, value, mask=mask, is_causal=False, scale=self._scale), None
-
-
-def _columns(queries: Queries, call: Call) -> Tensor | None:
-    weight = queries.weights
-    if weight is None:
-        return None
-    return weight.view(*weight.shape[:2], -1, call.num_queries, call.num_rows).mean(dim=2)
 
 
 def _slices(num_slots: int, num_heads: int, num_planes: int) -> Iterator[tuple[slice, slice]]:

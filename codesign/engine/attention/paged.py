@@ -99,7 +99,7 @@ class PagedAttention:
             dtype=dtype,
             device=device,
         )
-        self._attend_blocks = BlockAttention(codec, backend, scale=scale, head_dim=head_dim, device=device)
+        self._attend_blocks = BlockAttention(codec, backend, scale=scale, head_dim=head_dim, dtype=dtype, device=device)
         self.kernel = self._attend_blocks.kernel
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
         self._num_layers, self._num_kv_heads, self._num_groups = num_layers, num_kv_heads, num_heads // num_kv_heads

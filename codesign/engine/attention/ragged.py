@@ -25,7 +25,7 @@ def _at_once(kernel: KVAttention, group: RaggedGroup, index: int, call: Call, qu
         num_tokens=call.num_queries,
         num_rows=call.num_rows,
         scale=scale,
-        want_weights=False,
+        want_columns=False,
     )
     first = [[slot * num_slot_rows + start for start, _ in own] for slot, own in enumerate(places)]
     kernel.native(queries, first, key, value)

@@ -2,8 +2,8 @@
 
     load("packed_matmul") -> ctypes.CDLL | Missing("why")
 
-A library is named after its source, flags and compiler, so that a stale one is never loaded. It shares the OpenMP
-threads of torch: both ask for libgomp.so.1, and the loader gives the second the first's.
+A library is named after its source, the headers beside it, flags and compiler, so that a stale one is never loaded. It
+shares the OpenMP threads of torch: both ask for libgomp.so.1, and the loader gives the second the first's.
 """
 
 import ctypes
@@ -69,7 +69,8 @@ def _build(source: Path, compiler: str, flags: tuple[str, ...]) -> Path:
     """Path of the library, compiled now unless it is kept from before."""
     real = Path(compiler).resolve()
     made_by = f"{real} {real.stat().st_size} {real.stat().st_mtime_ns} {' '.join(flags)}"
-    digest = hashlib.sha256(source.read_bytes() + made_by.encode()).hexdigest()[:16]
+    headers = b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.h")))
+    digest = hashlib.sha256(source.read_bytes() + headers + made_by.encode()).hexdigest()[:16]
     folder = cache_folder("kernels")
     target = folder / f"{source.stem}-{digest}.so"
     if target.exists():

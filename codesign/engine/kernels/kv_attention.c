@@ -6,16 +6,16 @@
  *     s = scale q k            m' = max(m, s)        out = out exp(m - m') + exp(s - m') v       sum likewise
  *
  * so that each stored byte is loaded once for the whole query group. Scores, sums and outputs are fp32. head_dim is a
- * multiple of 8. 256-bit vectors, also where wider ones exist: it is decoding, not adding, that bounds this.
+ * multiple of 8. 256-bit vectors and fp32 products, for every dtype and machine. Queries in bf16 on AVX-512 go to
+ * kv_attention_bf16.c, which is compared with this.
  */
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define BLOCK 32
+#include "kv_attention.h"
 
 enum { INT8 = 0, FP8 = 1 };
 
@@ -110,9 +110,6 @@ INLINE void decode_int4_values(const uint8_t *codes, const uint16_t *step, const
         }
 }
 
-/* Native rows; the numbers are those of kv_attention.py. */
-enum { FP32 = 0, BF16 = 1, FP16 = 2 };
-
 INLINE void read_rows(int dtype, const char *rows, long first, int count, int dim, float *out) {
     const uint16_t *half = (const uint16_t *)rows + first * dim;
     if (dtype == FP32) memcpy(out, (const float *)rows + first * dim, sizeof(float) * count * dim);
@@ -125,13 +122,15 @@ INLINE void read_rows(int dtype, const char *rows, long first, int count, int di
 /* One plane: what its queries ask, where a block goes, and what they have found so far. */
 typedef struct {
     int num_queries, num_tokens, past, dim; /* query m is token m % num_tokens and sees rows up to past + that */
-    long num_rows;                          /* stride of scores */
+    long num_rows;                          /* stride of scores, a multiple of 8 */
     float scale;
     const float *query;                /* [num_queries, dim] */
     float *key, *value;                /* [BLOCK, dim] */
     float *weight;                     /* [num_queries, BLOCK] */
-    float *out, *scores;               /* [num_queries, dim]; [num_queries, num_rows] or NULL */
     float *largest, *sum;              /* [num_queries] */
+    float *scores;                     /* [num_queries, num_rows] or NULL */
+    void *room;                        /* of all those above but the query */
+    float *out, *columns;              /* [num_queries, dim]; [num_tokens, call->num_rows] or NULL */
 } Plane;
 
 /* Scores of rows first .. first + count - 1, whose keys have been decoded; -inf for what a query does not see. */
@@ -194,18 +193,6 @@ INLINE void add_block(Plane *plane, int count) {
     }
 }
 
-/* Where the rows of a plane lie in a storage [.., dim]: one after the other, or in blocks of all KV heads. */
-typedef struct {
-    long first;                /* of rows one after the other */
-    const int32_t *table;      /* or block ids: storage [num_blocks, num_heads, BLOCK, dim]; NULL without blocks */
-    long head, num_heads;
-} Place;
-
-INLINE long stored_at(const Place *place, int row) {
-    if (!place->table) return place->first + row;
-    return (place->table[row / BLOCK] * place->num_heads + place->head) * BLOCK + row % BLOCK;
-}
-
 /* Rows row .. last - 1 of the plane, native ones. */
 INLINE void attend_rows(Plane *plane, int dtype, const char *key, const char *value, Place place, int row, int last) {
     for (; row < last; row += BLOCK) {
@@ -218,72 +205,67 @@ INLINE void attend_rows(Plane *plane, int dtype, const char *key, const char *va
     }
 }
 
-INLINE void start(Plane *plane) {
-    memset(plane->out, 0, sizeof(float) * plane->num_queries * plane->dim);
-    for (int m = 0; m < plane->num_queries; m++) plane->largest[m] = -INFINITY, plane->sum[m] = 0;
-}
-
-INLINE void finish(Plane *plane) {
-    for (int m = 0; m < plane->num_queries; m++)
-        for (int d = 0; d < plane->dim; d++) plane->out[(long)m * plane->dim + d] /= plane->sum[m];
-}
-
-/* The queries of a call and where its results go.
- *
- *     query, out [B, H_kv, M, dim]        scores [B, H_kv, M, num_rows] or NULL, of rows up to past + num_tokens - 1
- *     past [B, H_kv]                      largest, sum [B, H_kv, M]: a weight is e^(score - largest) / sum
- *     scratch [num_threads, 2 BLOCK dim + M BLOCK]
- */
-typedef struct {
-    const float *query;
-    const int32_t *past;
-    float *out, *scores, *largest, *sum, *scratch;
-    int32_t num_slots, num_heads, num_queries, num_tokens, dim, num_rows, num_threads;
-    float scale;
-} Call;
-
-INLINE Plane plane_of(const Call *call, long index) {
-    float *key = call->scratch + omp_get_thread_num() * BLOCK * (2L * call->dim + call->num_queries);
-    float *value = key + BLOCK * call->dim;
-    return (Plane){
-        .num_queries = call->num_queries,
+/* What its queries ask, with room of its own; without room `out` is NULL. */
+INLINE Plane start(const Call *call, long index) {
+    int num_queries = call->num_queries, dim = call->dim;
+    long num_rows = (call->num_rows + 7L) / 8 * 8;
+    long num_scores = call->columns ? num_queries * num_rows : 0;
+    float *room = malloc(sizeof(float) * (num_scores + BLOCK * (2L * dim + num_queries) + 2 * num_queries));
+    float *key = room + num_scores;
+    Plane plane = {
+        .num_queries = num_queries,
         .num_tokens = call->num_tokens,
         .past = call->past[index],
-        .dim = call->dim,
-        .num_rows = call->num_rows,
+        .dim = dim,
+        .num_rows = num_rows,
         .scale = call->scale,
-        .query = call->query + index * call->num_queries * call->dim,
+        .query = call->query + index * num_queries * dim,
         .key = key,
-        .value = value,
-        .weight = value + BLOCK * call->dim,
-        .out = call->out + index * call->num_queries * call->dim,
-        .scores = call->scores ? call->scores + index * call->num_queries * call->num_rows : NULL,
-        .largest = call->largest + index * call->num_queries,
-        .sum = call->sum + index * call->num_queries,
+        .value = key + BLOCK * dim,
+        .weight = key + 2 * BLOCK * dim,
+        .largest = key + BLOCK * (2 * dim + num_queries),
+        .sum = key + BLOCK * (2 * dim + num_queries) + num_queries,
+        .scores = call->columns ? room : NULL,
+        .out = room ? call->out + index * num_queries * dim : NULL,
+        .columns = call->columns ? call->columns + index * call->num_tokens * call->num_rows : NULL,
+        .room = room,
     };
+    if (!room) return plane;
+    memset(plane.out, 0, sizeof(float) * num_queries * dim);
+    for (int m = 0; m < num_queries; m++) plane.largest[m] = -INFINITY, plane.sum[m] = 0;
+    for (long i = 0; i < num_scores; i++) plane.scores[i] = -INFINITY;
+    return plane;
 }
 
-/* Block tables of a call: those of (b, h) begin at b strides[0] + h strides[1]. */
-typedef struct {
-    const int32_t *ids;
-    int64_t strides[2];
-} Table;
-
-INLINE Place in_blocks(const Call *call, const Table *table, long index) {
-    long slot = index / call->num_heads, head = index % call->num_heads;
-    return (Place){.table = table->ids + slot * table->strides[0] + head * table->strides[1],
-                   .head = head,
-                   .num_heads = call->num_heads};
+INLINE void finish(const Call *call, Plane *plane) {
+    for (int m = 0; m < plane->num_queries; m++)
+        for (int d = 0; d < plane->dim; d++) plane->out[(long)m * plane->dim + d] /= plane->sum[m];
+    if (plane->columns) memset(plane->columns, 0, sizeof(float) * plane->num_tokens * call->num_rows);
+    for (int m = 0; plane->columns && m < plane->num_queries; m++) {
+        float *column = plane->columns + (long)(m % plane->num_tokens) * call->num_rows;
+        const float *score = plane->scores + m * plane->num_rows;
+        float share = plane->num_tokens / (plane->sum[m] * plane->num_queries), weight[8];
+        for (int row = 0; row < call->num_rows; row += 8) {
+            __m256 above = _mm256_sub_ps(_mm256_loadu_ps(score + row), _mm256_set1_ps(plane->largest[m]));
+            _mm256_storeu_ps(weight, _mm256_mul_ps(exp_of(above), _mm256_set1_ps(share)));
+            for (int i = 0; i < 8 && row + i < call->num_rows; i++) column[row + i] += weight[i];
+        }
+    }
+    free(plane->room);
 }
 
 /* Rows that are encoded one by one: codes [B, H_kv, capacity, dim], scales [B, H_kv, capacity]; or both in blocks. */
-INLINE void rows_of(int format, const Call *call, const Table *table, const uint8_t *key, const uint16_t *key_scale,
+INLINE int rows_of(int format, const Call *call, const Table *table, const uint8_t *key, const uint16_t *key_scale,
                     const uint8_t *value, const uint16_t *value_scale, int64_t capacity) {
-#pragma omp parallel for schedule(dynamic) num_threads(call->num_threads)
+    int lacks_memory = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(call->num_threads) reduction(| : lacks_memory)
     for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
-        Plane plane = plane_of(call, index);
+        Plane plane = start(call, index);
+        if (!plane.out) {
+            lacks_memory = 1;
+            continue;
+        }
         Place place = table ? in_blocks(call, table, index) : (Place){.first = index * capacity};
-        start(&plane);
         int last = plane.past + plane.num_tokens;
         for (int row = 0; row < last; row += BLOCK) {
             int count = last - row < BLOCK ? last - row : BLOCK;
@@ -293,18 +275,19 @@ INLINE void rows_of(int format, const Call *call, const Table *table, const uint
             decode_rows(format, value + first * plane.dim, value_scale + first, count, plane.dim, plane.value);
             add_block(&plane, count);
         }
-        finish(&plane);
+        finish(call, &plane);
     }
+    return lacks_memory;
 }
 
-void attend_int8(const Call *call, const Table *table, const uint8_t *key, const uint16_t *key_scale,
+int attend_int8(const Call *call, const Table *table, const uint8_t *key, const uint16_t *key_scale,
                  const uint8_t *value, const uint16_t *value_scale, int64_t capacity) {
-    rows_of(INT8, call, table, key, key_scale, value, value_scale, capacity);
+    return rows_of(INT8, call, table, key, key_scale, value, value_scale, capacity);
 }
 
-void attend_fp8(const Call *call, const Table *table, const uint8_t *key, const uint16_t *key_scale,
+int attend_fp8(const Call *call, const Table *table, const uint8_t *key, const uint16_t *key_scale,
                 const uint8_t *value, const uint16_t *value_scale, int64_t capacity) {
-    rows_of(FP8, call, table, key, key_scale, value, value_scale, capacity);
+    return rows_of(FP8, call, table, key, key_scale, value, value_scale, capacity);
 }
 
 /* Tokens in int4 groups and the native rows after them. T encoded tokens have room, C rows.
@@ -315,16 +298,20 @@ void attend_fp8(const Call *call, const Table *table, const uint8_t *key, const 
  *     value_step, value_low [B, H_kv, T, dim / channels]
  *     key, value           [B, H_kv, C, dim] of `dtype`
  */
-void attend_int4(const Call *call, const int32_t *encoded, const uint8_t *key_code, const uint16_t *key_step,
+int attend_int4(const Call *call, const int32_t *encoded, const uint8_t *key_code, const uint16_t *key_step,
                  const uint16_t *key_low, const uint8_t *value_code, const uint16_t *value_step,
                  const uint16_t *value_low, const char *key, const char *value, int64_t num_tokens, int64_t num_rows,
                  int32_t group_size, int32_t channels, int32_t dtype) {
-#pragma omp parallel for schedule(dynamic) num_threads(call->num_threads)
+    int lacks_memory = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(call->num_threads) reduction(| : lacks_memory)
     for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
-        Plane plane = plane_of(call, index);
+        Plane plane = start(call, index);
+        if (!plane.out) {
+            lacks_memory = 1;
+            continue;
+        }
         int dim = plane.dim, num_encoded = encoded[index / call->num_heads];
         int last = plane.past + plane.num_tokens, step = group_size < BLOCK ? group_size : BLOCK;
-        start(&plane);
         for (int row = 0; row < num_encoded; row += step) {
             long token = index * num_tokens + row, group = index * (num_tokens / group_size) + row / group_size;
             long range = token * (dim / channels);
@@ -337,29 +324,26 @@ void attend_int4(const Call *call, const int32_t *encoded, const uint8_t *key_co
         }
         Place place = {.first = index * num_rows - num_encoded};
         attend_rows(&plane, dtype, key, value, place, num_encoded, last);
-        finish(&plane);
+        finish(call, &plane);
     }
+    return lacks_memory;
 }
 
-/* Native rows [.., dim] of `dtype`; those of each plane begin at first [B, H_kv], so heads may differ in length. */
-void attend_native(const Call *call, const int64_t *first, const char *key, const char *value, int32_t dtype) {
-#pragma omp parallel for schedule(dynamic) num_threads(call->num_threads)
+/* Native rows [.., dim] of `dtype`: those of each plane begin at first [B, H_kv], so that heads may differ in length,
+ * or lie in blocks. */
+int attend_native(const Call *call, const Table *table, const int64_t *first, const char *key, const char *value,
+                  int32_t dtype) {
+    int lacks_memory = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(call->num_threads) reduction(| : lacks_memory)
     for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
-        Plane plane = plane_of(call, index);
-        start(&plane);
-        Place place = {.first = first[index]};
+        Plane plane = start(call, index);
+        if (!plane.out) {
+            lacks_memory = 1;
+            continue;
+        }
+        Place place = table ? in_blocks(call, table, index) : (Place){.first = first[index]};
         attend_rows(&plane, dtype, key, value, place, 0, plane.past + plane.num_tokens);
-        finish(&plane);
+        finish(call, &plane);
     }
-}
-
-/* Native rows in blocks [num_blocks, H_kv, BLOCK, dim]. */
-void attend_paged(const Call *call, const Table *table, const char *key, const char *value, int32_t dtype) {
-#pragma omp parallel for schedule(dynamic) num_threads(call->num_threads)
-    for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
-        Plane plane = plane_of(call, index);
-        start(&plane);
-        attend_rows(&plane, dtype, key, value, in_blocks(call, table, index), 0, plane.past + plane.num_tokens);
-        finish(&plane);
-    }
+    return lacks_memory;
 }

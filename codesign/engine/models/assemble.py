@@ -93,17 +93,21 @@ class Assembler:
 
     def build(self, source: TensorSource) -> Decoder:
         """The whole model. Raises what `source` raises, and Unsupported for shapes that the format cannot hold."""
-        layers = [self._shadowed(layer) for layer in self._layers(source)]
+        layers = self.build_layers(source)
         tensors = source.read(outer_shapes(self.shape))
-        embedding = self._own(tensors["model.embed_tokens.weight"])
+        embedding = self.own(tensors["model.embed_tokens.weight"])
         if self.shape.ties_embeddings:
             head = Native().wrap(embedding, None, workspace=self.workspace)
         else:
-            head = self._pack(Native(), "lm_head", self._own(tensors["lm_head.weight"]), None)
+            head = self.pack(Native(), "lm_head", self.own(tensors["lm_head.weight"]), None)
         source.finish(dict(all_shapes(self.shape)))
         return Decoder(
-            self.shape, embedding=embedding, layers=layers, norm=self._norm(tensors["model.norm.weight"]), head=head
+            self.shape, embedding=embedding, layers=layers, norm=self.norm(tensors["model.norm.weight"]), head=head
         ).requires_grad_(False)
+
+    def build_layers(self, source: TensorSource) -> list[DecoderLayer]:
+        """All layers of `shape`; raises as `build` does."""
+        return [self._shadowed(layer) for layer in self._layers(source)]
 
     def _layers(self, source: TensorSource) -> Iterator[DecoderLayer]:
         """Out of the cache, or packed now and put there where one is given."""
@@ -237,9 +241,9 @@ class Assembler:
             else:
                 weight = self._read_parts(source, index, "weight", LINEAR_PARTS[name])
                 assert weight is not None, "every linear layer has a weight"
-                linears[name] = self._pack(Native(), f"layer {index} {name}", weight, bias)
+                linears[name] = self.pack(Native(), f"layer {index} {name}", weight, bias)
         norms = {
-            own: None if (weight := self._read_parts(source, index, "weight", (name,))) is None else self._norm(weight)
+            own: None if (weight := self._read_parts(source, index, "weight", (name,))) is None else self.norm(weight)
             for own, name in NORM_NAMES.items()
         }
         return DecoderLayer(self.shape, **norms, **linears)  # type: ignore[arg-type]
@@ -248,10 +252,10 @@ class Assembler:
         linears = {name: linear(name) for name in LINEARS}
         return DecoderLayer(
             self.shape,
-            input_norm=self._norm(dense.input_norm),
-            q_norm=None if dense.q_norm is None else self._norm(dense.q_norm),
-            k_norm=None if dense.k_norm is None else self._norm(dense.k_norm),
-            mlp_norm=self._norm(dense.mlp_norm),
+            input_norm=self.norm(dense.input_norm),
+            q_norm=None if dense.q_norm is None else self.norm(dense.q_norm),
+            k_norm=None if dense.k_norm is None else self.norm(dense.k_norm),
+            mlp_norm=self.norm(dense.mlp_norm),
             **linears,
         )
 
@@ -259,7 +263,7 @@ class Assembler:
         """Packs one linear and lets go of its dense weight."""
         weight, bias = self.pruner.prune(dense.weight.pop(name), inputs), dense.bias.pop(name)
         num_queries_and_keys = (self.shape.num_heads + self.shape.num_kv_heads) * self.shape.head_dim
-        return self._pack(
+        return self.pack(
             self.weight_format.of(index, name),
             f"layer {index} {name}",
             weight,
@@ -268,7 +272,7 @@ class Assembler:
             num_unclipped_rows=num_queries_and_keys if name == "qkv" else 0,
         )
 
-    def _pack(
+    def pack(
         self,
         weight_format: WeightFormat,
         name: str,
@@ -298,10 +302,10 @@ class Assembler:
             return_freed_memory()
             self.clock.quantize_s += time.perf_counter() - started
 
-    def _norm(self, weight: Tensor) -> RMSNorm:
-        return RMSNorm(self._own(weight), self.shape.rms_norm_eps)
+    def norm(self, weight: Tensor) -> RMSNorm:
+        return RMSNorm(self.own(weight), self.shape.rms_norm_eps)
 
-    def _own(self, tensor: Tensor) -> Tensor:
+    def own(self, tensor: Tensor) -> Tensor:
         """On the device, in the model's dtype; always a copy, because a checkpoint's tensor is its mapped file, and one
         that is kept would keep all pages of the file in memory."""
         return tensor.to(self.device, self.dtype, copy=True)

@@ -51,7 +51,10 @@ class HalfPackedLinear(Linear):
         self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x.float(), self._packed).to(x.dtype)  # type: ignore[no-any-return]
+        return self.wide(x).to(x.dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self._multiply(x.float(), self._packed)  # type: ignore[no-any-return]
 
     def dequantize(self) -> Tensor:
         return torch.ops.quantized.linear_unpack_fp16(self._packed)[0].float()  # type: ignore[no-any-return]

@@ -65,6 +65,10 @@ class Linear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """[M, in_features] -> [M, out_features], in the dtype of x. M may be 0."""
 
+    def wide(self, x: Tensor) -> Tensor:
+        """What `forward` gives before it is rounded to the dtype of x, where the kernels tell; for sums of several."""
+        return self(x)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
     def stored(self) -> "Stored | None":
         """The codes that it holds and what they mean; None where it holds none on equally spaced values."""
         return None

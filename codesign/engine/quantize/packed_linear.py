@@ -16,6 +16,7 @@ from codesign.engine.kernels.unpack import Unpack
 from codesign.engine.quantize.few_rows import NO_KERNEL, FewRows
 from codesign.engine.quantize.format import GridFormat
 from codesign.engine.quantize.linear import Linear, Workspace
+from codesign.engine.quantize.widened import Unpack as UnpackSlice
 from codesign.engine.quantize.widened import compute_dtype, multiply_unpacked
 
 
@@ -70,6 +71,14 @@ class PackedLinear(Linear):
         y = self.multiply_packed(x) if num_rows <= self.kernel_max_rows else self._multiply_unpacked(x)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
+    def wide(self, x: Tensor) -> Tensor:
+        num_rows = x.shape[0]
+        if num_rows == 0 or x.device.type != "cpu":
+            return self(x)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        is_few = num_rows <= self.kernel_max_rows
+        y = self.multiply_packed(x) if is_few else self._multiply_widened(x)
+        return y if self.bias is None else y.add_(self.bias)
+
     def multiply_packed(self, x: Tensor) -> Tensor:
         """[M, out] of any float dtype, before the bias: by the kernel that `few_rows` names."""
         raise NotImplementedError  # never called where kernel_max_rows is 0
@@ -79,9 +88,22 @@ class PackedLinear(Linear):
         """Writes rows start..stop of the weight into `out`, [stop - start, in] or transposed, of any float dtype."""
 
     def _multiply_unpacked(self, x: Tensor) -> Tensor:
+        return self._multiply(x.to(self.compute_dtype), self.unpack)
+
+    def _multiply_widened(self, x: Tensor) -> Tensor:
+        """The same in fp32, with the same weights: those of `compute_dtype`."""
+
+        def unpack(start: int, stop: int, out: Tensor) -> None:
+            narrow = torch.empty_like(out, dtype=self.compute_dtype)
+            self.unpack(start, stop, narrow)
+            out.copy_(narrow)
+
+        return self._multiply(x.float(), unpack)
+
+    def _multiply(self, x: Tensor, unpack: UnpackSlice) -> Tensor:
         return multiply_unpacked(
-            x.to(self.compute_dtype),
-            self.unpack,
+            x,
+            unpack,
             out_features=self.out_features,
             step=self._unpack_step,
             is_transposed=self._is_transposed,

@@ -31,6 +31,7 @@ class PrepackedLinear(Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
         self.kernel = "mkldnn::_linear_pointwise (packed)"
         self.register_buffer("bias", bias)
         # Not a buffer: it has no storage that could be counted or saved.

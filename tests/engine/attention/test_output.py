@@ -63,7 +63,7 @@ def attend(
     head_dim, dtype = store.head_dim, store.dtype
     spans = [Span(slot, slot * num_queries, num_queries, length, False, False) for slot, length in enumerate(lengths)]
     attention = OutputAttention(
-        store.codec, ATTENTION.create(backend), scale=head_dim**-0.5, head_dim=head_dim, device=CPU
+        store.codec, ATTENTION.create(backend), scale=head_dim**-0.5, head_dim=head_dim, dtype=dtype, device=CPU
     )
     shape = (len(lengths), NUM_KV_HEADS, num_groups * num_queries, head_dim)
     query = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -107,13 +107,18 @@ def test_output_attention_equals_a_softmax_over_the_decoded_rows(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("num_queries", "num_groups"), [(1, 2), (3, 7)])
 @pytest.mark.parametrize("backend", USABLE_BACKENDS)
 @pytest.mark.parametrize("codec", KV_CODECS.names())
-def test_half_precision_stays_near_the_softmax_over_decoded_rows(codec: str, backend: str, dtype: torch.dtype) -> None:
-    store = filled(codec, [40, 41], num_queries=1, head_dim=64, dtype=dtype)
-    _, out, _, expected = attend(store, backend, [40, 41], num_queries=1, num_groups=2)
+def test_half_precision_stays_near_the_softmax_over_decoded_rows(
+    codec: str, backend: str, num_queries: int, num_groups: int, dtype: torch.dtype
+) -> None:
+    lengths = [40, 41, 130]
+    store = filled(codec, lengths, num_queries=num_queries, head_dim=64, dtype=dtype)
+    _, out, column_error, expected = attend(store, backend, lengths, num_queries=num_queries, num_groups=num_groups)
 
     torch.testing.assert_close(out, expected, rtol=0, atol=0.02)
+    assert column_error < 2e-3
 
 
 @pytest.mark.parametrize("num_planes", [1, 2, 3, 4])
@@ -142,7 +147,9 @@ def test_slices_are_every_plane_once_and_no_more_than_may_be_decoded(num_planes:
 def test_with_a_kernel_nothing_is_decoded(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [100, 101]
     store = filled(codec, lengths, num_queries=1, head_dim=16, dtype=torch.float32)
-    attention = OutputAttention(store.codec, ATTENTION.create("sdpa"), scale=0.25, head_dim=16, device=CPU)
+    attention = OutputAttention(
+        store.codec, ATTENTION.create("sdpa"), scale=0.25, head_dim=16, dtype=store.dtype, device=CPU
+    )
     spans = [Span(slot, slot, 1, length, False, False) for slot, length in enumerate(lengths)]
     (call,) = cut(spans, num_groups=1, dtype=torch.float32, device=CPU)
     monkeypatch.delattr(LayerGroup, "read")
@@ -167,15 +174,22 @@ def test_threads_change_nothing(codec: str) -> None:
 
 
 @needs_kernel
-def test_native_rows_and_their_weights_are_read_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "want_columns"), [(torch.float32, True), (torch.float16, True), (torch.float16, False)]
+)
+def test_native_rows_and_their_weights_are_read_in_one_pass(
+    dtype: torch.dtype, want_columns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lengths = [100, 101]
-    store = filled("native", lengths, num_queries=1, head_dim=16, dtype=torch.float32)
+    store = filled("native", lengths, num_queries=1, head_dim=16, dtype=dtype)
 
     def second_pass(*args: object, **kwargs: object) -> None:
         raise AssertionError("a backend call or a second pass over the keys")
 
     monkeypatch.setattr(OutputAttention, "_over_rows", second_pass)
-    attend(store, "sdpa", lengths, num_queries=1, num_groups=2)
+    kernel, *_ = attend(store, "sdpa", lengths, num_queries=1, num_groups=2, want_columns=want_columns)
+
+    assert kernel.startswith("codesign::attend_native, prompts ") == (dtype == torch.float16)
 
 
 @needs_kernel

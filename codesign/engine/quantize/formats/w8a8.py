@@ -99,15 +99,21 @@ class _W8A8Linear(Linear):
         self.kernel = f"{product} (activations rounded per token)"
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._scaled(x, x.dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self._scaled(x, torch.float32)
+
+    def _scaled(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if x.shape[0] == 0:
-            return x.new_empty(0, self.out_features)
+            return x.new_empty(0, self.out_features, dtype=dtype)
         if self._compiled is not None:
             codes, token_scale, code_sums = self._compiled.quantize(x, is_padded=self._has_blocks)
             sums = self._compiled.sums(codes, code_sums, self.codes) if self._has_blocks else self._sums(codes)
-            return self._compiled.scaled(sums, token_scale, self.scale, self.bias, x.dtype)
+            return self._compiled.scaled(sums, token_scale, self.scale, self.bias, dtype)
         codes, token_scale = quantize_tokens(x)
         y = self._sums(codes).float().mul_(token_scale).mul_(self.scale)
-        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+        return (y if self.bias is None else y.add_(self.bias)).to(dtype)
 
     @property
     def _has_blocks(self) -> bool:

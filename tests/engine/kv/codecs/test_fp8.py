@@ -48,15 +48,18 @@ def test_fp8_beats_int8_on_rows_with_a_huge_value_and_loses_on_even_ones() -> No
 
 
 @pytest.mark.skipif(isinstance(kv_attention.load(), Missing), reason=str(kv_attention.load()))
-def test_the_kernel_reads_every_finite_code_as_torch_does() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_reads_every_finite_code_as_torch_does(dtype: torch.dtype) -> None:
     """One row per code and a query that sees one row only: what it finds is that row."""
     kernel = kv_attention.load()
     assert not isinstance(kernel, Missing)
     codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
-    value = codes[:, None, None, None].expand(-1, 1, 1, 8).contiguous()
+    value = codes[:, None, None, None].expand(-1, 1, 1, 32).contiguous()
     scale = torch.ones(len(codes), 1, 1, 1, dtype=torch.bfloat16)
-    query = torch.zeros(len(codes), 1, 1, 8)
-    queries = Queries(query, [0] * len(codes), num_tokens=1, num_rows=1, scale=1.0, want_weights=False)
+    query = torch.zeros(len(codes), 1, 1, 32, dtype=dtype)
+    queries = Queries(query, [0] * len(codes), num_tokens=1, num_rows=1, scale=1.0, want_columns=False)
     kernel.rows("fp8", queries, (value, scale), (value, scale))
 
-    assert torch.equal(queries.out[:, 0, 0, 0], codes.view(torch.float8_e4m3fn).float())
+    out = queries.out.view(len(codes), 32).float()
+
+    assert torch.equal(out, codes.view(torch.float8_e4m3fn).float()[:, None].expand(-1, 32))

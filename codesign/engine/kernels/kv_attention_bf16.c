@@ -1,0 +1,317 @@
+/* Attention of output tokens over a KV cache, on AVX-512 with BF16 and VNNI: what kv_attention.c does in 256 bits.
+ *
+ * In tiles of eight queries, CHUNK rows at a time. Native rows, fp8 and int4 codes are multiplied as bf16 with fp32 sums
+ * (kv_attention_tile.h, kv_attention_decode.h), int8 codes as integers (kv_attention_digits.h). The rows of a (sequence,
+ * KV head) plane are cut into parts of PART rows, so that long contexts keep every thread busy (kv_attention_parts.h);
+ * each part keeps unnormalised outputs, the largest score and the sum of the weights, and in the end they become one:
+ *
+ *     base = max(base_p)      out = sum_p 2^(base_p - base) out_p / sum_p 2^(base_p - base) sum_p
+ *
+ * How rows are cut depends on lengths only, so the number of threads changes no bit. Scores count in powers of two.
+ */
+#include <omp.h>
+#include <stdlib.h>
+
+#include "kv_attention.h"
+#include "kv_attention_tile.h"
+#include "kv_attention_decode.h"
+#include "kv_attention_digits.h"
+#include "kv_attention_parts.h"
+
+enum { NATIVE = 0, INT8 = 1, FP8 = 2, INT4 = 3 };
+
+/* What is stored of the rows of a plane, the row at 0 of its place being the first of each pointer. */
+typedef struct {
+    const char *key, *value;                  /* rows or codes */
+    const uint16_t *key_scale, *value_scale;  /* int8, fp8: bf16; int4: fp16 steps */
+    const uint16_t *key_low, *value_low;      /* int4 */
+    int group_size, channels;                 /* int4 */
+} Stored;
+
+/* Scratch of one thread. */
+typedef struct {
+    _Alignas(64) float scores[CHUNK * LANES];
+    uint32_t pairs[CHUNK / 2 * LANES]; /* of weights, or digits of them */
+    float largest[LANES], steps[LANES]; /* of the weights of a chunk; what the digits count */
+    float row_scale[2][CHUNK];
+    uint16_t *rows[2];       /* [2, CHUNK, dim] of keys and of values: decoded ones; last ones, filled up with zeros */
+    uint32_t *query;         /* [tiles, dim / 2, LANES] pairs of channels, or digits */
+    float *query_steps;      /* [tiles, LANES] */
+    int32_t *query_start;    /* [tiles, 2, LANES] */
+    uint32_t *folded;        /* [dim / 2, LANES] */
+    float *wide;             /* [tiles, dim, LANES] queries */
+    float *key_range[2];     /* [dim] steps and middles of a group */
+    float *value_range[2];   /* [CHUNK, dim / channels], at least 8 channels a range */
+} Scratch;
+
+static size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* One piece of memory for all of them; NULL: there is none. */
+static char *scratch_of(const Call *call, int num_tiles, Scratch *scratch) {
+    size_t dim = call->dim, lanes = sizeof(float) * LANES;
+    size_t sizes[] = {2 * lines(CHUNK * dim * 2),  2 * lines(CHUNK * dim * 2),    num_tiles * lines(dim / 2 * lanes),
+                      lines(num_tiles * lanes),    lines(2 * num_tiles * lanes), lines(dim / 2 * lanes),
+                      num_tiles * lines(dim * lanes), lines(dim * 4),            lines(dim * 4),
+                      lines(CHUNK * dim / 8 * 4),  lines(CHUNK * dim / 8 * 4)};
+    void *parts[11];
+    size_t total = 0;
+    for (int i = 0; i < 11; i++) total += sizes[i];
+    char *own = aligned_alloc(64, total), *next = own;
+    for (int i = 0; i < 11; next += sizes[i++]) parts[i] = next;
+    scratch->rows[0] = parts[0], scratch->rows[1] = parts[1], scratch->query = parts[2];
+    scratch->query_steps = parts[3], scratch->query_start = parts[4], scratch->folded = parts[5];
+    scratch->wide = parts[6], scratch->key_range[0] = parts[7], scratch->key_range[1] = parts[8];
+    scratch->value_range[0] = parts[9], scratch->value_range[1] = parts[10];
+    return own;
+}
+
+/* The queries of a plane as the rows of `format` want them. */
+static void prepare(int format, const Call *call, long plane, int num_tiles, Scratch *scratch) {
+    int dim = call->dim;
+    for (int tile = 0; tile < num_tiles; tile++) {
+        const float *query = call->query + (plane * call->num_queries + tile * LANES) * dim;
+        uint32_t *own = scratch->query + (long)tile * dim / 2 * LANES;
+        int num = num_in(call, tile);
+        if (format == INT8) {
+            query_digits(num, dim, query, own, scratch->query_steps + tile * LANES, scratch->query_start + tile * 2 * LANES);
+            continue;
+        }
+        float *wide = scratch->wide + (long)tile * dim * LANES;
+        for (int d = 0; d < dim; d++)
+            for (int m = 0; m < LANES; m++) wide[d * LANES + m] = m < num ? query[m * dim + d] : 0;
+        for (int d = 0; d < dim; d += 2)
+            _mm256_storeu_si256((__m256i *)(own + d / 2 * LANES), paired(_mm512_loadu_ps(wide + d * LANES)));
+    }
+}
+
+/* `rows` rows of `size` bytes from place on, `count` of them; if others lack, in `tail`, zeros for them. */
+static const void *filled_up(const char *stored, long first, int count, int rows, long size, void *tail) {
+    const char *from = stored + first * size;
+    if (count == rows) return from;
+    memcpy(tail, from, count * size);
+    memset((char *)tail + count * size, 0, (rows - count) * size);
+    return tail;
+}
+
+/* Turns the scores of a chunk of `rows` rows, filled up, into weights 2^(score - base), base the largest so far. Where
+ * it grew, which becomes rare, what was found before is scaled. */
+static void weigh(const Call *call, const Room *room, Scratch *scratch, long plane, int tile, int row, int rows,
+                  Found *found) {
+    int last = call->past[plane] + 1 - row; /* rows from here on are not seen by token 0 */
+    if (rows > last) {
+        int seen[LANES];
+        for (int i = 0; i < LANES; i++) seen[i] = last + (tile * LANES + i) % call->num_tokens;
+        hide(scratch->scores, rows, _mm256_loadu_si256((const __m256i *)seen));
+    }
+    __m256 old = _mm256_loadu_ps(found->base), largest = largest_of(scratch->scores, rows);
+    __m256 base = _mm256_max_ps(old, largest);
+    _mm256_storeu_ps(scratch->largest, lower(exp2_of(_mm512_sub_ps(twice(largest), twice(or_zero(base))))));
+    __m256 sum = _mm256_loadu_ps(found->sum);
+    if (_mm256_cmp_ps_mask(base, old, _CMP_NEQ_UQ)) {
+        float factor[16];
+        vec shrink = exp2_of(_mm512_sub_ps(twice(old), twice(or_zero(base))));
+        _mm512_storeu_ps(factor, shrink);
+        sum = _mm256_mul_ps(sum, lower(shrink));
+        for (int v = 0; v < room->num_vectors; v++)
+            for (int m = 0; m < LANES; m++) {
+                float *own = found->out + (v * LANES + m) * 16;
+                _mm512_storeu_ps(own, _mm512_mul_ps(_mm512_loadu_ps(own), _mm512_set1_ps(factor[m])));
+            }
+        _mm256_storeu_ps(found->base, base);
+    }
+    uint16_t *kept = NULL;
+    if (room->kept) {
+        long chunk = (plane * room->num_tiles + tile) * room->num_chunks + row / CHUNK;
+        kept = room->kept + chunk * CHUNK * LANES;
+        _mm256_storeu_ps(room->chunk_base + chunk * LANES, base);
+    }
+    _mm256_storeu_ps(found->sum, _mm256_add_ps(sum, soften(scratch->scores, rows, base, kept)));
+}
+
+/* One chunk of rows for one tile: `key` and `value` as they are stored (int8) or as bf16, the next ones to be fetched. */
+INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch *scratch, long plane, int tile, int row,
+                        int rows, const void *key, const void *value, const char *next_key, const char *next_value,
+                        int channels) {
+    int dim = call->dim, num = num_in(call, tile), size = format == INT8 ? dim : 2 * dim;
+    __m256 scale = _mm256_set1_ps(call->scale * 1.44269504f), start = _mm256_setzero_ps();
+    const uint32_t *query = scratch->query + (long)tile * dim / 2 * LANES;
+    Found *found = found_of(room, plane, tile, row / PART);
+    if (format == INT4) {
+        const float *wide = scratch->wide + (long)tile * dim * LANES;
+        start = fold_ranges(dim, wide, scratch->key_range[0], scratch->key_range[1], scratch->folded);
+        query = scratch->folded;
+    }
+    if (format == INT8) scale = _mm256_mul_ps(scale, _mm256_loadu_ps(scratch->query_steps + tile * LANES));
+    for (int first = 0; first < rows; first += GROUP) {
+        const char *own = (const char *)key + (long)first * size, *later = next_key + (long)first * size;
+        float *scores = scratch->scores + first * LANES;
+        if (format == INT8)
+            score_codes(dim, (const uint8_t *)own, scratch->row_scale[0] + first, query,
+                        scratch->query_start + tile * 2 * LANES, scale, (const uint8_t *)later, scores);
+        else score_group(dim, (const uint16_t *)own, query, start, scale, (const uint16_t *)later, scores);
+    }
+    if (format == FP8)
+        for (int r = 0; r < rows; r++) {
+            __m256 own = _mm256_mul_ps(_mm256_loadu_ps(scratch->scores + LANES * r), _mm256_broadcast_ss(scratch->row_scale[0] + r));
+            _mm256_storeu_ps(scratch->scores + LANES * r, own);
+        }
+    weigh(call, room, scratch, plane, tile, row, rows, found);
+    if (format == INT8) {
+        weight_digits(scratch->scores, rows, _mm256_loadu_ps(scratch->largest), scratch->row_scale[1], scratch->pairs,
+                      scratch->steps);
+        for (int d = 0; d < dim; d += 64)
+            add_codes_of(num, dim, (const uint8_t *)value + d, dim - d < 64 ? 0xFFFFFFFF : ~0ull, rows, scratch->pairs,
+                         scratch->steps, (const uint8_t *)next_value + d, found->out + d * LANES);
+        return;
+    }
+    if (format == INT4) {
+        int half = dim / 2, num_ranges = dim / channels, known[2] = {-1, -1};
+        _Alignas(32) float start[2][LANES];
+        uint32_t pairs[2][CHUNK / 2 * LANES];
+        for (int d = 0; d < half; d += 32) {
+            for (int i = 0; i < 2; i++) {
+                int range = (d + i * half) / channels;
+                if (range == known[i]) continue;
+                _mm256_store_ps(start[i], weigh_ranges(scratch->scores, rows, scratch->value_range[0] + range,
+                                                       scratch->value_range[1] + range, num_ranges, pairs[i]));
+                known[i] = range;
+            }
+            const uint32_t *own_pairs[2] = {pairs[0], pairs[1]};
+            const float *own_start[2] = {start[0], start[1]};
+            add_nibbles_of(num, dim, (const uint8_t *)value + d, (const uint8_t *)next_value + d, rows, own_pairs,
+                           own_start, found->out + d * LANES, found->out + (half + d) * LANES);
+        }
+        return;
+    }
+    pair_up(scratch->scores, rows, format == FP8 ? scratch->row_scale[1] : NULL, scratch->pairs);
+    for (int d = 0; d < dim; d += 32)
+        add_values_of(num, dim, (const uint16_t *)value + d, (const uint16_t *)next_value + d, rows, scratch->pairs,
+                      found->out + d * LANES);
+}
+
+/* Rows row .. last - 1 of a plane, all in one part. */
+INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch *scratch, long plane, Place place,
+                        const Stored *stored, int row, int last) {
+    int dim = call->dim, size = format == NATIVE ? 2 * dim : format == INT4 ? dim / 2 : dim;
+    for (; row < last; row += CHUNK) {
+        int count = last - row < CHUNK ? last - row : CHUNK, rows = (count + GROUP - 1) / GROUP * GROUP;
+        long first = stored_at(&place, row), then = row + CHUNK < last ? stored_at(&place, row + CHUNK) : first;
+        const void *key = filled_up(stored->key, first, count, rows, size, scratch->rows[0] + CHUNK * dim);
+        const void *value = filled_up(stored->value, first, count, rows, size, scratch->rows[1] + CHUNK * dim);
+        const char *next_key = value, *next_value = stored->key + then * size; /* native keys are followed by values */
+        if (format == INT8 || format == FP8) {
+            widen(0, stored->key_scale + first, count, rows, scratch->row_scale[0]);
+            widen(0, stored->value_scale + first, count, rows, scratch->row_scale[1]);
+        }
+        if (format == INT8) {
+            make_unsigned(key, rows * dim, (uint8_t *)scratch->rows[0]);
+            key = scratch->rows[0], next_key = next_value, next_value = stored->value + then * size;
+        }
+        if (format == FP8 || format == INT4) {
+            const char *later[2] = {stored->key + then * size, stored->value + then * size};
+            const void *codes[2] = {key, value};
+            for (int i = 0; i < 2; i++) {
+                if (format == INT4 && i == 0)
+                    decode_int4(codes[0], (const uint8_t *)later[0], rows, dim, scratch->rows[0]);
+                if (format == FP8) decode_fp8(codes[i], (const uint8_t *)later[i], rows * dim, scratch->rows[i]);
+            }
+            key = next_key = (const char *)scratch->rows[0], next_value = later[1];
+            if (format == FP8) value = next_value = (const char *)scratch->rows[1];
+        }
+        if (format == INT4) {
+            int num_ranges = dim / stored->channels;
+            long group = first / stored->group_size * dim, later = then / stored->group_size * dim;
+            widen_ranges(stored->key_scale + group, stored->key_low + group, dim, stored->key_scale + later,
+                         stored->key_low + later, scratch->key_range);
+            widen_ranges(stored->value_scale + first * num_ranges, stored->value_low + first * num_ranges,
+                         rows * num_ranges, stored->value_scale + then * num_ranges,
+                         stored->value_low + then * num_ranges, scratch->value_range);
+        }
+        for (int tile = 0; tile < room->num_tiles; tile++)
+            attend_tile(format, call, room, scratch, plane, tile, row, rows, key, value, next_key, next_value,
+                        stored->channels);
+    }
+}
+
+/* All planes. Rows from num_encoded [B] on, all where it is NULL, are as `rest` says. 1: no memory. */
+INLINE int attend(int format, const Call *call, const Table *table, const int64_t *first, const Stored *stored,
+                  int64_t capacity, const int32_t *num_encoded, const Stored *rest, int64_t rest_capacity) {
+    Room room;
+    int lacks_memory = !make_room(call, &room);
+    long num_planes = (long)call->num_slots * call->num_heads, num_items = num_planes * room.num_parts;
+#pragma omp parallel num_threads(call->num_threads) reduction(| : lacks_memory) if (!lacks_memory)
+    if (!lacks_memory) {
+        Scratch scratch;
+        char *own = scratch_of(call, room.num_tiles, &scratch);
+        lacks_memory = !own;
+#pragma omp for schedule(dynamic)
+        for (long item = 0; item < num_items; item++) {
+            long plane = item / room.num_parts;
+            int part = item % room.num_parts, row = part * PART, last = call->past[plane] + call->num_tokens;
+            if (row >= last || !own) continue;
+            if (last > row + PART) last = row + PART;
+            Place place = table ? in_blocks(call, table, plane) : (Place){.first = first ? first[plane] : plane * capacity};
+            prepare(format, call, plane, room.num_tiles, &scratch);
+            start_part(&room, plane, part);
+            if (format == INT4) {
+                int encoded = num_encoded[plane / call->num_heads], stop = encoded < last ? encoded : last;
+                attend_rows(INT4, call, &room, &scratch, plane, place, stored, row, stop);
+                place.first = plane * rest_capacity - encoded;
+                attend_rows(NATIVE, call, &room, &scratch, plane, place, rest, row > stop ? row : stop, last);
+            } else attend_rows(format, call, &room, &scratch, plane, place, stored, row, last);
+        }
+#pragma omp for schedule(dynamic)
+        for (long plane = 0; plane < num_planes; plane++)
+            for (int tile = 0; tile < room.num_tiles && own; tile++)
+                merge(call, &room, format == INT8, plane, tile, (call->past[plane] + call->num_tokens + PART - 1) / PART);
+        if (call->columns) {
+#pragma omp for schedule(dynamic)
+            for (long item = 0; item < num_items; item++) {
+                int row = item % room.num_parts * PART;
+                add_columns(call, &room, item / room.num_parts, row,
+                            row + PART < call->num_rows ? row + PART : call->num_rows);
+            }
+        }
+        free(own);
+    }
+    give_back(&room);
+    return lacks_memory;
+}
+
+/* Native rows [.., dim] of bf16: those of each plane begin at first [B, H_kv], or lie in blocks. */
+int attend_native(const Call *call, const Table *table, const int64_t *first, const char *key, const char *value,
+                  int32_t dtype) {
+    (void)dtype; /* bf16, like the queries */
+    Stored stored = {.key = key, .value = value};
+    return attend(NATIVE, call, table, first, &stored, 0, NULL, NULL, 0);
+}
+
+/* Rows that are encoded one by one: codes [B, H_kv, capacity, dim], scales [B, H_kv, capacity]; or both in blocks. */
+int attend_int8(const Call *call, const Table *table, const char *key, const uint16_t *key_scale, const char *value,
+                const uint16_t *value_scale, int64_t capacity) {
+    Stored stored = {.key = key, .value = value, .key_scale = key_scale, .value_scale = value_scale};
+    return attend(INT8, call, table, NULL, &stored, capacity, NULL, NULL, 0);
+}
+
+int attend_fp8(const Call *call, const Table *table, const char *key, const uint16_t *key_scale, const char *value,
+               const uint16_t *value_scale, int64_t capacity) {
+    Stored stored = {.key = key, .value = value, .key_scale = key_scale, .value_scale = value_scale};
+    return attend(FP8, call, table, NULL, &stored, capacity, NULL, NULL, 0);
+}
+
+/* Tokens in int4 groups and the native rows after them, as in kv_attention.c. */
+int attend_int4(const Call *call, const int32_t *encoded, const char *key_code, const uint16_t *key_step,
+                const uint16_t *key_low, const char *value_code, const uint16_t *value_step, const uint16_t *value_low,
+                const char *key, const char *value, int64_t num_tokens, int64_t num_rows, int32_t group_size,
+                int32_t channels, int32_t dtype) {
+    (void)dtype;
+    Stored rest = {.key = key, .value = value}, stored = {.key = key_code,
+                                                          .value = value_code,
+                                                          .key_scale = key_step,
+                                                          .value_scale = value_step,
+                                                          .key_low = key_low,
+                                                          .value_low = value_low,
+                                                          .group_size = group_size,
+                                                          .channels = channels};
+    return attend(INT4, call, NULL, NULL, &stored, num_tokens, encoded, &rest, num_rows);
+}
