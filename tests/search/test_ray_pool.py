@@ -54,10 +54,11 @@ def check(records: list[TrialRecord], tmp_path: Path) -> list[TrialRecord]:
 @needs_ray
 def test_a_study_on_a_local_ray_survives_a_killed_task_and_listens_on_loopback_only(tmp_path: Path) -> None:
     document, records = ray_study("local", tmp_path / "ray")
-    (lost,) = check(records, tmp_path)
+    lost = check(records, tmp_path)
 
-    assert lost.outcome.kind == "harness"
-    assert lost.outcome.detail.startswith("its Ray task (Ray node")
+    assert 1 <= len(lost) <= 2  # the trial that was struck, and one that Ray had just given to the same process
+    assert all(record.outcome.kind == "harness" for record in lost)
+    assert all(record.outcome.detail.startswith("its Ray task (") for record in lost)
     assert document["open_ports"] == []
     assert document["handlers"] == [True, True]  # Ctrl-C is still the study's to handle
 
