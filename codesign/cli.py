@@ -71,12 +71,27 @@ def search(
     name: Annotated[str | None, typer.Option(help="The study's name; by default the profile's and its digest.")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where studies are kept.")] = Path("reports"),
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes, each with its own cores or GPUs.", show_default=False)
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="CODESIGN_STORAGE",
+            help="postgresql://USER@HOST/DATABASE, for searches on several machines; the password from PGPASSWORD.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Trials as Ray tasks: local, or HOST:PORT of a cluster.")
+    ] = None,
     as_json: Json = False,
 ) -> Answer:
     """Search a profile's space; the same command again goes on where it stopped."""
     from codesign.report.exports import front_document
     from codesign.report.study import Study
     from codesign.search.command import SearchRequest, run_search
+    from codesign.search.database import redacted
     from codesign.search.interrupt import Interrupt
     from codesign.search.limits import limits_of
 
@@ -89,6 +104,9 @@ def search(
         name=name,
         out=out,
         seed=seed,
+        storage=storage,
+        workers=workers,
+        ray=ray,
     )
     interrupt = Interrupt()
     with interrupt.installed():
@@ -96,7 +114,7 @@ def search(
     page = folder.path / "index.html"
     say(f"{result.stopped}; report: {page}")
     if result.was_interrupted:
-        say(f"every finished trial is kept; to go on: codesign {shlex.join(sys.argv[1:])}")
+        say(f"every finished trial is kept; to go on: codesign {shlex.join(redacted(sys.argv[1:]))}")
     study = Study.load(folder.path)
     document = {**front_document(study), "folder": str(folder.path), "report": str(page), "stopped": result.stopped}
     return Answer(
@@ -128,13 +146,16 @@ def measure(
 
 @app.command()
 def front(study: StudyPath, as_json: Json = False) -> Answer:
-    """Show a study's Pareto front and its named picks."""
+    """Show a study's Pareto front, its named picks, and what runs where."""
     from codesign.report.exports import front_document
     from codesign.report.study import Study
     from codesign.search.folder import find_study
+    from codesign.search.lease import running_in
+    from codesign.search.where import running_document
 
     folder = find_study(study)
-    return Answer(front_document(Study.load(folder)), lambda: print_front(folder))
+    document = {**front_document(Study.load(folder)), "running": running_document(running_in(folder / "leases"))}
+    return Answer(document, lambda: print_front(folder))
 
 
 @app.command()

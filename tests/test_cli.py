@@ -88,6 +88,11 @@ def test_help_loads_neither_torch_nor_optuna() -> None:
         (["search", "no-such.yaml"], "no-such.yaml"),
         (["search", "."], "."),
         (["search"], "PROFILE"),
+        (["search", "profiles/cpu.yaml", "--workers", "0"], "equal to 1"),
+        (["search", str(ROOT / "profiles/cpu.yaml"), "--workers", "100000"], "at most"),
+        (["search", str(ROOT / "profiles/cpu.yaml"), "--workers", "2", "--ray", "local"], "--ray"),
+        (["search", str(ROOT / "profiles/cpu.yaml"), "--ray", "auto"], "HOST:PORT"),
+        (["search", str(ROOT / "profiles/cpu.yaml"), "--storage", "sqlite:///x"], "SQLite"),
         (["front", "no-such-study"], "no study here"),
         (["front", "/etc/passwd"], "no study here"),
         (["report", "\x00"], "null byte"),
@@ -174,6 +179,54 @@ def test_a_search_of_a_real_engine_from_profile_to_report_and_export(
     assert status == 0, stderr
     assert json.loads(stdout) == json.loads(kept.read_text())
     assert json.loads(stdout)["metrics"]["throughput_tokens_per_s"]["unit"] == "tokens/s"
+
+
+def test_a_search_measures_in_a_worker_and_says_where(capfd: pytest.CaptureFixture[str], tiny: Path) -> None:
+    out = tiny.parent / "reports"
+    arguments = ("search", tiny, "--trials", "2", "--workers", "1", "--out", out, "--name", "t", "--json")
+    status, _, stderr = run(capfd, *arguments)
+
+    assert status == 0, stderr
+    records, _ = read_records(out / "t" / "trials")
+    assert [record.outcome.kind for record in records] == ["ok", "ok"], records[0].outcome
+    (placement,) = {json.dumps(record.provenance["placement"]) for record in records}
+    assert json.loads(placement)["worker"] != os.getpid()
+    assert json.loads(placement)["cores"] == 1
+    assert f"worker {json.loads(placement)['worker']}, cpu, cores" in stderr
+    left = subprocess.run(["pgrep", "-f", "codesign.search.worker"], capture_output=True, text=True).stdout.split()
+    assert not {int(pid) for pid in left} & {json.loads(placement)["worker"]}
+
+
+def test_front_says_what_runs_where(capfd: pytest.CaptureFixture[str], study: Path) -> None:
+    import dataclasses
+
+    from codesign.search import lease as leases
+
+    records, _ = read_records(study / "trials")
+    with leases.hold(study / "leases") as lease:
+        running = dataclasses.replace(
+            lease,
+            worker="w",
+            uid="u",
+            number=9,
+            config=records[2].config,
+            place="cores 4-7",
+            since="2026-11-25T10:00:00",
+        )
+        leases.write(study / "leases", running)
+        status, out, _ = run(capfd, "front", study)
+        assert status == 0
+        assert "running: trial 9, " in out and f"on {lease.host}, search {os.getpid()}, cores 4-7, since 2026" in out
+
+        _, out, _ = run(capfd, "front", study, "--json")
+        (found,) = json.loads(out)["running"]
+        assert (found["number"], found["host"], found["search"], found["place"]) == (
+            9,
+            lease.host,
+            os.getpid(),
+            "cores 4-7",
+        )
+    (study / "leases" / "w.json").unlink()
 
 
 def test_a_search_says_before_its_first_trial_what_it_leaves_out_and_why(

@@ -262,7 +262,10 @@ def energy_source(device: str) -> EnergySource:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, UUID, memory and compute capability of every NVIDIA GPU here; an empty list where there is none."""
+    """Name, UUID, memory and compute capability of every NVIDIA GPU here; an empty list where there is none.
+
+    CUDA_VISIBLE_DEVICES counts: a worker that was given one of eight GPUs has one.
+    """
     try:
         nvml = _nvml()
     except Unsupported:
@@ -280,7 +283,23 @@ def gpus() -> list[dict[str, Any]]:
                 "max_power_w": nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
             }
         )
-    return found
+    return visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def visible(found: list[dict[str, Any]], wanted: str | None) -> list[dict[str, Any]]:
+    """Those of the GPUs that CUDA shows, in its order: numbers or UUIDs (or their beginnings), up to a bad one."""
+    if wanted is None:
+        return found
+    chosen: list[dict[str, Any]] = []
+    for name in (part.strip() for part in wanted.split(",")):
+        if name.isdigit():
+            matches = found[int(name) : int(name) + 1]
+        else:
+            matches = [gpu for gpu in found if name and str(gpu["uuid"]).startswith(name)]
+        if len(matches) != 1:
+            break
+        chosen += matches
+    return chosen
 
 
 def make_probe(device: str, pid: int) -> Probe:

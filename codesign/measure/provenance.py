@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import platform
+import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -22,20 +23,44 @@ _WHOLE_BYTES = 2**30
 _SAMPLE_BYTES = 2**20
 
 
-def provenance(model: ModelSpec, device: str) -> dict[str, Any]:
-    """Machine, versions, code and model, as plain data. Reads every weight file of a model of up to 1 GiB."""
+def provenance(model: ModelSpec, device: str, cores: int | None = None) -> dict[str, Any]:
+    """Machine, versions, code and model, as plain data. Reads every weight file of a model of up to 1 GiB.
+
+    Args:
+        cores: how many a trial uses at the most; None for all that this process may.
+    """
     found: dict[str, Any] = {
         "machine": machine(),
         "device": device,
         "versions": {"codesign": codesign.__version__, "python": platform.python_version(), **_versions()},
         "code": code_state(),
         "model": {"name": model.name, "digest": model_digest(model)},
+        "placement": placement(device, cores),
     }
     if model.draft is not None:
         found["draft"] = {"name": model.draft.name, "digest": model_digest(model.draft)}
     if device == "cuda":
         found["gpus"] = gpus()
     return found
+
+
+def placement(device: str, most: int | None = None) -> dict[str, Any]:
+    """Where this process measures: host, process id, device, and how many cores a trial uses."""
+    cores = sorted(os.sched_getaffinity(0))
+    names = [str(gpu["uuid"]) for gpu in gpus()] if device == "cuda" else [f"cpu, cores {core_ranges(cores)}"]
+    used = min(len(cores), most or len(cores))
+    return {"host": socket.gethostname(), "worker": os.getpid(), "device": ", ".join(names), "cores": used}
+
+
+def core_ranges(cores: Sequence[int]) -> str:
+    """`0-3,8` for 0, 1, 2, 3, 8."""
+    parts: list[list[int]] = []
+    for core in sorted(cores):
+        if parts and core == parts[-1][-1] + 1:
+            parts[-1].append(core)
+        else:
+            parts.append([core])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
 @cache

@@ -38,6 +38,7 @@ from codesign.measure.session import BuildFacts, TrialFailed
 from codesign.measure.summary import Readings, metrics, unsupported_objectives, violations
 from codesign.measure.tier import RULES, TierRule
 from codesign.measure.tokens import RandomTokens, TextTokens, TokenSource
+from codesign.measure.turn import Turn
 from codesign.results.measurement import percentile_supported
 from codesign.results.record import MetricValue, Outcome, Tier, TrialIdentity, TrialRecord
 from codesign.spec.engine_config import EngineConfig
@@ -58,6 +59,7 @@ class TrialRunner:
         baseline: the unmodified configuration, resolved; the reference of quality.
         cache_dir: where the reference's log-probabilities are kept.
         limits: clocks of one session.
+        turn: which workers of this machine must not disturb each other.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class TrialRunner:
         baseline: EngineConfig,
         cache_dir: Path | None = None,
         limits: Limits | None = None,
+        turn: Turn | None = None,
     ) -> None:
+        self.turn = turn or Turn()
         self._profile = profile
         self._baseline = baseline
         self._cache_dir = cache_dir or cache_folder()
@@ -82,7 +86,7 @@ class TrialRunner:
         self._check_retrieval()
         model = self._profile.model_spec
         self._provenance = {
-            **provenance(model, self._profile.device),
+            **provenance(model, self._profile.device, self._profile.hardware.cores),
             "profile": {"name": self._profile.name, "digest": self._profile.digest},
             "seed": self._profile.workload.seed,
         }
@@ -96,6 +100,7 @@ class TrialRunner:
 
     def __exit__(self, *_: object) -> None:
         self._nursery.close()
+        self.turn.close()
 
     def measure(
         self,
@@ -158,7 +163,7 @@ class TrialRunner:
             self._nursery,
             model=self._profile.model_spec,
             device=self._profile.device,
-            num_threads=self._profile.hardware.cores or os.cpu_count(),
+            num_threads=self._profile.hardware.cores or len(os.sched_getaffinity(0)),
             limits=self._limits,
         )
 
@@ -234,39 +239,46 @@ class _Trial:
         refusal = unjudged(self._config, runner.profile.asked_metrics)
         if refusal is not None:
             raise TrialFailed(Outcome(kind="unsupported", detail=refusal))
-        with phases("spawn"):
+        with runner.turn.busy(), phases("spawn"):
             session = runner.open()
         with session:
-            with phases("build"):
+            with runner.turn.busy(), phases("build"):
                 self._facts = session.build(self._config)
             phases.add(self._facts.phases)
             size = vocab_size(self._facts)
-            with phases("warm_up"):
-                self._warm_up(session, size)
-            with phases("measure"):
-                blocks, reading = self._window(session, size)
-                memory = session.memory()
-            if self._config.speculate.name != "none":
-                speculation = {"speculation": dict(session.speculation())}
-                self._facts = dataclasses.replace(self._facts, resolved={**self._facts.resolved, **speculation})
             capacity = None
-            if "capacity_requests_per_s" in runner.profile.asked_metrics:
-                with phases("capacity"):
-                    capacity = self._capacity(session, size, blocks)
-            quality = None
-            suite = runner.suite(self._rule.suite, self._config.max_model_len, size)
-            if suite is not None:
-                if suite["is_text"] and not suite["retrieval"]:
-                    least = suites.LEAST_RETRIEVAL_TOKENS
-                    self._warnings.append(f"retrieval was not judged: it needs a max_model_len of at least {least}")
-                reference = runner.reference(suite, phases.say)
-                with phases("quality"):
-                    scores = checked_scores(session.score({**suite, "reference": str(reference)}), suite)
-                quality = {**scores, "is_text": suite["is_text"], "suite": suites.digest(suite)}
+            with runner.turn.alone(lambda: phases.say("wait", None)):
+                with phases("warm_up"):
+                    self._warm_up(session, size)
+                with phases("measure"):
+                    blocks, reading = self._window(session, size)
+                    memory = session.memory()
+                if self._config.speculate.name != "none":
+                    speculation = {"speculation": dict(session.speculation())}
+                    self._facts = dataclasses.replace(self._facts, resolved={**self._facts.resolved, **speculation})
+                if "capacity_requests_per_s" in runner.profile.asked_metrics:
+                    with phases("capacity"):
+                        capacity = self._capacity(session, size, blocks)
+            with runner.turn.busy():
+                quality = self._quality(session, size)
             sizes = {**self._facts.bytes, "peak": memory["peak_memory_bytes"], "host_peak": memory["host_peak_bytes"]}
             self._readings = Readings(blocks=blocks, bytes=sizes, quality=quality, monitor=reading, capacity=capacity)
             with phases("close"):
                 session.close()
+
+    def _quality(self, session: ChildSession, size: int) -> dict[str, Any] | None:
+        """How well the very engine that was timed does its work; None where there is nothing to judge."""
+        runner, phases = self._runner, self._phases
+        suite = runner.suite(self._rule.suite, self._config.max_model_len, size)
+        if suite is None:
+            return None
+        if suite["is_text"] and not suite["retrieval"]:
+            least = suites.LEAST_RETRIEVAL_TOKENS
+            self._warnings.append(f"retrieval was not judged: it needs a max_model_len of at least {least}")
+        reference = runner.reference(suite, phases.say)
+        with phases("quality"):
+            scores = checked_scores(session.score({**suite, "reference": str(reference)}), suite)
+        return {**scores, "is_text": suite["is_text"], "suite": suites.digest(suite)}
 
     def fields(self, outcome: Outcome, *, careful: bool) -> dict[str, Any]:
         """The record's fields, as far as the trial came."""

@@ -28,6 +28,7 @@ class Advisor:
         self._study = optuna.create_study(
             storage=optuna.storages.InMemoryStorage(), directions=[objective.direction for objective in objectives]
         )
+        self._expected: dict[str, int] = {}  # digest of a configuration that is being measured -> number of its trial
 
     def suggest(self, *place: int) -> Point:
         """A point; asked twice with the same `place` it may suggest the same one."""
@@ -37,6 +38,24 @@ class Advisor:
         # Whatever becomes of the point is learnt as a trial of its own.
         self._study.tell(trial, state=TrialState.FAIL)
         return point
+
+    def expect(self, running: Sequence[Point]) -> None:
+        """Takes in what is being measured now, and that all else is not.
+
+        TPE keeps away from running trials (its `constant_liar`), so that parallel workers are not sent to one corner.
+        """
+        wanted = {point.config.digest: point for point in running}
+        for digest in self._expected.keys() - wanted:
+            self._study.tell(self._expected.pop(digest), state=TrialState.FAIL)
+        for digest in wanted.keys() - self._expected:
+            self._study.add_trial(
+                optuna.create_trial(
+                    state=TrialState.RUNNING,
+                    params=dict(wanted[digest].params),
+                    distributions=dict(wanted[digest].distributions),
+                )
+            )
+            self._expected[digest] = self._study.get_trials(deepcopy=False)[-1].number
 
     def learn(self, point: Point, told: Told | None) -> None:
         """Takes in how a point fared; None (infrastructure failed) teaches nothing."""

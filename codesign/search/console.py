@@ -10,17 +10,22 @@ from codesign.report.show import quantity
 from codesign.report.study import Study
 from codesign.report.tables import labels_of
 from codesign.results.record import TrialRecord
+from codesign.search.lease import running_in
+from codesign.search.where import placement_text, where
 
 
 def print_front(folder: Path, console: Console) -> None:
-    """The front, the unmodified configuration beside it, and the named picks."""
+    """The front, the unmodified configuration beside it, the named picks, and what runs where."""
     study = Study.load(folder)
     labels = labels_of(study)
     named: dict[int, list[str]] = {}
     for pick, number in study.picks.items():
         named.setdefault(number, []).append(pick)
     table = Table(title=Text(f"{study.name}: {len(study.front)} on the front of {len(study.records)} trials"))
-    for heading in ("trial", "configuration", *(objective.label for objective in study.objectives), "tier", "pick"):
+    places = {record.uid: placement_text(record) for record in study.records}
+    is_spread = len({*places.values()}) > 1
+    headings = ["trial", "configuration", *(objective.label for objective in study.objectives), "tier", "pick"]
+    for heading in headings + ["measured on"] * is_spread:
         table.add_column(Text(heading))
     shown = list(study.front)
     if study.baseline is not None and study.baseline.uid not in {record.uid for record in shown}:
@@ -33,9 +38,13 @@ def print_front(folder: Path, console: Console) -> None:
             *("" if value is None else quantity(value.value, value.unit) for value in values),
             record.tier,
             ", ".join(named.get(record.number, ())),
+            *[places[record.uid]] * is_spread,
         ]
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
+    for lease in running_in(folder / "leases"):
+        text = f"running: trial {lease.number}, {labels.of(lease.config)}, on {where(lease)}, since {lease.since}"
+        console.print(Text(text), soft_wrap=True)
 
 
 def print_record(record: TrialRecord, console: Console) -> None:

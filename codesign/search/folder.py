@@ -7,8 +7,13 @@ reports/NAME/
   trials/          <uid>.json, one immutable record per finished trial: the truth; unreadable ones in damaged/
   study.db         Optuna's index over the records
   configs/         trial-N.yaml, what `codesign measure --config` takes
-  leases/          who works here now
+  leases/          what runs now, and who holds it
   index.html trials.csv front.json      written by the report
+
+A study with `--storage` has its truth in a database: trials/ is then a mirror, there is no study.db, and several
+searches may have the folder open. Such a folder may lie on a network file system, since every file in it is written
+whole, under a name of its own or with the same content. A study without `--storage` may not: its lock and study.db need
+a local disk.
 """
 
 import contextlib
@@ -22,13 +27,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from codesign.errors import InputError, WorkError
 from codesign.results.files import write_file
 from codesign.results.record import TrialIdentity
 from codesign.search.disk import explained
 from codesign.search.inputs import Inputs, identity_hash, profile_document
+from codesign.search.mounts import network_kind
 from codesign.spec.yaml import dump_yaml
 
 SCHEMA_VERSION = 1
@@ -72,12 +78,26 @@ class StudyFolder:
         return TrialIdentity(study=self.name, number=number, uid=uid, attempt=attempt)
 
 
+class Shared(Protocol):
+    """Where the searches of several machines agree what a study is."""
+
+    @property
+    def address(self) -> str:
+        """For people, without user and password."""
+        ...
+
+    def agree(self, name: str, description: str) -> str:
+        """The description of the study of this name, as the first search gave it: `description` where this is it."""
+        ...
+
+
 @contextlib.contextmanager
-def open_study(out: Path, name: str | None, inputs: Inputs) -> Iterator[StudyFolder]:
-    """The study of these inputs, created or resumed, with every other search kept out of it while the block runs.
+def open_study(out: Path, name: str | None, inputs: Inputs, shared: Shared | None = None) -> Iterator[StudyFolder]:
+    """The study of these inputs, created or resumed; while the block runs every other search is kept out of it, unless
+    it is shared.
 
     Raises:
-        InputError: a bad name, or a folder that holds another study or something else.
+        InputError: a bad name, or a folder that holds another study or something else, or that a lock cannot protect.
         WorkError: another search runs in it, or the disk is full, then or while the block runs.
     """
     name = f"{inputs.stem}-{inputs.digest[:6]}" if name is None else name
@@ -96,8 +116,23 @@ def open_study(out: Path, name: str | None, inputs: Inputs) -> Iterator[StudyFol
             raise InputError(
                 "a file stands where the study's folder should be; choose another --name or --out", file=path
             ) from None
+        if shared is not None:
+            yield _mirror(path, inputs, shared)
+            return
+        _refuse_network(path)
         with _lock(path):
             yield _matching(path, inputs) if (path / "study.json").exists() else _create(path, inputs)
+
+
+def _refuse_network(path: Path) -> None:
+    kind = network_kind(path)
+    if kind is not None:
+        raise InputError(
+            f"lies on a network file system ({kind}), where locks and study.db are not safe; choose a local disk with "
+            "--out, or share the study through a database with --storage postgresql://USER@HOST/DATABASE",
+            file=path,
+            key="--out",
+        )
 
 
 # A search that was killed lets go of its lock only when the last process that it forked has followed it.
@@ -129,8 +164,17 @@ def _take(descriptor: int) -> bool:
     return True
 
 
-def _matching(path: Path, inputs: Inputs) -> StudyFolder:
+def _matching(path: Path, inputs: Inputs, address: str | None = None) -> StudyFolder:
     known = read_study(path)
+    if known.get("storage") != address:
+        there = "was started without --storage" if known.get("storage") is None else f"is kept in {known['storage']}"
+        raise InputError(f"{there}; go on with it there, or choose another --name", file=path, key="--storage")
+    _check(path, known, inputs)
+    return StudyFolder(path, known["uid"])
+
+
+def _check(path: Path, known: Mapping[str, Any], inputs: Inputs) -> None:
+    """Raises InputError unless `known` describes a study of these inputs."""
     if not isinstance(known.get("uid"), str):
         raise InputError("is not a study's description; choose another --name", file=path / "study.json")
     if known.get("inputs_digest") != inputs.digest:
@@ -142,31 +186,62 @@ def _matching(path: Path, inputs: Inputs) -> StudyFolder:
             file=path,
             key="--name",
         )
+
+
+def _mirror(path: Path, inputs: Inputs, shared: Shared) -> StudyFolder:
+    """The folder of a study that a database holds."""
+    if (path / "study.json").exists():
+        _matching(path, inputs, shared.address)
+    text = shared.agree(path.name, json.dumps(_description(path, inputs, shared.address), allow_nan=False))
+    known = json.loads(text)
+    _check(path, known, inputs)
+    if not (path / "study.json").exists():
+        _refuse_trials(path)
+        _write(path, inputs, known)
+    elif read_study(path)["uid"] != known["uid"]:
+        raise InputError(
+            f"is a mirror of another study of this name than the one in {shared.address}; choose another --name or "
+            "--out",
+            file=path,
+            key="--storage",
+        )
     return StudyFolder(path, known["uid"])
 
 
-def _create(path: Path, inputs: Inputs) -> StudyFolder:
+def _refuse_trials(path: Path) -> None:
     if any((path / "trials").glob("*.json")):
         raise InputError(
             "holds trials but no study.json, so nobody can tell what they are trials of; choose another --name",
             file=path,
         )
-    uid = uuid.uuid4().hex
-    write_file(path / "profile.yaml", dump_yaml(profile_document(inputs.parts["profile"])).encode())
-    write_file(path / "space.yaml", dump_yaml(inputs.parts["space"]).encode())
-    plain = {
+
+
+def _create(path: Path, inputs: Inputs) -> StudyFolder:
+    _refuse_trials(path)
+    plain = _description(path, inputs)
+    _write(path, inputs, plain)
+    return StudyFolder(path, plain["uid"])
+
+
+def _description(path: Path, inputs: Inputs, address: str | None = None) -> dict[str, Any]:
+    return {
         "schema_version": SCHEMA_VERSION,
         "study": path.name,
-        "uid": uid,
+        "uid": uuid.uuid4().hex,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "inputs_digest": inputs.digest,
         "model": inputs.model,
         "objectives": [dataclasses.asdict(objective) for objective in inputs.objectives],
         "seed": inputs.seed,
+        **({} if address is None else {"storage": address}),
         **inputs.parts,
     }
+
+
+def _write(path: Path, inputs: Inputs, plain: Mapping[str, Any]) -> None:
+    write_file(path / "profile.yaml", dump_yaml(profile_document(inputs.parts["profile"])).encode())
+    write_file(path / "space.yaml", dump_yaml(inputs.parts["space"]).encode())
     write_file(path / "study.json", json.dumps(plain, indent=1, allow_nan=False).encode())
-    return StudyFolder(path, uid)
 
 
 def find_study(text: str | Path) -> Path:

@@ -22,17 +22,18 @@ class Limits:
     trials: int | None = DEFAULT_TRIALS
     budget_s: float | None = None
 
-    def stop(self, *, done: int, elapsed_s: float, durations_s: Sequence[float]) -> str | None:
+    def stop(self, *, done: int, running: int = 0, elapsed_s: float, durations_s: Sequence[float]) -> str | None:
         """Why no further trial may start, or None. The first trial of a study always may.
 
         Args:
             done: trials of the study so far.
+            running: trials of the study that are under way.
             elapsed_s: since this run began.
             durations_s: of the trials so far, the latest last.
         """
         if self.trials is not None and done >= self.trials:
             return f"all {self.trials} trials are done"
-        if done == 0 or self.budget_s is None:
+        if done + running == 0 or self.budget_s is None:
             return None
         left_s = self.budget_s - elapsed_s
         expected_s = expected(durations_s)

@@ -3,7 +3,7 @@
     ok, limits kept      values as measured                    constraints <= 0
     ok, a limit broken   values as measured                    constraints > 0
     failed, predicted    finite sentinels, worse than any seen constraints > 0
-    harness              nothing: our own fault says nothing about the configuration
+    harness, a hang      nothing: it says nothing about the configuration, or not yet, and is tried again
 
 Failures are told as completed but infeasible, because TPE ignores failed trials: on a small problem it spent 84 % of
 its trials in the out-of-memory region when told "failed", 25 % when told "infeasible". Measured values of a broken
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from codesign.results.pareto import losses
 from codesign.results.record import TrialRecord
+from codesign.search.retry import is_settled
 from codesign.spec.metrics import Objective
 
 FAILURE = "failure"
@@ -34,12 +35,12 @@ class Told:
 
 
 def told(record: TrialRecord, objectives: Sequence[Objective], earlier: Sequence[TrialRecord]) -> Told | None:
-    """What to tell for `record`; None when there is nothing to tell (harness).
+    """What to tell for `record`; None when there is nothing to tell, because it is tried again.
 
     Args:
         earlier: records told before this one; sentinels are worse than anything in them.
     """
-    if record.outcome.kind == "harness":
+    if not is_settled(record):
         return None
     measured = [value_of(record, objective) for objective in objectives]
     values = [

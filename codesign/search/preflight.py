@@ -14,7 +14,7 @@ from codesign.errors import InputError, Unsupported
 from codesign.measure.monitor import energy_source, gpus
 from codesign.measure.provenance import machine
 from codesign.predict.memory import ModelSize, estimate
-from codesign.search.study import Misfit
+from codesign.search.misfit import Misfit
 from codesign.search.suggest import Points
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import METRICS, Objective

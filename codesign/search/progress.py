@@ -1,8 +1,9 @@
 """What a person sees on stderr while a study runs: trial n of N, phase, time left, the front so far.
 
-On a terminal one live line below the messages; elsewhere (a file, CI) plain lines, one per finished trial.
+On a terminal live lines below the messages; elsewhere (a file, CI) plain lines, one per finished trial.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ from rich.text import Text
 from codesign.report.show import quantity, spoken
 from codesign.results.pareto import front
 from codesign.results.record import TrialIdentity, TrialRecord
+from codesign.search.lease import Lease
 from codesign.search.limits import Limits, expected
 from codesign.search.objective import value_of
 from codesign.search.study import num_done, seconds, was_built
+from codesign.search.where import placement_text, where
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
 from codesign.units import format_seconds
@@ -32,9 +35,9 @@ class ConsoleProgress:
         self._limits = Limits()
         self._records: Sequence[TrialRecord] = ()
         self._durations_s: list[float] = []
-        self._began_s = self._trial_began_s = time.monotonic()
-        self._now = ""
-        self._phase = ""
+        self._began_s = time.monotonic()
+        self._ours: dict[str, _Running] = {}
+        self._elsewhere: Sequence[Lease] = ()
         self._live: Live | None = None
 
     @contextmanager
@@ -43,7 +46,7 @@ class ConsoleProgress:
         if not self._console.is_terminal:
             yield
             return
-        with Live(console=self._console, get_renderable=self._line, refresh_per_second=4, transient=True) as live:
+        with Live(console=self._console, get_renderable=self._lines, refresh_per_second=4, transient=True) as live:
             self._live = live
             try:
                 yield
@@ -60,23 +63,31 @@ class ConsoleProgress:
         if records:
             self.say(f"going on after {num_done(records)} trials")
 
-    def trial(self, identity: TrialIdentity, config: EngineConfig) -> None:
+    def trial(self, identity: TrialIdentity, config: EngineConfig, place: str = "") -> None:
         again = f" (attempt {identity.attempt + 1})" if identity.attempt else ""
-        self._now = f"trial {identity.number}{again}: {label(config, self._default)}"
-        self._phase = "start"
-        self._trial_began_s = time.monotonic()
+        text = f"trial {identity.number}{again}: {label(config, self._default)}"
+        self._ours[identity.uid] = _Running(text, place, time.monotonic())
 
-    def phase(self, name: str, fraction: float | None) -> None:
-        self._phase = name if fraction is None else f"{name} {fraction:.0%}"
+    def moved(self, uid: str, place: str) -> None:
+        if uid in self._ours:
+            self._ours[uid].place = place
+
+    def phase(self, uid: str, name: str, fraction: float | None) -> None:
+        if uid in self._ours:
+            self._ours[uid].phase = name if fraction is None else f"{name} {fraction:.0%}"
+
+    def elsewhere(self, leases: Sequence[Lease]) -> None:
+        self._elsewhere = leases
 
     def finished(self, record: TrialRecord, records: Sequence[TrialRecord]) -> None:
         self._records = records
+        ours = self._ours.pop(record.uid, None)
         if was_built(record):
-            self._durations_s.append(time.monotonic() - self._trial_began_s)
+            self._durations_s.append(seconds(record) if ours is None else time.monotonic() - ours.began_s)
         config = EngineConfig.from_dict(record.config)
         parts = [f"trial {record.number}", label(config, self._default), self._result(record), self._totals()]
-        self.say(" | ".join(parts))
-        self._now = self._phase = ""
+        where = placement_text(record) if ours is None or ours.place else ""
+        self.say(" | ".join([*parts, where] if where else parts))
 
     def _result(self, record: TrialRecord) -> str:
         if record.outcome.kind != "ok":
@@ -117,14 +128,36 @@ class ConsoleProgress:
         limits: list[float] = []
         if self._limits.trials is not None and self._durations_s:
             missing = max(0, self._limits.trials - num_done(self._records))
-            limits.append(missing * expected(self._durations_s))
+            at_once = max(1, len(self._ours) + len(self._elsewhere))
+            limits.append(missing * expected(self._durations_s) / at_once)
         if self._limits.budget_s is not None:
             limits.append(max(0.0, self._limits.budget_s - (time.monotonic() - self._began_s)))
         return min(limits, default=None)
 
-    def _line(self) -> Text:
-        running = f"{self._now} | {self._phase} {format_seconds(time.monotonic() - self._trial_began_s)}"
-        return Text(f"{running if self._now else 'choosing'} | {self._totals()}", overflow="ellipsis", no_wrap=True)
+    def _lines(self) -> Text:
+        """What runs where, and how far the study is."""
+        now = time.monotonic()
+        lines = [
+            " | ".join(
+                part for part in (run.text, run.place, f"{run.phase} {format_seconds(now - run.began_s)}") if part
+            )
+            for run in list(self._ours.values())
+        ]
+        for lease in self._elsewhere:
+            config = EngineConfig.from_dict(lease.config)
+            lines.append(f"trial {lease.number}: {label(config, self._default)} | {where(lease)}")
+        totals = self._totals()
+        if len(lines) > 1:
+            return Text("\n".join([*lines, totals]), overflow="ellipsis", no_wrap=True)
+        return Text(f"{lines[0] if lines else 'choosing'} | {totals}", overflow="ellipsis", no_wrap=True)
+
+
+@dataclasses.dataclass
+class _Running:
+    text: str
+    place: str
+    began_s: float
+    phase: str = "start"
 
 
 def label(config: EngineConfig, default: EngineConfig) -> str:

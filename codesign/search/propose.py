@@ -29,17 +29,19 @@ def propose(
     advisor: Advisor,
     objectives: Sequence[Objective],
     records: Sequence[TrialRecord],
+    running: Collection[str] = (),
     number: int,
     seed: int,
 ) -> Point | None:
     """The next configuration; None when the space holds nothing new.
 
     Args:
+        running: digests of the configurations that are being measured.
         number: of the record to come.
     """
     if number == 0:
         return points.baseline()
-    measured = {record.config_digest for record in records}
+    measured = {record.config_digest for record in records} | set(running)
     for draw in range(NUM_DRAWS):
         point = advisor.suggest(number, draw)
         if point.refusal is not None:

@@ -51,7 +51,9 @@ def measure_one(
         TrialRunner(dataclasses.replace(profile, objectives=objectives), baseline=baseline) as runner,
     ):
         progress.trial(identity, config)
-        record = runner.measure(identity, config, tier=checked, on_phase=progress.phase)
+        record = runner.measure(
+            identity, config, tier=checked, on_phase=lambda name, share: progress.phase(identity.uid, name, share)
+        )
     write_file(path, record.to_json().encode())
     return path, record
 

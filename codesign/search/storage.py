@@ -9,7 +9,7 @@ rebuilt.
 """
 
 import sqlite3
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +65,15 @@ class Index:
         """Adds a finished trial."""
         self._storage.create_new_trial(self._study_id, template_trial=trial)
 
-    def reap(
-        self, objectives: Sequence[Objective], records: Sequence[TrialRecord], living: Collection[str]
-    ) -> list[FrozenTrial]:
+    def reap(self, objectives: Sequence[Objective], records: Sequence[TrialRecord]) -> list[FrozenTrial]:
         """Finishes what dead workers left RUNNING: told where the record exists, FAIL where it does not.
 
-        Args:
-            living: workers whose trials are left alone.
-        Returns:
-            Every trial as it was before.
+        To be called before any trial of ours is started. Returns every trial as it was before.
         """
         places = {record.uid: place for place, record in enumerate(records)}
         trials: list[FrozenTrial] = self._storage.get_all_trials(self._study_id, deepcopy=False)
         for trial in trials:
-            if trial.state.is_finished() or trial.user_attrs.get(_WORKER) in living:
+            if trial.state.is_finished():
                 continue
             place = places.get(trial.user_attrs.get(_UID, ""))
             self.tell(trial._trial_id, None if place is None else told(records[place], objectives, records[:place]))
@@ -115,7 +110,6 @@ def open_index(
     points: Points,
     objectives: Sequence[Objective],
     records: Sequence[TrialRecord],
-    living: Collection[str],
     say: Callable[[str], None],
 ) -> Index:
     """The index of a study, in agreement with its records: dead trials finished, rebuilt where necessary.
@@ -123,14 +117,13 @@ def open_index(
     Args:
         name: of the study.
         records: the whole ledger.
-        living: workers whose running trials are left alone.
         say: told when and why the index is rebuilt.
     """
     reason = _damage(path)
     if reason is None:
         try:
             index = _connect(path, name, objectives)
-            reason = index.disagreement(objectives, records, index.reap(objectives, records, living))
+            reason = index.disagreement(objectives, records, index.reap(objectives, records))
             if reason is None:
                 return index
             index.close()

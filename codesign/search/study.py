@@ -1,6 +1,9 @@
 """The study loop: propose, measure, write the record, tell the sampler; until the limits say stop.
 
-    lease -> propose -> RUNNING in the index -> measure -> record on disk (fsynced) -> tell -> report
+    refresh -> propose -> claim (a lease) -> measure in the pool -> record durable, lease ended, told -> report
+
+There is one such loop per `codesign search`. It starts as many trials as its pool has places and never measures itself;
+with a shared store several searches work on one study, each hearing of the others' trials when it refreshes.
 
 Whatever dies at whichever arrow, the next start finds a readable study: a trial without a record never happened, a
 record that was not told is told then. Only KeyboardInterrupt, a full disk and bugs of our own stop the loop; how a
@@ -10,46 +13,32 @@ trial ends is a result.
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from codesign.errors import WorkError
 from codesign.results.files import write_file
-from codesign.results.ledger import write_record
 from codesign.results.record import Outcome, TrialIdentity, TrialRecord
-from codesign.search import lease as leases
 from codesign.search.advisor import Advisor
 from codesign.search.folder import StudyFolder
 from codesign.search.interrupt import Interrupt
-from codesign.search.ledger import load
+from codesign.search.lease import Lease
 from codesign.search.limits import Limits
-from codesign.search.objective import told
+from codesign.search.misfit import Misfit, predicted_oom
+from codesign.search.objective import Told, told
+from codesign.search.pool import Pool
 from codesign.search.propose import propose
-from codesign.search.storage import Index, open_index
+from codesign.search.retry import RETRIES, is_settled, latest, to_retry
+from codesign.search.store import Claim, Store
 from codesign.search.suggest import Point, Points
+from codesign.search.world import check_same_world, difference
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
 from codesign.spec.yaml import dump_yaml
 
-HARNESS_RETRIES = 2
 REPORT_EVERY_S = 30.0
+WAIT_S = 1.0  # between two looks at what the other searches of a study do
 MAX_MISFITS = 100  # predicted in a row; they cost nothing, but a space that holds nothing else must come to an end
-
-OnPhase = Callable[[str, float | None], None]
-Measure = Callable[[TrialIdentity, EngineConfig, OnPhase], TrialRecord]
-
-
-@dataclasses.dataclass(frozen=True)
-class Misfit:
-    """Why a configuration cannot run here, known without building it.
-
-    Attributes:
-        excess: needed over available, minus 1; above 0.
-    """
-
-    detail: str
-    excess: float
 
 
 class Progress(Protocol):
@@ -59,9 +48,13 @@ class Progress(Protocol):
 
     def begin(self, records: Sequence[TrialRecord], limits: Limits) -> None: ...
 
-    def trial(self, identity: TrialIdentity, config: EngineConfig) -> None: ...
+    def trial(self, identity: TrialIdentity, config: EngineConfig, place: str) -> None: ...
 
-    def phase(self, name: str, fraction: float | None) -> None: ...
+    def moved(self, uid: str, place: str) -> None: ...
+
+    def phase(self, uid: str, name: str, fraction: float | None) -> None: ...
+
+    def elsewhere(self, leases: Sequence[Lease]) -> None: ...
 
     def finished(self, record: TrialRecord, records: Sequence[TrialRecord]) -> None: ...
 
@@ -80,10 +73,13 @@ class StudyResult:
 
 
 class Study:
-    """One run of the loop in an opened study folder.
+    """One run of the loop in an opened study.
 
     Args:
-        measure: builds and measures one configuration; every outcome is a record.
+        folder: where the configurations of the trials are written.
+        store: records and leases of the study.
+        pool: measures; what it is given to do and has not done is cancelled when the loop ends.
+        world: provenance of what trials are measured on here, where that is known before the first.
         predict: says why a configuration cannot run here, or None; such ones are recorded without being built.
         write_report: writes what people read, from the folder.
     """
@@ -92,25 +88,30 @@ class Study:
         self,
         folder: StudyFolder,
         *,
+        store: Store,
+        pool: Pool,
         points: Points,
         objectives: Sequence[Objective],
-        measure: Measure,
         progress: Progress,
         interrupt: Interrupt,
         write_report: Callable[[], object],
         predict: Callable[[EngineConfig], Misfit | None] = lambda config: None,
         seed: int = 0,
+        world: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder = folder
+        self._store = store
+        self._pool = pool
         self._points = points
         self._objectives = tuple(objectives)
-        self._measure = measure
         self._progress = progress
         self._interrupt = interrupt
         self._write_report = write_report
         self._predict = predict
         self._seed = seed
+        self._world = world or {}
         self._advisor = Advisor(points, objectives, seed)
+        self._claims: dict[str, Claim] = {}
         self._records: list[TrialRecord] = []
         self._durations_s: list[float] = []
         self._attempts: collections.Counter[int] = collections.Counter()
@@ -120,107 +121,159 @@ class Study:
         """Goes on with the study until `limits`, an empty space or a signal stop it.
 
         Raises:
+            InputError: its trials were measured in another world.
             WorkError: infrastructure fails again and again. What was finished is kept.
             OSError, optuna or sqlalchemy errors: the disk is full (`open_study` explains them).
         """
-        with leases.hold(self._folder.leases) as lease:
-            living = leases.sweep(self._folder.leases)
-            self._records = load(self._folder.trials, self._progress.say)
-            self._durations_s = [seconds(record) for record in self._records if was_built(record)]
-            index = open_index(
-                self._folder.index,
-                name=self._folder.name,
-                points=self._points,
-                objectives=self._objectives,
-                records=self._records,
-                living=[other.worker for other in living if other.worker != lease.worker],
-                say=self._progress.say,
-            )
-            for place, record in enumerate(self._records):
-                point = self._points.located(EngineConfig.from_dict(record.config))
-                self._advisor.learn(point, told(record, self._objectives, self._records[:place]))
-            try:
-                return self._loop(index, lease, limits)
-            finally:
-                index.close()
-
-    def _loop(self, index: Index, lease: leases.Lease, limits: Limits) -> StudyResult:
+        for record in self._store.refresh():
+            self._learn(record, self._located(record), told(record, self._objectives, self._records))
+        self._records.sort(key=_place)
+        check_same_world(self._records, self._world, self._folder.path)
         self._write_configs()
         self._progress.begin(self._records, limits)
-        began_s, reported_s = time.monotonic(), -REPORT_EVERY_S
-        while True:
-            elapsed_s = time.monotonic() - began_s
-            stopped = limits.stop(done=num_done(self._records), elapsed_s=elapsed_s, durations_s=self._durations_s)
-            stopped = stopped or self._hopeless()
-            if stopped is None and not self._interrupt.signal_number:
-                stopped = self._one(index, lease)
-            if stopped is not None or self._interrupt.signal_number:
-                break
-            if time.monotonic() - reported_s >= REPORT_EVERY_S:
-                self._write_report()
-                reported_s = time.monotonic()
+        try:
+            stopped = self._loop(limits)
+        except KeyboardInterrupt:
+            stopped = None
+        finally:
+            self._pool.cancel()
+            for claim in self._claims.values():
+                self._store.abandon(claim)
         self._write_report()
         was_interrupted = bool(self._interrupt.signal_number)
         return StudyResult(tuple(self._records), "interrupted" if was_interrupted else stopped or "", was_interrupted)
 
-    def _one(self, index: Index, lease: leases.Lease) -> str | None:
-        """One trial from proposal to tell. Returns why there was none to run, or None."""
-        retry = self._retry()
+    def _loop(self, limits: Limits) -> str | None:
+        """Why the study is at its end; None when a signal came."""
+        began_s, reported_s = time.monotonic(), -REPORT_EVERY_S
+        while not self._interrupt.signal_number:
+            stopped = self._fill(limits, began_s)
+            if stopped is not None and not self._claims:
+                return stopped
+            for record in self._pool.wait(WAIT_S, self):
+                self._finish(record)
+            self._hear()
+            if time.monotonic() - reported_s >= REPORT_EVERY_S:
+                self._write_report()
+                reported_s = time.monotonic()
+        return None
+
+    # Starting trials.
+
+    def _fill(self, limits: Limits, began_s: float) -> str | None:
+        """Starts trials while there are places for them. Returns why none will be started any more, or None."""
+        while not self._interrupt.signal_number and (place := self._pool.free_place()) is not None:
+            done, running = num_done(self._records), len(self._store.running)
+            elapsed_s = time.monotonic() - began_s
+            stopped = limits.stop(done=done, running=running, elapsed_s=elapsed_s, durations_s=self._durations_s)
+            stopped = stopped or self._hopeless()
+            if stopped is not None:
+                return stopped
+            if limits.trials is not None and done + running >= limits.trials:
+                return None  # all that are missing are under way; one that is lost will be tried again
+            if not self._start(place):
+                return None if running else "every configuration that the search space allows has been tried"
+        return None
+
+    def _start(self, place: str) -> bool:
+        """Starts a trial, unless another search was faster. Returns False when there is none to start."""
+        retry = to_retry(self._records, self._attempts, frozenset(lease.number for lease in self._store.running))
         if retry is not None:
             number, attempt = retry.number, retry.attempt + 1
-            point: Point | None = self._points.located(EngineConfig.from_dict(retry.config))
+            point: Point | None = self._located(retry)
         else:
-            number, attempt = max((record.number for record in self._records), default=-1) + 1, 0
+            number, attempt = self._next_number(), 0
+            running = [self._points.located(EngineConfig.from_dict(lease.config)) for lease in self._store.running]
+            self._advisor.expect(running)
             point = propose(
                 points=self._points,
                 advisor=self._advisor,
                 objectives=self._objectives,
                 records=self._records,
+                running=[other.config.digest for other in running],
                 number=number,
                 seed=self._seed,
             )
         if point is None:
-            return "every configuration that the search space allows has been tried"
-        identity = self._folder.identity(number, attempt, point.config.digest)
-        leases.bind(self._folder.leases, lease, identity.uid)
-        trial_id = index.start(point, lease.worker, identity.uid)
-        record = self._measured(identity, point)
-        if record is None:
-            index.tell(trial_id, None)
-            return None
-        write_record(self._folder.trials, record)
-        result = told(record, self._objectives, self._records)
-        index.tell(trial_id, result)
-        self._advisor.learn(point, result)
-        self._keep(record)
-        return None
-
-    def _measured(self, identity: TrialIdentity, point: Point) -> TrialRecord | None:
-        """The trial's record; None when a signal ended it."""
+            return False
+        claim = self._store.claim(point, number, attempt, place)
+        if claim is None:
+            self._hear()
+            return True
+        self._claims[claim.identity.uid] = claim
         misfit = self._predict(point.config)
         if misfit is not None:
-            return predicted_oom(identity, point.config, misfit)
-        self._progress.trial(identity, point.config)
-        began_s = time.monotonic()
-        try:
-            with self._interrupt.waiting():
-                record = self._measure(identity, point.config, self._progress.phase)
-        except KeyboardInterrupt:
-            return None
-        if (record.uid, record.config_digest) != (identity.uid, point.config.digest):
-            raise RuntimeError(f"measured {record.uid} when {identity.uid} was asked for")
-        self._durations_s.append(time.monotonic() - began_s)
-        return record
+            self._finish(predicted_oom(claim.identity, point.config, misfit))
+            return True
+        self._progress.trial(claim.identity, point.config, place)
+        self._pool.start(claim.identity, point.config)
+        return True
 
-    def _keep(self, record: TrialRecord) -> None:
+    def _next_number(self) -> int:
+        numbers = [record.number for record in self._records] + [lease.number for lease in self._store.running]
+        return max(numbers, default=-1) + 1
+
+    def _located(self, record: TrialRecord) -> Point:
+        return self._points.located(EngineConfig.from_dict(record.config))
+
+    # Hearing of trials.
+
+    def phase(self, uid: str, name: str, fraction: float | None) -> None:
+        self._progress.phase(uid, name, fraction)
+
+    def placed(self, uid: str, place: str) -> None:
+        claim = self._claims.get(uid)
+        if claim is not None:
+            self._claims[uid] = self._store.moved(claim, place)
+            self._progress.moved(uid, place)
+
+    def _hear(self) -> None:
+        """Takes in what the other searches of this study have done."""
+        for record in self._store.refresh():
+            self._keep(record, self._located(record), told(record, self._objectives, self._records))
+        self._progress.elsewhere([lease for lease in self._store.running if lease.uid not in self._claims])
+
+    def _finish(self, record: TrialRecord) -> None:
+        """One of our trials has ended."""
+        claim = self._claims.get(record.uid)
+        if claim is None or record.config_digest != claim.point.config.digest:
+            raise RuntimeError(f"measured {record.uid}, which was not asked for")
+        record = self._of_this_world(record)
+        result = told(record, self._objectives, self._records)
+        was_ours = self._store.finish(claim, record, result)
+        del self._claims[record.uid]
+        if was_ours:
+            self._keep(record, claim.point, result)
+        else:
+            self._progress.say(
+                f"trial {record.number}: its lease had been given up before it ended; the result is kept aside as late"
+            )
+
+    def _of_this_world(self, record: TrialRecord) -> TrialRecord:
+        """The record; without its figures when a worker measured it on something else than the study's other trials."""
+        changed = difference(self._records, record.provenance)
+        if changed is None:
+            return record
+        detail = f"measured in another world ({changed}), which cannot be compared"
+        return dataclasses.replace(
+            record, outcome=Outcome(kind="harness", detail=detail), metrics={}, requests=(), quality={}, violations={}
+        )
+
+    def _learn(self, record: TrialRecord, point: Point, result: Told | None) -> None:
         self._records.append(record)
-        self._records.sort(key=lambda item: (item.number, item.attempt))
+        self._advisor.learn(point, result)
+        if was_built(record):
+            self._durations_s.append(seconds(record))
+
+    def _keep(self, record: TrialRecord, point: Point, result: Told | None) -> None:
+        self._learn(record, point, result)
+        self._records.sort(key=_place)
         self._write_configs()
         self._progress.finished(record, self._records)
         self._attempts[record.number] += 1
         if record.outcome.kind != "harness":
             self._has_worked = True
-        elif self._attempts[record.number] > HARNESS_RETRIES:
+        elif self._attempts[record.number] > RETRIES["harness"]:
             if not self._has_worked:
                 raise WorkError(
                     f"trial {record.number} could not be run in {self._attempts[record.number]} attempts: "
@@ -228,13 +281,6 @@ class Study:
                     "start the same command again"
                 )
             self._has_worked = False
-
-    def _retry(self) -> TrialRecord | None:
-        """The latest record of a trial that infrastructure failed and that has attempts left in this run."""
-        for record in latest(self._records):
-            if record.outcome.kind == "harness" and self._attempts[record.number] <= HARNESS_RETRIES:
-                return record
-        return None
 
     def _hopeless(self) -> str | None:
         tail = self._records[-MAX_MISFITS:]
@@ -249,15 +295,13 @@ class Study:
                 write_file(path, dump_yaml(dict(record.config)).encode())
 
 
-def latest(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The last attempt of each trial, by number."""
-    by_number = {record.number: record for record in sorted(records, key=lambda item: (item.number, item.attempt))}
-    return list(by_number.values())
+def _place(record: TrialRecord) -> tuple[int, int]:
+    return record.number, record.attempt
 
 
 def num_done(records: Sequence[TrialRecord]) -> int:
-    """Trials that count towards the total: those that were built, and that infrastructure did not fail."""
-    return sum(was_built(record) and record.outcome.kind != "harness" for record in latest(records))
+    """Trials that count towards the total: those that were built, and that will not be tried again."""
+    return sum(was_built(record) and is_settled(record) for record in latest(records))
 
 
 def was_built(record: TrialRecord) -> bool:
@@ -268,18 +312,3 @@ def was_built(record: TrialRecord) -> bool:
 def seconds(record: TrialRecord) -> float:
     """How long the trial took; phases with a dot in their name are parts of others."""
     return sum(duration for phase, duration in record.phases.items() if "." not in phase)
-
-
-def predicted_oom(identity: TrialIdentity, config: EngineConfig, misfit: Misfit) -> TrialRecord:
-    """The record of a configuration that is known not to fit without building it."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return TrialRecord(
-        **dataclasses.asdict(identity),
-        config=config.to_dict(),
-        config_digest=config.digest,
-        outcome=Outcome(kind="oom", detail=f"predicted: {misfit.detail}"),
-        violations={"memory": misfit.excess},
-        trust={"predicted": True},
-        started_at=now,
-        finished_at=now,
-    )

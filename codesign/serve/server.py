@@ -85,15 +85,19 @@ class Server:
     async def _drain(self) -> None:
         num_live = self.dispatcher.num_live
         if num_live:
-            self.say(f"{self._ended_by}: {num_live} sequences finish first, within {self.drain_s:g} s")
+            self._tell(f"{self._ended_by}: {num_live} sequences finish first, within {self.drain_s:g} s")
         deadline = time.monotonic() + self.drain_s
         while self.dispatcher.num_live and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
         if self.dispatcher.num_live:
-            self.say(f"{self.dispatcher.num_live} sequences were cut off")
+            self._tell(f"{self.dispatcher.num_live} sequences were cut off")
             self.dispatcher.cut_off()
         await asyncio.sleep(_POLL_S)
         self._uvicorn.should_exit = True
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads our messages any more: no reason not to end
+            self.say(text)
 
     async def _after_failure(self) -> None:
         await asyncio.sleep(_FAILING_S)

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from codesign.errors import InputError, shown
 from codesign.spec.hardware import Device, Hardware
@@ -77,6 +77,26 @@ class Profile:
         text = json.dumps(self.sections, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @classmethod
+    def from_sections(cls, name: str, sections: Mapping[str, Any]) -> Self:
+        """The profile of which these are the `sections`, without its search space; for another process or machine.
+
+        A model that is a directory must be at the same path there.
+        """
+        model = _model_of(sections["model"])
+        if "draft" in sections:
+            model = dataclasses.replace(model, draft=_model_of(sections["draft"]))
+        return cls(
+            path=Path(f"{name}.yaml"),
+            hardware=Hardware.model_validate(sections["hardware"]),
+            model_spec=model,
+            workload=Workload.model_validate(sections["workload"]),
+            slo=Slo.model_validate(sections["slo"]),
+            objectives=tuple(Objective(**objective) for objective in sections["objectives"]),
+            search_space=None,
+            sections=sections,
+        )
+
 
 def load_profile(path: str | Path, *, model_override: str | None = None, fetch: Fetch = cached_snapshot) -> Profile:
     """Reads and checks a profile with everything it includes.
@@ -135,6 +155,13 @@ def _identity(model: ModelSpec) -> dict[str, Any]:
     if model.name in ("bundled", bundled_draft().name):
         del plain["path"]
     return plain
+
+
+def _model_of(section: Mapping[str, Any]) -> ModelSpec:
+    """The reverse of `_identity`, on this machine."""
+    if section["name"] == bundled_draft().name:
+        return bundled_draft()
+    return model_from_text("bundled", folder=Path()) if section["name"] == "bundled" else ModelSpec(**section)
 
 
 def _draft_section(model: ModelSpec) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def long_ttft_ms(one: Run, arrivals_s: list[float]) -> float:
 
 def prefix(setting: Setting) -> dict[str, Any]:
     """Input throughput with and without prefix cache where 0, half and nine tenths of each prompt are shared."""
-    prompt_tokens, count, parts = 640, 16, {}
+    prompt_tokens, count, parts = 640, 12, {}
     common: dict[str, Any] = {
         "max_batch_size": 4,
         "max_model_len": prompt_tokens + 8,

@@ -43,19 +43,10 @@ def mix(setting: Setting, *, scale: float, vllm_python: Path | None) -> dict[str
     prompts = [rng.choices(range(setting.vocab_size), k=rng.randint(low, high)) for _ in range(NUM_REQUESTS)]
     counts = [rng.randint(low, high) for _ in range(NUM_REQUESTS)]
     peers: dict[str, Callable[[list[list[int]], list[int]], float]] = {}
-    ours = {
-        name: engine_of(
-            model(setting.model_dir),
-            setting.threads,
-            max_batch_size=BATCH,
-            max_model_len=2 * high,
-            max_step_tokens=512,
-            **own,
-        )
-        for name, own in {"codesign bf16": {}, "codesign int4": {"weights": "int4"}}.items()
-    }
-    for name, engine in ours.items():
-        peers[name] = lambda own, wanted, engine=engine: our_wall_s(engine, own, wanted)  # type: ignore[misc]
+    ours = engine_of(
+        model(setting.model_dir), setting.threads, max_batch_size=BATCH, max_model_len=2 * high, max_step_tokens=512
+    )
+    peers["codesign bf16"] = lambda own, wanted: our_wall_s(ours, own, wanted)
     peers["transformers bf16"] = transformers_wall_s(setting.model_dir)
     versions: dict[str, str] = {}
     vllm = None
@@ -85,7 +76,7 @@ def mix(setting: Setting, *, scale: float, vllm_python: Path | None) -> dict[str
         "output_tokens": sum(counts),
         "wall_s": walls,
         "versions": versions,
-        "profile": profile(ours["codesign bf16"], prompts, counts),
+        "profile": profile(ours, prompts, counts),
         "bars": bars,
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from codesign.measure import monitor
-from codesign.measure.monitor import CpuProbe, Monitor, RaplCounter, energy_source, throttle_names
+from codesign.measure.monitor import CpuProbe, Monitor, RaplCounter, energy_source, throttle_names, visible
 
 BURN = "import time\nend = time.time() + 30\nwhile time.time() < end: pass"
 
@@ -102,3 +102,23 @@ def test_a_window_too_short_for_the_counter_gives_no_energy(tmp_path: Path, monk
 def test_throttle_reasons_are_named_and_idle_is_none() -> None:
     assert throttle_names(0x1) == []
     assert throttle_names(0x4 | 0x40) == ["sw_power_cap", "hw_thermal"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "left"),
+    [
+        (None, ["GPU-aa", "GPU-ab", "GPU-b"]),
+        ("1", ["GPU-ab"]),
+        ("2, 0", ["GPU-b", "GPU-aa"]),
+        ("GPU-b", ["GPU-b"]),
+        ("GPU-ab,GPU-aa", ["GPU-ab", "GPU-aa"]),
+        ("0,7,1", ["GPU-aa"]),
+        ("GPU-a", []),
+        ("", []),
+        ("-1", []),
+    ],
+)
+def test_only_gpus_that_cuda_shows_are_there(wanted: str | None, left: list[str]) -> None:
+    found = [{"uuid": uuid} for uuid in ("GPU-aa", "GPU-ab", "GPU-b")]
+
+    assert [gpu["uuid"] for gpu in visible(found, wanted)] == left

@@ -23,9 +23,8 @@ import sqlalchemy
 
 from codesign.results import files
 from codesign.results.record import TrialIdentity, TrialRecord
+from codesign.search import folder_store, storage
 from codesign.search import lease as leases
-from codesign.search import storage
-from codesign.search import study as studies_module
 from codesign.search.interrupt import Interrupt
 from codesign.search.limits import Limits
 from codesign.spec.engine_config import EngineConfig
@@ -40,9 +39,9 @@ CRASH_POINTS: dict[str, tuple[Any, str, str]] = {
     "before_lease": (leases, "write", "before"),
     "before_running": (storage.Index, "start", "before"),
     "after_running": (storage.Index, "start", "after"),
-    "before_record": (studies_module, "write_record", "before"),
+    "before_record": (folder_store, "write_record", "before"),
     "before_rename": (files.os, "rename", "before"),
-    "after_record": (studies_module, "write_record", "after"),
+    "after_record": (folder_store, "write_record", "after"),
     "in_tell": (optuna.Trial, "set_constraint", "after"),
     "after_tell": (storage.Index, "tell", "after"),
     "in_rebuild": (storage.Index, "add", "after"),

@@ -1,5 +1,6 @@
 """Small real studies for the tests: a real space and folder, a fake measurement."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +10,14 @@ import optuna
 
 from codesign.results.record import TrialIdentity, TrialRecord
 from codesign.search.folder import open_study
+from codesign.search.folder_store import FolderStore
 from codesign.search.inputs import Inputs
 from codesign.search.interrupt import Interrupt
+from codesign.search.lease import Lease
 from codesign.search.limits import Limits
-from codesign.search.study import Misfit, Study, StudyResult
+from codesign.search.misfit import Misfit
+from codesign.search.pool import InlinePool, Pool
+from codesign.search.study import Study, StudyResult
 from codesign.search.suggest import Points
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
@@ -45,10 +50,16 @@ class Heard:
     def begin(self, records: Sequence[TrialRecord], limits: Limits) -> None:
         pass
 
-    def trial(self, identity: TrialIdentity, config: EngineConfig) -> None:
+    def trial(self, identity: TrialIdentity, config: EngineConfig, place: str) -> None:
         pass
 
-    def phase(self, name: str, fraction: float | None) -> None:
+    def moved(self, uid: str, place: str) -> None:
+        pass
+
+    def elsewhere(self, leases: Sequence[Lease]) -> None:
+        pass
+
+    def phase(self, uid: str, name: str, fraction: float | None) -> None:
         self.phases.append(name)
 
     def finished(self, record: TrialRecord, records: Sequence[TrialRecord]) -> None:
@@ -80,6 +91,7 @@ def run_study(
     space: SearchSpace,
     *,
     measure: Callable[..., TrialRecord] | None = None,
+    pool: Pool | None = None,
     limits: Limits | None = None,
     name: str | None = "study",
     objectives: Sequence[Objective] = OBJECTIVES,
@@ -91,14 +103,19 @@ def run_study(
     seed: int = 0,
 ) -> StudyResult:
     """One run of a study in `out`/`name`."""
-    with open_study(out, name, inputs_of(space, objectives, profile)) as folder:
+    points, heard, interrupt = Points(space, max_model_len=512), heard or Heard(), interrupt or Interrupt()
+    with (
+        open_study(out, name, inputs_of(space, objectives, profile)) as folder,
+        contextlib.closing(FolderStore(folder, points=points, objectives=objectives, say=heard.say)) as store,
+    ):
         study = Study(
             folder,
-            points=Points(space, max_model_len=512),
+            store=store,
+            pool=pool or InlinePool(measure or FakeMeasure(), interrupt),
+            points=points,
             objectives=objectives,
-            measure=measure or FakeMeasure(),
-            progress=heard or Heard(),
-            interrupt=interrupt or Interrupt(),
+            progress=heard,
+            interrupt=interrupt,
             write_report=write_report,
             predict=predict,
             seed=seed,

@@ -34,6 +34,14 @@ def test_a_failure_of_infrastructure_is_not_told() -> None:
     assert told(record_of(identity(0), EngineConfig(), "harness"), OBJECTIVES, []) is None
 
 
+def test_a_hang_is_told_only_when_it_hung_again() -> None:
+    again = dataclasses.replace(identity(0), attempt=1)
+
+    assert told(record_of(identity(0), EngineConfig(), "hang"), OBJECTIVES, []) is None
+    result = told(record_of(again, EngineConfig(), "hang"), OBJECTIVES, [])
+    assert result is not None and result.is_sentinel
+
+
 def test_a_failed_trial_is_told_worse_than_the_worst_and_finite() -> None:
     result = told(FAILED, OBJECTIVES, [GOOD])
 

@@ -197,7 +197,7 @@ def test_a_study_does_not_go_on_in_another_world() -> None:
         ({"machine": {"cpu": "B", "cores": 2}}, "processor was A"),
         ({"versions": {"torch": "2.14"}}, "torch was 2.13, is 2.14"),
         ({"model": {"digest": "sha256:2"}}, "model was"),
-        ({"gpus": [{"name": "H100"}]}, "GPUs was H200, is H100"),
+        ({"gpus": [{"name": "H100"}]}, "GPU was H200, is H100"),
     ):
         with pytest.raises(InputError, match=word):
             check_same_world([record], {**here, **changed}, "study")

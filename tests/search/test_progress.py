@@ -5,6 +5,7 @@ import io
 
 from rich.console import Console
 
+from codesign.search.lease import Lease
 from codesign.search.limits import Limits
 from codesign.search.progress import ConsoleProgress, label
 from codesign.spec.engine_config import Choice, EngineConfig
@@ -24,7 +25,7 @@ def lines(*, is_terminal: bool) -> str:
         progress.begin((), Limits(trials=3))
         for number, (config, kind) in enumerate([(DEFAULT, "ok"), (OTHER, "ok"), (OTHER, "oom")]):
             progress.trial(identity(number), config)
-            progress.phase("measure", 0.5)
+            progress.phase(identity(number).uid, "measure", 0.5)
             records.append(record_of(identity(number), config, kind, "[red]too much[/red]\nmore"))  # type: ignore[arg-type]
             progress.finished(records[-1], records)
     return stream.getvalue()
@@ -47,6 +48,23 @@ def test_a_failure_is_shown_as_text_with_its_cause() -> None:
 
 def test_a_terminal_gets_a_live_line_with_the_phase() -> None:
     assert "\x1b[" in lines(is_terminal=True)
+
+
+def test_the_live_view_says_what_runs_where_here_and_elsewhere() -> None:
+    progress = ConsoleProgress(Console(file=io.StringIO(), width=200), OBJECTIVES, DEFAULT)
+    progress.begin((), Limits(trials=9))
+    progress.trial(identity(0), DEFAULT, "cores 0-3")
+    progress.trial(identity(1), OTHER, "Ray")
+    progress.phase("u0", "measure", 0.5)
+    progress.moved("u1", "Ray node n7, worker 12")
+    far = Lease(worker="w", host="n9", boot_id="b", pid=7, pid_start_ticks=1, uid="u2", number=2, place="cores 4-7")
+    progress.elsewhere([dataclasses.replace(far, config=OTHER.to_dict())])
+    lines = progress._lines().plain.splitlines()
+
+    assert lines[0].startswith("trial 0: unmodified | cores 0-3 | measure 50%")
+    assert lines[1].startswith("trial 1: max_batch_size=2 | Ray node n7, worker 12 | start")
+    assert lines[2] == "trial 2: max_batch_size=2 | n9, search 7, cores 4-7"
+    assert lines[3].startswith("done 0/9")
 
 
 def test_a_configuration_is_named_by_what_differs_from_the_unmodified_one() -> None:

@@ -1,7 +1,9 @@
 """study.db deleted, truncated, torn or in disagreement; damaged records; old leases."""
 
 import dataclasses
+import os
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -110,7 +112,7 @@ def test_torn_and_foreign_records_are_put_aside_said_and_the_study_goes_on(study
 def test_a_lease_lives_as_long_as_its_process(tmp_path: Path) -> None:
     with leases.hold(tmp_path) as lease:
         assert leases.sweep(tmp_path) == (lease,)
-        leases.bind(tmp_path, lease, "abc")
+        leases.write(tmp_path, dataclasses.replace(lease, uid="abc"))
         assert leases.sweep(tmp_path)[0].uid == "abc"
 
     assert list(tmp_path.iterdir()) == []
@@ -124,6 +126,21 @@ def test_a_lease_of_another_boot_or_a_reused_pid_is_dead(tmp_path: Path, change:
 
         assert not dead.is_alive
         assert [living.worker for living in leases.sweep(tmp_path)] == [lease.worker]
+
+
+def test_what_runs_now_is_told_from_what_a_dead_process_left(tmp_path: Path) -> None:
+    with leases.hold(tmp_path) as lease:
+        now = dataclasses.replace(lease, worker="now", uid="a", number=3)
+        leases.write(tmp_path, now)
+        leases.write(tmp_path, dataclasses.replace(now, worker="dead", pid=2**22 + 1))
+        for worker, age_s in (("elsewhere", 10), ("long ago", 1000)):
+            other = dataclasses.replace(now, worker=worker, host="another", number=4)
+            leases.write(tmp_path, other)
+            heard_s = time.time() - age_s
+            os.utime(tmp_path / f"{worker}.json", (heard_s, heard_s))
+
+        assert [item.worker for item in leases.running_in(tmp_path)] == ["now", "elsewhere"]
+        assert len(list(tmp_path.iterdir())) == 5  # a reader removes nothing
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"worker": 3}', "null"])

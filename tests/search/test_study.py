@@ -12,7 +12,7 @@ from codesign.results.record import OutcomeKind, TrialIdentity, TrialRecord
 from codesign.search import study
 from codesign.search.interrupt import Interrupt
 from codesign.search.limits import Limits
-from codesign.search.study import Misfit
+from codesign.search.misfit import Misfit
 from codesign.spec.engine_config import EngineConfig
 from tests.search.fake_measure import OBJECTIVES, FakeMeasure, OnPhase
 from tests.search.studies import Heard, optuna_trials, run_study, space_of
@@ -88,7 +88,7 @@ def test_configurations_that_the_space_rules_out_are_neither_measured_nor_counte
     assert not any(c.max_batch_size == 16 and c.max_step_tokens == 2048 for _, c in measure.calls)
 
 
-@pytest.mark.parametrize("kind", ["oom", "hang", "crashed", "unsupported", "numerical", "killed_by_os", "protocol"])
+@pytest.mark.parametrize("kind", ["oom", "crashed", "unsupported", "numerical", "killed_by_os", "protocol"])
 def test_a_failed_trial_is_kept_and_told_as_infeasible_with_finite_sentinels(tmp_path: Path, kind: OutcomeKind) -> None:
     measure = FakeMeasure(outcome=lambda config: kind if config.max_batch_size == 16 else "ok")
     result = run_study(tmp_path, space_of(tmp_path), measure=measure, limits=Limits(trials=10))
@@ -147,6 +147,45 @@ def test_infrastructure_failures_are_tried_again_as_further_attempts_at_the_same
     assert len({r.config_digest for r in result.records if r.number == 2}) == 1
     states = [trial.state.name for trial in optuna_trials(tmp_path)]
     assert states == ["COMPLETE", "COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_a_hang_is_tried_once_more_and_then_counts(tmp_path: Path) -> None:
+    measure = FakeMeasure()
+    measure.outcome = lambda config: "hang" if len(measure.calls) in (2, 4, 5) else "ok"
+    result = run_study(tmp_path, space_of(tmp_path), measure=measure, limits=Limits(trials=3))
+
+    assert [(r.number, r.attempt, r.outcome.kind) for r in result.records] == [
+        (0, 0, "ok"),
+        (1, 0, "hang"),
+        (1, 1, "ok"),
+        (2, 0, "hang"),
+        (2, 1, "hang"),
+    ]
+    told = [trial for trial in optuna_trials(tmp_path) if trial.state.name == "COMPLETE"]
+    assert [bool(trial.user_attrs.get("sentinel")) for trial in told] == [False, False, True]
+
+
+def test_a_trial_that_a_worker_measured_in_another_world_does_not_count(tmp_path: Path) -> None:
+    fake = FakeMeasure()
+
+    def measure(identity: TrialIdentity, config: EngineConfig, on_phase: OnPhase) -> TrialRecord:
+        import dataclasses
+
+        record = fake(identity, config, on_phase)
+        torch = "2.14" if len(fake.calls) == 2 else "2.13"
+        return dataclasses.replace(record, provenance={"versions": {"torch": torch}})
+
+    result = run_study(tmp_path, space_of(tmp_path), measure=measure, limits=Limits(trials=3))
+
+    assert [(r.number, r.attempt, r.outcome.kind) for r in result.records] == [
+        (0, 0, "ok"),
+        (1, 0, "harness"),
+        (1, 1, "ok"),
+        (2, 0, "ok"),
+    ]
+    odd = result.records[1]
+    assert "torch was 2.13, is 2.14" in odd.outcome.detail
+    assert not odd.metrics
 
 
 def test_infrastructure_that_never_works_stops_the_study_with_the_reason(tmp_path: Path) -> None:

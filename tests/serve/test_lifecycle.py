@@ -15,7 +15,7 @@ import pytest
 
 from codesign.bundled import target_path
 from codesign.cli import main
-from tests.serve.process import ROOT, ServerProcess, wait_until
+from tests.serve.process import ROOT, RUNNER, ServerProcess, wait_until
 from tests.serve.test_chat_template import HOSTILE
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
@@ -58,6 +58,33 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones(start: Start
     assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert status == 0, process.stderr
     assert "SIGTERM: served 1 sequences, 200 tokens; 0 were cut off" in process.stderr
+
+
+def test_it_drains_though_nobody_reads_its_messages_any_more(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    process = subprocess.Popen(
+        [sys.executable, str(RUNNER), "serve", str(path), "--port", "0", "--model", "bundled"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert process.stderr is not None
+        ready = next(line for line in process.stderr if line.startswith("ready: "))
+        with httpx.stream("POST", f"{ready.split()[1]}/completions", json=LONG, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.stderr.close()
+            process.send_signal(signal.SIGTERM)
+            events = [line for line in lines if line]
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert events[-1] == "data: [DONE]"
+    assert process.returncode >= 0
 
 
 def test_a_second_signal_ends_at_once(start: Start) -> None:

@@ -286,3 +286,21 @@ def test_sections_are_plain_data_that_can_be_written_and_loaded_again(tmp_path: 
     (tmp_path / "again.yaml").write_text(dump_yaml(sections))
 
     assert load_profile(tmp_path / "again.yaml").digest == found.digest
+
+
+@pytest.mark.parametrize("name", ["cpu", "a100", "h100"])
+def test_a_profile_crosses_to_another_process_as_its_sections(name: str) -> None:
+    import dataclasses
+    import json
+
+    here = load_profile(ROOT / "profiles" / f"{name}.yaml", model_override="bundled")
+    there = Profile.from_sections(here.name, json.loads(json.dumps(here.sections)))
+
+    assert there == dataclasses.replace(here, path=Path(f"{name}.yaml"), search_space=None)
+    assert there.digest == here.digest
+
+
+def test_an_architecture_crosses_to_another_process_too(tmp_path: Path) -> None:
+    here = profile(tmp_path)
+
+    assert Profile.from_sections("mine", here.sections).model_spec == here.model_spec

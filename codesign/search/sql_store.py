@@ -1,0 +1,332 @@
+"""The store of several searches on several machines: one table in PostgreSQL, Optuna's index beside it.
+
+    codesign_ledger     one row per attempt at a trial, and one per study
+      kind    running -> done       the lease's end, the record and its trial in Optuna's index: one transaction
+              study                 the study's description; `place` counts what has been told
+              late                  a record whose lease had been given up; kept, never told
+
+A lease is a running row with a token and a deadline by the server's clock. Its search moves the deadline on; whoever
+finds it passed, or on this machine finds the process gone, turns the row into a `harness` record, which is tried again.
+Ending a lease compares the token, so a result that comes after that is late and changes nothing.
+
+The folder is a mirror: records and leases are written there for people and for the report, and never read back.
+"""
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy
+from sqlalchemy import BigInteger, Column, Connection, DateTime, Index, Integer, Text, UniqueConstraint, func
+from sqlalchemy.dialects.postgresql import insert
+
+from codesign.errors import WorkError
+from codesign.results.ledger import read_records, write_record
+from codesign.results.record import TrialIdentity, TrialRecord
+from codesign.search import lease as leases
+from codesign.search.advisor import frozen
+from codesign.search.database import Database
+from codesign.search.folder import StudyFolder
+from codesign.search.lease import Lease
+from codesign.search.ledger import load
+from codesign.search.objective import Told, told
+from codesign.search.pool import lost
+from codesign.search.sql_index import SqlIndex
+from codesign.search.store import Claim
+from codesign.search.suggest import Point, Points
+from codesign.spec.engine_config import EngineConfig
+from codesign.spec.metrics import Objective
+
+LEASE_S = 60.0
+_RENEW_SHARE = 0.25
+
+_metadata = sqlalchemy.MetaData()
+LEDGER = sqlalchemy.Table(
+    "codesign_ledger",
+    _metadata,
+    Column("uid", Text, primary_key=True),
+    Column("study", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("json", Text),
+    Column("number", Integer),
+    Column("attempt", Integer),
+    Column("token", Text),
+    Column("worker", Text),
+    Column("lease", Text),
+    Column("deadline", DateTime(timezone=True)),
+    Column("place", BigInteger),
+    UniqueConstraint("study", "number", "attempt"),
+    Index("codesign_ledger_order", "study", "kind", "place"),
+)
+_c = LEDGER.c
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedStudies:
+    """The studies in a database, as `open_study` asks for them."""
+
+    database: Database
+
+    @property
+    def address(self) -> str:
+        return self.database.address
+
+    def agree(self, name: str, description: str) -> str:
+        row = {"uid": f"study/{name}", "study": f"study/{name}", "kind": "study", "json": description, "place": 0}
+        self.database.alone(lambda: _metadata.create_all(self.database.engine))
+
+        def step(connection: Connection) -> str:
+            connection.execute(insert(LEDGER).values(row).on_conflict_do_nothing())
+            return str(connection.execute(sqlalchemy.select(_c.json).where(_c.uid == row["uid"])).scalar_one())
+
+        return self.database.run(step)
+
+
+class SqlStore:
+    """Opens the study of a folder in its database.
+
+    Args:
+        lease_s: how long a search may be silent before its trials are given to others.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        folder: StudyFolder,
+        *,
+        points: Points,
+        objectives: Sequence[Objective],
+        say: Callable[[str], None],
+        lease_s: float = LEASE_S,
+    ) -> None:
+        self._database = database
+        self._folder = folder
+        self._points = points
+        self._objectives = tuple(objectives)
+        self._lease_s = lease_s
+        self._me = leases.new()
+        self._running: dict[str, Lease] = {}
+        self._handed: set[str] = set()
+        self._last_place = 0
+        self._renewed_s = 0.0
+        load(folder.trials, say)  # puts damaged files aside; what is missing is written again
+        self._index = SqlIndex(database, folder.name, points, objectives)
+        database.alone(lambda: self._index.open(self._all_done))
+        self._send_unsent(say)
+
+    # Reading.
+
+    @property
+    def running(self) -> Sequence[Lease]:
+        return tuple(self._running.values())
+
+    def refresh(self) -> Sequence[TrialRecord]:
+        began_s = time.monotonic()
+        rows, running = self._database.run(self._look)
+        if began_s - self._renewed_s > _RENEW_SHARE * self._lease_s:
+            self._renewed_s = began_s
+        records = []
+        for row in rows:
+            self._last_place = row.place
+            if row.uid not in self._handed:
+                records.append(TrialRecord.from_json(row.json))
+                self._handed.add(row.uid)
+                write_record(self._folder.trials, records[-1])
+        self._running = {lease.uid: lease for lease in running}
+        self._mirror()
+        return records
+
+    def _look(self, connection: Connection) -> tuple[Sequence[Any], list[Lease]]:
+        """New records and living leases; ours are renewed, the dead are buried."""
+        if time.monotonic() - self._renewed_s > _RENEW_SHARE * self._lease_s:
+            mine = (_c.worker == self._me.worker) & (_c.kind == "running")
+            connection.execute(sqlalchemy.update(LEDGER).where(mine).values(deadline=self._deadline()))
+        # While the database was away nobody could renew, so after its start everybody has as long as a lease lasts.
+        has_passed = (_c.deadline < func.now()) & (
+            func.pg_postmaster_start_time() < func.now() - _seconds(self._lease_s)
+        )
+        query = sqlalchemy.select(_c.uid, _c.token, _c.lease, _c.deadline, has_passed.label("has_passed"))
+        running = []
+        for row in connection.execute(query.where(*self._of_kind("running"))).all():
+            lease = Lease.from_json(row.lease)
+            is_ours = lease.worker.startswith(f"{self._me.worker}-")  # and we live, however long we were suspended
+            if is_ours or (not row.has_passed and lease.is_alive):
+                running.append(lease)
+            else:
+                self._bury(connection, row, lease)
+        fresh = sqlalchemy.select(_c.uid, _c.json, _c.place).where(*self._of_kind("done"), _c.place > self._last_place)
+        return connection.execute(fresh.order_by(_c.place)).all(), running
+
+    def _bury(self, connection: Connection, row: Any, lease: Lease) -> None:
+        """Turns a dead lease into a record that says so, unless it was renewed or ended meanwhile."""
+        why = "has not been heard of" if row.has_passed else "is gone"
+        identity = TrialIdentity(study=self._folder.name, number=lease.number, uid=lease.uid, attempt=lease.attempt)
+        config = EngineConfig.from_dict(lease.config)
+        record = lost(identity, config, f"its search (process {lease.pid} on {lease.host}) {why}", lease.since)
+        self._end(connection, record, self._points.located(config), None, row.token, _c.deadline == row.deadline)
+
+    # A trial's way.
+
+    def claim(self, point: Point, number: int, attempt: int, place: str) -> Claim | None:
+        identity = self._folder.identity(number, attempt, point.config.digest)
+        token = uuid.uuid4().hex
+        lease = dataclasses.replace(
+            self._me,
+            worker=f"{self._me.worker}-{number}-{attempt}",
+            uid=identity.uid,
+            number=number,
+            attempt=attempt,
+            config=point.config.to_dict(),
+            place=place,
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        row = {
+            "uid": identity.uid,
+            "study": self._folder.uid,
+            "kind": "running",
+            "number": number,
+            "attempt": attempt,
+            "token": token,
+            "worker": self._me.worker,
+            "lease": lease.to_json(),
+            "deadline": self._deadline(),
+        }
+
+        def step(connection: Connection) -> bool:
+            new = insert(LEDGER).values(row).on_conflict_do_nothing().returning(_c.token)
+            if connection.execute(new).scalar() is not None:
+                return True
+            held = sqlalchemy.select(_c.token).where(_c.uid == identity.uid, _c.kind == "running")
+            return connection.execute(held).scalar() == token  # ours already, when the answer was lost
+
+        if not self._database.run(step):
+            return None
+        self._running[identity.uid] = lease
+        self._mirror()
+        return Claim(identity=identity, point=point, lease=lease, key=token)
+
+    def moved(self, claim: Claim, place: str) -> Claim:
+        lease = dataclasses.replace(claim.lease, place=place)
+        update = sqlalchemy.update(LEDGER).where(*_held(claim)).values(lease=lease.to_json())
+        self._database.run(lambda connection: connection.execute(update))
+        self._running[claim.identity.uid] = lease
+        leases.write(self._folder.leases, lease)
+        return dataclasses.replace(claim, lease=lease)
+
+    def finish(self, claim: Claim, record: TrialRecord, told: Told | None) -> bool:
+        try:
+            was_in_time = self._finish(record, claim.point, told, str(claim.key))
+        except WorkError:  # the database is away for good, or a signal came while it was
+            write_record(self._folder.trials / "unsent", _with_token(record, str(claim.key)))
+            raise
+        self._running.pop(record.uid, None)
+        if was_in_time:
+            self._handed.add(record.uid)
+        self._mirror()
+        return was_in_time
+
+    def _finish(self, record: TrialRecord, point: Point, told: Told | None, token: str) -> bool:
+        def step(connection: Connection) -> bool:
+            if self._end(connection, record, point, told, token):
+                return True
+            row = connection.execute(sqlalchemy.select(_c.kind, _c.token, _c.json).where(_c.uid == record.uid)).first()
+            if row is not None and (row.kind, row.token, row.json) == ("done", token, record.to_json()):
+                return True  # it was committed, and the answer was lost
+            late = {"uid": f"{record.uid}/{token}", "study": self._folder.uid, "kind": "late", "json": record.to_json()}
+            connection.execute(insert(LEDGER).values(late).on_conflict_do_nothing())
+            return False
+
+        was_in_time = self._database.run(step)
+        if was_in_time:
+            write_record(self._folder.trials, record)
+        else:
+            write_record(self._folder.trials / "late", _with_token(record, token))
+        return was_in_time
+
+    def _send_unsent(self, say: Callable[[str], None]) -> None:
+        """Hands in what an earlier search measured and could not hand in; in time, unless the trial was given up."""
+        records, _ = read_records(self._folder.trials / "unsent")
+        for kept in records:
+            uid, _, token = kept.uid.rpartition("-")
+            record = dataclasses.replace(kept, uid=uid)
+            point = self._points.located(EngineConfig.from_dict(record.config))
+            was_in_time = self._finish(record, point, told(record, self._objectives, ()), token)
+            became = "handed in" if was_in_time else "late"
+            say(f"trial {record.number}, measured before the database went away, is {became}")
+            (self._folder.trials / "unsent" / f"{kept.uid}.json").unlink()
+
+    def abandon(self, claim: Claim) -> None:
+        delete = sqlalchemy.delete(LEDGER).where(*_held(claim))
+        self._database.run(lambda connection: connection.execute(delete))
+        self._running.pop(claim.identity.uid, None)
+        self._mirror()
+
+    def close(self) -> None:
+        self._running.clear()
+        self._mirror()
+        self._database.close()
+
+    def _end(
+        self,
+        connection: Connection,
+        record: TrialRecord,
+        point: Point,
+        told: Told | None,
+        token: str,
+        *conditions: sqlalchemy.ColumnElement[bool],
+    ) -> bool:
+        """Ends the lease with this token, keeps the record and tells the index; False when the lease was not there."""
+        # The study's row is locked until the commit, so that places are told in the order of the commits.
+        count = sqlalchemy.update(LEDGER).where(_c.uid == f"study/{self._folder.name}").values(place=_c.place + 1)
+        place = connection.execute(count.returning(_c.place)).scalar_one()
+        end = sqlalchemy.update(LEDGER).where(
+            _c.uid == record.uid, _c.kind == "running", _c.token == token, *conditions
+        )
+        ended = connection.execute(end.values(kind="done", json=record.to_json(), deadline=None, place=place))
+        if ended.rowcount == 1:
+            self._index.add(connection, frozen(point, told, uid=record.uid))
+        return ended.rowcount == 1
+
+    # Small parts.
+
+    def _all_done(self, connection: Connection) -> list[TrialRecord]:
+        """Every record in the order in which it was told; none is told before the transaction ends."""
+        study = sqlalchemy.select(_c.place).where(_c.uid == f"study/{self._folder.name}").with_for_update()
+        connection.execute(study)
+        rows = connection.execute(sqlalchemy.select(_c.json).where(*self._of_kind("done")).order_by(_c.place))
+        return [TrialRecord.from_json(row.json) for row in rows]
+
+    def _of_kind(self, kind: str) -> tuple[sqlalchemy.ColumnElement[bool], ...]:
+        return _c.study == self._folder.uid, _c.kind == kind
+
+    def _deadline(self) -> sqlalchemy.ColumnElement[Any]:
+        return func.now() + _seconds(self._lease_s)
+
+    def _mirror(self) -> None:
+        """leases/ holds what runs now, wherever it runs."""
+        for lease in self._running.values():
+            path = self._folder.leases / f"{lease.worker}.json"
+            if path.exists():
+                path.touch()  # still there, as of now
+            else:
+                leases.write(self._folder.leases, lease)
+        now = {lease.worker for lease in self._running.values()}
+        for path in self._folder.leases.glob("*.json"):
+            if path.stem not in now:
+                path.unlink(missing_ok=True)
+
+
+def _with_token(record: TrialRecord, token: str) -> TrialRecord:
+    """The record under a uid that says which lease it came from."""
+    return dataclasses.replace(record, uid=f"{record.uid}-{token}")
+
+
+def _held(claim: Claim) -> tuple[sqlalchemy.ColumnElement[bool], ...]:
+    return _c.uid == claim.identity.uid, _c.kind == "running", _c.token == str(claim.key)
+
+
+def _seconds(seconds: float) -> sqlalchemy.ColumnElement[Any]:
+    return func.make_interval(0, 0, 0, 0, 0, 0, seconds)
