@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -70,11 +69,12 @@ def build_engine(
     team = lead(model, config, device=device, num_threads=num_threads, run=serve_rank)
     try:
         return _build(model, config, team.device, team)
-    except Disconnected:
-        team.others.raise_failure()
-        raise
-    finally:
-        if sys.exc_info()[0] is not None:
+    except BaseException as error:
+        try:
+            if isinstance(error, Disconnected):
+                team.others.raise_failure()
+            raise
+        finally:
             team.close()
 
 

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import json
 import os
-import select
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from codesign.engine.parallel.failure import Disconnected, RankDied, raise_repor
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS_S = 5.0  # for those that fail because another has failed
 _END_S = 5.0
+_POLL_S = 0.002
 _DISCONNECTED = 75  # exit status of a rank that only lost another one
 
 
@@ -37,10 +37,6 @@ class RankProcess:
         self.rank, self.pid = rank, pid
         self._report = report
         self._status: int | None = None
-
-    def fileno(self) -> int:
-        """Readable when it has ended."""
-        return self._report
 
     def has_ended(self) -> bool:
         if self._status is None:
@@ -87,28 +83,24 @@ class Processes:
         To be called when one cannot be reached: waits a moment until it is known which.
         """
         deadline = time.monotonic() + _LAST_WORDS_S
-        while not any(rank.has_ended() for rank in self.ranks):
-            if (left := deadline - time.monotonic()) <= 0:
+        while not (causes := [rank for rank in self.ranks if rank.has_ended() and rank.status != _DISCONNECTED]):
+            if time.monotonic() > deadline:
                 return
-            select.select(self.ranks, [], [], min(left, 0.05))
-        time.sleep(0.1)  # one that was told so by the end of another may have been faster
-        ended = [rank for rank in self.ranks if rank.has_ended()]
-        died = [(rank, number) for rank in ended if (number := rank.signal) is not None]
-        reports = [(rank, report) for rank in ended if (report := rank.report()) is not None]
+            time.sleep(_POLL_S)
         self.kill()
-        for rank, number in died:
-            raise RankDied(rank.rank, number)
-        for rank, report in reports:
+        for rank in causes:
+            if rank.signal is not None:
+                raise RankDied(rank.rank, rank.signal)
+        rank = causes[0]
+        if (report := rank.report()) is not None:
             raise_report(rank.rank, report)
-        for rank in ended:
-            if rank.status != _DISCONNECTED:
-                raise RuntimeError(f"rank {rank.rank} ended with status {rank.status} and said nothing")
+        raise RuntimeError(f"rank {rank.rank} ended with status {rank.status} and said nothing")
 
     def end(self) -> None:
         """Waits a little for ranks that were told to end, and kills those that have not."""
         deadline = time.monotonic() + _END_S
         while not all(rank.has_ended() for rank in self.ranks) and time.monotonic() < deadline:
-            time.sleep(0.002)
+            time.sleep(_POLL_S)
         self.kill()
 
     def kill(self) -> None:
