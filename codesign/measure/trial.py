@@ -194,9 +194,13 @@ class TrialRunner:
         return self._replay
 
     def suite(self, size: suites.SuiteSize, max_model_len: int, vocab_size: int) -> dict[str, Any] | None:
-        """The quality suite, or None for random weights, whose output means nothing."""
+        """The quality suite, or None for random weights, whose output means nothing.
+
+        Nothing in it is longer than `max_model_len`, nor than what the unmodified configuration can answer.
+        """
         if not self._profile.model_spec.has_trained_weights:
             return None
+        max_model_len = min(max_model_len, self._baseline.max_model_len)
         if self._tokenizer is None:
             return suites.random_suite(vocab_size, size, max_model_len=max_model_len, seed=_SUITE_SEED)
         return suites.make_suite(self._tokenizer.encode, size, max_model_len=max_model_len, seed=_SUITE_SEED)

@@ -184,6 +184,17 @@ def test_every_answer_is_kept_in_the_record(
     assert baseline.quality["ruler"] == []
 
 
+def test_a_configuration_with_room_for_more_is_judged_on_what_the_unmodified_one_can_answer(
+    profile: Profile, folder: Path
+) -> None:
+    short = dataclasses.replace(BASELINE, max_model_len=40)
+    with TrialRunner(profile, baseline=short, cache_dir=folder / "cache") as runner:
+        record = measured(runner)
+
+    assert record.outcome.kind == "ok", record.outcome
+    assert record.metrics["kl_divergence"].value < 1e-6
+
+
 def test_random_weights_are_timed_and_not_judged(profile: Profile, folder: Path) -> None:
     config = tiny_config(max_position_embeddings=512)
     random_profile = dataclasses.replace(profile, model_spec=ModelSpec(name="tiny", architecture=config))
