@@ -6,6 +6,7 @@ import statistics
 import time
 from typing import Any
 
+from codesign.engine.attention.paged import PagedAttention
 from codesign.engine.block_pool import BlockPool
 from codesign.engine.engine import Engine
 from codesign.engine.prefix_cache import PrefixCache
@@ -166,16 +167,40 @@ def prefix(setting: Setting) -> dict[str, Any]:
         "what": f"{count} prompts of {prompt_tokens} tokens, one output token each, the shared beginning in the cache "
         "from the first of them on",
         "shares": parts,
+        "memory_at_90%": memory_use(
+            engines["on"], shared_prompts(count, prompt_tokens, 0.9, setting.vocab_size, "memory", output_tokens=8)
+        ),
         "bars": bars,
     }
 
 
-def shared_prompts(count: int, num_tokens: int, share: float, vocab_size: int, seed: str) -> list[Request]:
+def memory_use(engine: Engine, requests: list[Request]) -> dict[str, float | int]:
+    """What the blocks hold while requests run, after each step: most bytes shared, and the share of rows unused."""
+    attention = engine.parts.attention
+    assert isinstance(attention, PagedAttention)
+    for own in requests:
+        engine.submit(own)
+    seen = []
+    while engine.has_work:
+        engine.step()
+        seen.append(attention.kv_use)
+    busy = [use for use in seen if use.rows_allocated]
+    return {
+        "shared_bytes_most": max(use.shared_bytes for use in busy),
+        "allocated_bytes_most": max(use.blocks_used for use in busy) * attention.block_bytes,
+        "fragmentation_median": statistics.median(use.fragmentation for use in busy),
+        "steps": len(busy),
+    }
+
+
+def shared_prompts(
+    count: int, num_tokens: int, share: float, vocab_size: int, seed: str, *, output_tokens: int = 1
+) -> list[Request]:
     """The first request comes with the beginning that all share; its own cost counts."""
     rng = random.Random(f"prefix {seed}")
     head = rng.choices(range(vocab_size), k=round(num_tokens * share))
     prompts = [head + rng.choices(range(vocab_size), k=num_tokens - len(head)) for _ in range(count)]
-    return [request(f"{seed} {index}", prompt, 1) for index, prompt in enumerate(prompts)]
+    return [request(f"{seed} {index}", prompt, output_tokens) for index, prompt in enumerate(prompts)]
 
 
 def lookup(setting: Setting) -> dict[str, Any]:
