@@ -44,6 +44,13 @@ def test_the_best_k_is_that_of_the_published_speed_model(acceptance: float, cost
     assert costs(draft=cost, extra=0, most=32).best(1, acceptance, 20) == best
 
 
+def test_a_promise_of_a_few_percent_is_not_believed() -> None:
+    own = costs(draft=0.5, extra=0)
+
+    assert own.best(1, 0.6, 1) == 0, "1.6 tokens in 1.5 steps"
+    assert own.best(1, 0.7, 1) == 1, "1.7 tokens in 1.5 steps"
+
+
 def test_tokens_per_step_is_the_geometric_sum() -> None:
     assert tokens_per_step(0.8, 4) == pytest.approx((1 - 0.8**5) / (1 - 0.8))
     assert tokens_per_step(1.0, 4) == 5 and tokens_per_step(0.0, 4) == 1 and tokens_per_step(0.5, 0) == 1
