@@ -22,6 +22,7 @@ from codesign.serve.engine_thread import EngineThread, Report
 _POLL_S = 0.05
 _FAILING_S = 1.0  # so that who asks /health or waits for an answer is told
 _CLOSE_S = 5  # for answers that are complete to reach their clients
+_KEEP_ALIVE_S = 30
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -143,5 +144,8 @@ def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         limit_concurrency=bounds.CONNECTIONS,
+        # Longer than clients keep idle connections (httpx, and so OpenAI's: 5 s): whoever closes first must not be the
+        # side that cannot know whether a request is on its way.
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_CLOSE_S,
     )
