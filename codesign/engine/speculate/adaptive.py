@@ -19,8 +19,8 @@ FORGETTING = 1 - 1 / 1024
 # Drafting must promise this much more than decoding plainly. What costs leave out, such as the draft's own prefill and
 # laws of drawn tokens, made a promise of 1.04 come out as 0.71 (batch 32, outputs of 48 tokens, two CPU cores).
 LEAST_GAIN = 1.1
-# Where nothing pays, one token is drafted all the same at each so many-th step, so that a change is noticed. Seldom: the
-# draft has to take in all that has come since.
+# Where nothing pays, one token is drafted all the same at each so many-th step, so that a change is noticed. Seldom:
+# the draft has to take in all that has come since.
 PROBE_STEPS = 256
 
 
