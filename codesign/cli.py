@@ -247,7 +247,9 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise
-        raise Unsupported(f"serve needs {error.name}, which is not installed: pip install 'codesign[serve]'") from None
+        raise Unsupported(
+            f"serve needs {error.name}, which is not installed: pip install --editable '.[serve]'"
+        ) from None
 
     asked = ServeRequest(
         config=config,

@@ -53,7 +53,7 @@ class Database:
         self._say = say
         self._is_interrupted = is_interrupted
         if importlib.util.find_spec("psycopg") is None:
-            raise Unsupported("--storage needs the driver psycopg: pip install 'codesign[distributed]'")
+            raise Unsupported("--storage needs the driver psycopg: pip install --editable '.[distributed]'")
         options = " ".join(f"-c {name}={value}" for name, value in _SETTINGS.items())
         self.engine = sqlalchemy.create_engine(
             self.url,

@@ -162,7 +162,7 @@ def _connected(address: str) -> Any:
     """The module ray, connected. Its handlers of signals are taken back: an interrupt is the study's to handle."""
     check_address(address)
     if importlib.util.find_spec("ray") is None:
-        raise Unsupported("--ray needs Ray: pip install 'codesign[distributed]'")
+        raise Unsupported("--ray needs Ray: pip install --editable '.[distributed]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "configure_logging": False}
     if address == LOCAL:

@@ -71,7 +71,7 @@ def mix(setting: Setting, *, scale: float, vllm_python: Path | None) -> dict[str
         )
     return {
         "what": f"{NUM_REQUESTS} requests, prompts and outputs of {low} to {high} tokens (100 to 1024, times "
-        f"{scale:g}), at most {BATCH} at once, all there from the start",
+        f"{scale:g}), at most {BATCH} at once, all there from the start; transformers may sort them by output length",
         "prompt_tokens": sum(map(len, prompts)),
         "output_tokens": sum(counts),
         "wall_s": walls,

@@ -259,4 +259,4 @@ def test_without_the_extra_the_way_to_it_is_said(config: Path) -> None:
     )
 
     assert done.returncode == 2
-    assert "pip install 'codesign[serve]'" in done.stderr and "Traceback" not in done.stderr
+    assert "pip install --editable '.[serve]'" in done.stderr and "Traceback" not in done.stderr
