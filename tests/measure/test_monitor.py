@@ -18,6 +18,10 @@ def burning() -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-c", BURN])
 
 
+def idling() -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+
+
 def test_the_childs_own_work_is_not_foreign() -> None:
     with burning() as child:
         with Monitor(CpuProbe(child.pid)) as watch:
@@ -29,12 +33,23 @@ def test_the_childs_own_work_is_not_foreign() -> None:
 
 
 def test_work_of_other_processes_is_seen_as_foreign() -> None:
-    with burning() as other:
-        with Monitor(CpuProbe(os.getpid())) as watch:
+    with idling() as child, burning() as other:
+        with Monitor(CpuProbe(child.pid)) as watch:
             time.sleep(0.6)
+        child.kill()
         other.kill()
 
     assert watch.reading["foreign_cpu"] > 0.2 / (os.cpu_count() or 1)
+
+
+def test_ranks_that_the_child_started_are_not_foreign() -> None:
+    with idling() as child, burning() as rank:
+        with Monitor(CpuProbe(os.getpid())) as watch:
+            time.sleep(0.6)
+        child.kill()
+        rank.kill()
+
+    assert watch.reading["own_cpu"] > 0.2 / (os.cpu_count() or 1)
 
 
 def test_a_child_that_died_does_not_break_the_reading() -> None:
