@@ -79,9 +79,9 @@ def mix(setting: Setting, *, scale: float, vllm_python: Path | None) -> dict[str
     ahead = ratio(walls["transformers bf16, sorted"], walls["codesign bf16"])
     return {
         "what": f"{NUM_REQUESTS} requests, prompts and outputs of {low} to {high} tokens (100 to 1024, times "
-        f"{scale:g}), at most {BATCH} at once, all there from the start. transformers takes them as they come; sorted by "
-        f"output length, which nobody knows beforehand, ours is {ahead['median']:.2f} [{ahead['min']:.2f}, "
-        f"{ahead['max']:.2f}] times as fast",
+        f"{scale:g}), at most {BATCH} at once, all there from the start. transformers takes them as they come; if they "
+        f"are sorted by output length, which nobody knows beforehand, ours is {ahead['median']:.2f} "
+        f"[{ahead['min']:.2f}, {ahead['max']:.2f}] times as fast",
         "prompt_tokens": sum(map(len, prompts)),
         "output_tokens": sum(counts),
         "wall_s": walls,
