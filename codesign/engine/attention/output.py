@@ -125,9 +125,7 @@ class OutputAttention:
             want_columns=want_columns,
         )
         (key,), (value,) = group.stored(index, call.slots)
-        num_heads, capacity = key.shape[1:3]
-        first = [[(slot * num_heads + head) * capacity for head in range(num_heads)] for slot in range(len(call.spans))]
-        kernel.native(queries, first, key, value)
+        kernel.native(queries, key, value)
         return queries.out, queries.columns
 
     def _over_slices(
