@@ -1,10 +1,10 @@
 """The part `attention` of gpu_campaign.py: decode attention over native and int8 rows, beside SDPA and a device copy.
 
 One query token for each of B sequences, Llama-3.1-8B's heads (8 KV heads, groups of 4, 128 channels) over rows in bf16,
-or int8 with a scale a row. Each way is compared with float64 attention over the rows that it holds before it is timed,
+or int8 with a scale a row, one after the other or (`paged`) in shuffled blocks found through a table. Each way is compared with float64 attention over the rows that it holds before it is timed,
 as `gpu_weights.py` times: CUDA events, L2 overwritten in between, median of 25. The copy moves as many bytes (half of
 them read, half written) as attention reads. `bar` is what has to hold: 70 % of the copy's bandwidth at 4096 rows of 32
-sequences. In the time that is left other blocks and splits are tried there; `tried` is for changing the rule.
+sequences in bf16, in both layouts. In the time that is left other blocks and splits are tried there; `tried` is for changing the rule.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import torch
 import triton
 from gpu_weights import Timer, cuda_times  # beside this script
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from codesign.engine.kernels.triton import available
 from codesign.engine.kernels.triton.attend import attend
@@ -26,7 +26,9 @@ from codesign.engine.kernels.triton.splits import MAX_SPLITS, DecodeConfig, conf
 NUM_KV_HEADS, NUM_GROUPS, HEAD_DIM = 8, 4, 128
 CONTEXTS, BATCHES = (1024, 4096, 16384), (1, 8, 32)
 BAR = {"rows": 4096, "batch": 32, "least_share_of_copy": 0.7}
+BAR_WAYS = ("triton native", "triton native paged")
 SCALE = HEAD_DIM**-0.5
+BLOCK_ROWS = 32  # as the paged store has them
 MAX_ERROR = 6e-3  # of bf16 results, whose weights are rounded to bf16 too
 
 Attend = Callable[[Tensor], Tensor]
@@ -58,6 +60,21 @@ class Rows:
         return out
 
 
+def in_blocks(parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Parts [B, H_kv, R, X] as blocks [num_blocks, H_kv, 32, X] in random order, and their table [B, H_kv, n] int32."""
+    num_batch, num_heads, num_rows, _ = parts[0].shape
+    num_blocks = -(-num_rows // BLOCK_ROWS)
+    generator = torch.Generator(parts[0].device).manual_seed(0)
+    ids = torch.randperm(num_batch * num_blocks, generator=generator, device=parts[0].device)
+    stored = []
+    for part in parts:
+        blocks = part.new_zeros(num_batch * num_blocks, num_heads, BLOCK_ROWS, part.shape[3])
+        padded = pad(part, (0, 0, 0, num_blocks * BLOCK_ROWS - num_rows))
+        blocks[ids] = padded.unflatten(2, (num_blocks, BLOCK_ROWS)).transpose(1, 2).flatten(0, 1)
+        stored.append(blocks)
+    return tuple(stored), ids.to(torch.int32).view(num_batch, 1, num_blocks).expand(-1, num_heads, -1)
+
+
 def draw(batch: int, num_rows: int, device: str) -> Iterator[Rows]:
     generator = torch.Generator(device).manual_seed(0)
     shape = (2, batch, NUM_KV_HEADS, num_rows, HEAD_DIM)
@@ -74,6 +91,13 @@ def int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def ways(rows: Rows) -> Iterator[tuple[str, Attend]]:
     yield f"triton {rows.codec}", lambda query: attend(query, rows.key, rows.value, codec=rows.codec, scale=SCALE)[0]
+    (key, table), (value, _) = in_blocks(rows.key), in_blocks(rows.value)
+    num_batch, _, num_rows, _ = rows.key[0].shape
+    counts = torch.full((num_batch,), num_rows, dtype=torch.int32, device=table.device)
+    yield (
+        f"triton {rows.codec} paged",
+        lambda query: attend(query, key, value, codec=rows.codec, counts=counts, table=table, scale=SCALE)[0],
+    )
 
     def sdpa(query: Tensor) -> Tensor:
         key, value = (rows.decoded(parts, query.dtype) for parts in (rows.key, rows.value))
@@ -116,17 +140,17 @@ def attention(
                         break
                     figures = measure(configured(rows, config), query, expected, rows.num_bytes, copied, timer)
                     tried.append({"codec": rows.codec, "config": str(config), **figures})
-    reached = [
-        row.get("share_of_copy", 0.0)
+    reached = {
+        row["way"]: row.get("share_of_copy", 0.0)
         for row in timed
-        if (row["rows"], row["batch"], row.get("way")) == (bar["rows"], bar["batch"], "triton native")
-    ]
-    is_passed = bool(reached) and reached[0] >= bar["least_share_of_copy"]
+        if (row["rows"], row["batch"]) == (bar["rows"], bar["batch"]) and row.get("way") in BAR_WAYS
+    }
+    is_passed = min(reached.get(way, 0.0) for way in BAR_WAYS) >= bar["least_share_of_copy"]
     is_right = not any("wrong" in row or "failed" in row for row in timed)
     return {
         "exit_status": 0 if is_passed and is_right else 1,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "bar": {**bar, "share_of_copy": reached[0] if reached else None, "passed": is_passed},
+        "bar": {**bar, "share_of_copy": reached, "passed": is_passed},
         "timed": timed,
         "tried": tried,
     }

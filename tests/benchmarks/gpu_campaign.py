@@ -8,7 +8,8 @@ loses one part at most:
     tests      pytest -m gpu
     ceilings   read bandwidth and matrix products, as `codesign probe` measures them
     weights    every way to multiply with packed weights (gpu_weights.py), and the fastest configs of the Triton kernels
-    attention  decode attention over native and int8 rows beside SDPA and a device copy (gpu_attention.py)
+    attention  decode attention over native and int8 rows, paged as well, beside SDPA and a device copy
+               (gpu_attention.py)
     search     `codesign search` on a random-weights model of the shape of Llama-3.1-8B
 
 A new part is a function and a row of PARTS.

@@ -44,7 +44,7 @@ def chosen(policy: KVPolicy, group: LayerGroup, prompt: Prompt) -> Tensor | None
 
 
 def beside_rows(parts: list[Attention]) -> dict[str, int]:
-    """Bytes that a policy keeps beside keys and values."""
+    """Bytes beside the rows of keys and values that a policy keeps or a codec encodes; native newest rows among them."""
     names = ("pending scores", "sinks", "recent queries", "victims")
     found: dict[str, int] = {}
 
@@ -53,6 +53,9 @@ def beside_rows(parts: list[Attention]) -> dict[str, int]:
             found[name] = found.get(name, 0) + tensor.untyped_storage().nbytes()
 
     for part in parts:
+        if part.codec.group_size:  # the newest rows, which are not encoded yet
+            for tensor in (*part.store.key, *part.store.value):
+                add("newest rows", tensor)
         add("positions", part.store.position)
         add("scores", part.store.column)
         for group in part.store.groups:

@@ -288,14 +288,13 @@ class Attention:
     def _attend_output(self, call: Call, group: LayerGroup, index: int, q: Tensor) -> Tensor:
         """Output tokens: query groups folded into rows, B slots in one call, straight from the cache."""
         query = fold(q, num_queries=call.num_queries, num_kv_heads=self._num_kv_heads)
-        column = group.pending_column
         if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
             kernel, mass = self._attend_slots.native, None
             out = attend_ragged(kernel, self.backend, group, index, call, query, scale=self._scale)
         else:
-            out, mass = self._attend_slots(query, group, index, call, want_columns=column is not None)
-        if column is not None and mass is not None:
-            column[index, call.where, :, : call.num_queries, : call.num_rows] = mass
+            out, mass = self._attend_slots(query, group, index, call, want_columns=group.column is not None)
+        if mass is not None:
+            group.note(index, call.where, mass)
         return unfold(out, num_queries=call.num_queries)
 
     def _attend_prompt(

@@ -133,10 +133,14 @@ class OutputAttention:
             scale=self._scale,
             want_columns=want_columns,
         )
+        if isinstance(call.where, slice):
+            (key,), (value,) = group.stored(index, call.slots)
+            kernel.native(queries, key, value)
+            return queries.out, queries.columns
         (key,), (value,) = group.near_key[index], group.near_value[index]
         num_heads, capacity = key.shape[1:3]
         first = [[(span.slot * num_heads + head) * capacity for head in range(num_heads)] for span in call.spans]
-        kernel.native(queries, first, key, value)
+        kernel.native(queries, key, value, first)
         return queries.out, queries.columns
 
     def _over_slices(

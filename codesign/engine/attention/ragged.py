@@ -21,14 +21,14 @@ def _at_once(kernel: KVAttention, group: RaggedGroup, index: int, call: Call, qu
     places = [group.heads(index, span.slot, span.num_past) for span in call.spans]
     queries = Queries(
         query,
-        [[num_past for _, num_past in own] for own in places],
+        [tuple(num_past for _, num_past in own) for own in places],
         num_tokens=call.num_queries,
         num_rows=call.num_rows,
         scale=scale,
         want_columns=False,
     )
     first = [[slot * num_slot_rows + start for start, _ in own] for slot, own in enumerate(places)]
-    kernel.native(queries, first, key, value)
+    kernel.native(queries, key, value, first)
     return queries.out
 
 

@@ -329,10 +329,10 @@ int attend_int4(const Call *call, const int32_t *encoded, const uint8_t *key_cod
     return lacks_memory;
 }
 
-/* Native rows [.., dim] of `dtype`: those of each plane begin at first [B, H_kv], so that heads may differ in length,
- * or lie in blocks. */
+/* Native rows of `dtype`: [B, H_kv, capacity, dim]; or those of each plane begin at first [B, H_kv], so that heads may
+ * differ in length; or they lie in blocks. */
 int attend_native(const Call *call, const Table *table, const int64_t *first, const char *key, const char *value,
-                  int32_t dtype) {
+                  int64_t capacity, int32_t dtype) {
     int lacks_memory = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(call->num_threads) reduction(| : lacks_memory)
     for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
@@ -341,7 +341,7 @@ int attend_native(const Call *call, const Table *table, const int64_t *first, co
             lacks_memory = 1;
             continue;
         }
-        Place place = table ? in_blocks(call, table, index) : (Place){.first = first[index]};
+        Place place = table ? in_blocks(call, table, index) : (Place){.first = first ? first[index] : index * capacity};
         attend_rows(&plane, dtype, key, value, place, 0, plane.past + plane.num_tokens);
         finish(call, &plane);
     }

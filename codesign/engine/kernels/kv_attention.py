@@ -50,7 +50,7 @@ class Queries:
     def __init__(
         self,
         query: Tensor,
-        past: Sequence[int] | Sequence[Sequence[int]],
+        past: Sequence[int] | Sequence[tuple[int, ...]],
         *,
         num_tokens: int,
         num_rows: int,
@@ -60,8 +60,7 @@ class Queries:
         num_slots, num_heads, num_queries, dim = query.shape
         self.dtype = query.dtype
         self._query = query.float().contiguous()
-        every = [count for own in past for count in ([own] * num_heads if isinstance(own, int) else own)]
-        self._past = _numbers(ctypes.c_int32, every)
+        self._past = _past(tuple(past), num_heads)
         self._out = torch.empty_like(self._query)
         self.columns: Tensor | None = None
         if want_columns:
@@ -132,10 +131,13 @@ class KVAttention:
     ) -> None:
         self._run(name, queries, _blocks(table), *map(pointer, (*key, *value)), ctypes.c_int64(key[0].shape[2]))
 
-    def native(self, queries: Queries, first: Sequence[Sequence[int]], key: Tensor, value: Tensor) -> None:
-        """Rows as they are: those of a sequence's KV head begin at row first [B, H_kv] of key and value."""
-        starts = _numbers(ctypes.c_int64, [start for own in first for start in own])
-        self._run("native", queries, None, starts, pointer(key), pointer(value), _DTYPES[key.dtype])
+    def native(
+        self, queries: Queries, key: Tensor, value: Tensor, first: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Rows [B, H_kv, C, D] as they are; or those of a sequence's KV head begin at row first [B, H_kv] of all."""
+        starts = None if first is None else _numbers(ctypes.c_int64, [start for own in first for start in own])
+        rows, capacity = (pointer(key), pointer(value)), ctypes.c_int64(0 if first else key.shape[2])
+        self._run("native", queries, None, starts, *rows, capacity, _DTYPES[key.dtype])
 
     def paged(self, queries: Queries, table: Tensor, key: Tensor, value: Tensor) -> None:
         """Native rows in blocks of 32, each with the rows of every KV head.
@@ -145,7 +147,8 @@ class KVAttention:
                 (`expand`). Row r of a sequence's head h is key[table[b, h, r // 32], h, r % 32].
             key, value: [num_blocks, H_kv, 32, D], contiguous.
         """
-        self._run("native", queries, _blocks(table), None, pointer(key), pointer(value), _DTYPES[key.dtype])
+        rows = pointer(key), pointer(value)
+        self._run("native", queries, _blocks(table), None, *rows, ctypes.c_int64(0), _DTYPES[key.dtype])
 
     def int4(
         self,
@@ -185,6 +188,13 @@ class KVAttention:
         by = [ctypes.byref(arg) if isinstance(arg, _Table) else arg for arg in args]
         if getattr(library, f"attend_{name}")(ctypes.byref(queries.struct), *by):
             raise MemoryError(f"no memory for attention over {queries.struct.num_rows} rows")
+
+
+@functools.lru_cache(maxsize=32)
+def _past(past: tuple[int, ...] | tuple[tuple[int, ...], ...], num_heads: int) -> ctypes.Array[Any]:
+    """[B, H_kv] for C; kept, since every layer of a step asks for the same."""
+    every = [count for own in past for count in ([own] * num_heads if isinstance(own, int) else own)]
+    return _numbers(ctypes.c_int32, every)
 
 
 def _numbers(kind: type[ctypes.c_int32] | type[ctypes.c_int64], numbers: Sequence[int]) -> ctypes.Array[Any]:

@@ -77,8 +77,7 @@ static void prepare(int format, const Call *call, long plane, int num_tiles, Scr
             continue;
         }
         float *wide = scratch->wide + (long)tile * dim * LANES;
-        for (int d = 0; d < dim; d++)
-            for (int m = 0; m < LANES; m++) wide[d * LANES + m] = m < num ? query[m * dim + d] : 0;
+        turn(num, dim, query, wide);
         for (int d = 0; d < dim; d += 2)
             _mm256_storeu_si256((__m256i *)(own + d / 2 * LANES), paired(_mm512_loadu_ps(wide + d * LANES)));
     }
@@ -278,12 +277,12 @@ INLINE int attend(int format, const Call *call, const Table *table, const int64_
     return lacks_memory;
 }
 
-/* Native rows [.., dim] of bf16: those of each plane begin at first [B, H_kv], or lie in blocks. */
+/* Native rows of bf16: [B, H_kv, capacity, dim]; or those of each plane begin at first [B, H_kv]; or lie in blocks. */
 int attend_native(const Call *call, const Table *table, const int64_t *first, const char *key, const char *value,
-                  int32_t dtype) {
+                  int64_t capacity, int32_t dtype) {
     (void)dtype; /* bf16, like the queries */
     Stored stored = {.key = key, .value = value};
-    return attend(NATIVE, call, table, first, &stored, 0, NULL, NULL, 0);
+    return attend(NATIVE, call, table, first, &stored, capacity, NULL, NULL, 0);
 }
 
 /* Rows that are encoded one by one: codes [B, H_kv, capacity, dim], scales [B, H_kv, capacity]; or both in blocks. */

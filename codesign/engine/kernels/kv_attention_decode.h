@@ -37,7 +37,7 @@ static void decode_int4(const uint8_t *codes, const uint8_t *later, int rows, in
 }
 
 /* add_values of int4 codes [rows, dim / 2], 32 channels of the low halves and 32 of the high ones, each with pairs and a
- * start of its own: outputs out and out_high, in the order of channel_of. */
+ * start of its own: outputs out and out_high, for in_order to put in order. */
 INLINE void add_nibbles(int num, int dim, const uint8_t *codes, const uint8_t *later, int rows,
                         const uint32_t *const *pairs, const float *const *start, float *out, float *out_high) {
     for (int pass = 0; pass < 2; pass++) {

@@ -110,8 +110,8 @@ static void weight_digits(const float *weights, int rows, __m256 largest, const 
     }
 }
 
-/* Adds steps (digits of weights) (codes [rows, dim]) to out [4][LANES][16], 64 channels or those that `mask` has; what lies
- * in the vectors is set down in code_channel_of. */
+/* Adds steps (digits of weights) (codes [rows, dim]) to out [4][LANES][16], 64 channels or those that `mask` has; lane
+ * i of vector v is channel i / 4 * 16 + v * 4 + i % 4, so that swap_quarters puts them in order. */
 INLINE void add_codes(int num, int dim, const uint8_t *codes, __mmask64 mask, int rows, const uint32_t *digits,
                       const float *steps, const uint8_t *later, float *out) {
     for (int v = 0; v < 4; v++) {
@@ -137,9 +137,6 @@ INLINE void add_codes(int num, int dim, const uint8_t *codes, __mmask64 mask, in
         }
     }
 }
-
-/* Channel of lane i of vector v. */
-INLINE int code_channel_of(int v, int i) { return v / 4 * 64 + i / 4 * 16 + v % 4 * 4 + i % 4; }
 
 #define ADD_CODES(N) \
     case N: \

@@ -61,7 +61,7 @@ static void merge(const Call *call, const Room *room, int is_int8, long plane, i
     Found *all = found_of(room, plane, tile, 0);
     for (int m = 0; m < num_in(call, tile); m++) {
         float *out = call->out + (plane * call->num_queries + tile * LANES + m) * call->dim;
-        float base = -INFINITY, sum = 0, lanes[16];
+        float base = -INFINITY, sum = 0;
         for (int part = 0; part < num_parts; part++) base = fmaxf(base, found_of(room, plane, tile, part)->base[m]);
         for (int part = 0; part < num_parts; part++) {
             const Found *found = found_of(room, plane, tile, part);
@@ -73,12 +73,13 @@ static void merge(const Call *call, const Room *room, int is_int8, long plane, i
                 _mm512_storeu_ps(own, part ? _mm512_add_ps(_mm512_loadu_ps(own), added) : added);
             }
         }
-        for (int v = 0; v < room->num_vectors; v++) {
-            _mm512_storeu_ps(lanes, _mm512_div_ps(_mm512_loadu_ps(all->out + (v * LANES + m) * 16), _mm512_set1_ps(sum)));
-            for (int i = 0; i < 16; i++) {
-                int channel = is_int8 ? code_channel_of(v, i) : channel_of(v, i);
-                if (channel < call->dim) out[channel] = lanes[i];
-            }
+        for (int v = 0; v < room->num_vectors; v += 4) {
+            vec four[4];
+            for (int i = 0; i < 4; i++)
+                four[i] = _mm512_div_ps(_mm512_loadu_ps(all->out + ((v + i) * LANES + m) * 16), _mm512_set1_ps(sum));
+            if (is_int8) swap_quarters(four);
+            else in_order(four);
+            for (int i = 0; i < 4 && 16 * (v + i) < call->dim; i++) _mm512_storeu_ps(out + 16 * (v + i), four[i]);
         }
         all->base[m] = base, all->sum[m] = sum;
     }

@@ -57,6 +57,40 @@ INLINE vec twice(__m256 lanes) { return _mm512_insertf32x8(_mm512_castps256_ps51
 INLINE __m256 upper(vec both) { return _mm512_extractf32x8_ps(both, 1); }
 INLINE __m256 lower(vec both) { return _mm512_castps512_ps256(both); }
 
+/* Four vectors of four quarters: quarter j of vector i becomes quarter i of vector j. */
+INLINE void swap_quarters(vec *four) {
+    vec low[2], high[2];
+    for (int i = 0; i < 2; i++) {
+        low[i] = _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x44);
+        high[i] = _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xEE);
+    }
+    four[0] = _mm512_shuffle_f32x4(low[0], low[1], 0x88), four[1] = _mm512_shuffle_f32x4(low[0], low[1], 0xDD);
+    four[2] = _mm512_shuffle_f32x4(high[0], high[1], 0x88), four[3] = _mm512_shuffle_f32x4(high[0], high[1], 0xDD);
+}
+
+/* rows [num][dim] -> columns [dim][LANES], 0 for rows that lack; dim a multiple of 16. */
+static void turn(int num, int dim, const float *rows, float *columns) {
+    for (int d = 0; d < dim; d += 16, columns += 16 * LANES) {
+        vec own[LANES], pairs[LANES], fours[2][4];
+        for (int m = 0; m < LANES; m++) own[m] = _mm512_maskz_loadu_ps(m < num ? 0xFFFF : 0, rows + m * dim + d);
+        for (int m = 0; m < LANES; m += 2) {
+            pairs[m] = _mm512_unpacklo_ps(own[m], own[m + 1]);
+            pairs[m + 1] = _mm512_unpackhi_ps(own[m], own[m + 1]);
+        }
+        for (int i = 0; i < 4; i++) { /* channel 4 j + i of rows 0 to 3 in quarter j, then of rows 4 to 7 */
+            for (int half = 0; half < 2; half++) {
+                __m512d one = (__m512d)pairs[half * 4 + i / 2], two = (__m512d)pairs[half * 4 + 2 + i / 2];
+                __m512d both = i % 2 ? _mm512_unpackhi_pd(one, two) : _mm512_unpacklo_pd(one, two);
+                fours[i / 2][i % 2 * 2 + half] = (vec)both;
+            }
+        }
+        for (int i = 0; i < 2; i++) { /* channels 4 j + 2 i and the next one */
+            swap_quarters(fours[i]);
+            for (int j = 0; j < 4; j++) _mm512_storeu_ps(columns + (4 * j + 2 * i) * LANES, fours[i][j]);
+        }
+    }
+}
+
 /* -inf in place of the scores [rows][LANES] of rows that a query does not see: those from seen [LANES] on. */
 static void hide(float *scores, int rows, __m256i seen) {
     for (int r = 0; r < rows; r++) {
@@ -126,8 +160,8 @@ INLINE void pair_up(const float *weights, int rows, const float *row_scale, uint
     }
 }
 
-/* Adds (pairs of weights) (values [rows, dim]) to out [2][LANES][16], 32 channels; what lies in the
- * vectors is set down in channel_of. `later` is fetched meanwhile. */
+/* Adds (pairs of weights) (values [rows, dim]) to out [2][LANES][16], 32 channels; in_order says what
+ * lies in the vectors. `later` is fetched meanwhile. */
 INLINE void add_values(int num, int dim, const uint16_t *value, const uint16_t *later, int rows, const uint32_t *pairs,
                        float *out) {
     vec sum[LANES][2];
@@ -148,8 +182,15 @@ INLINE void add_values(int num, int dim, const uint16_t *value, const uint16_t *
         for (int half = 0; half < 2; half++) _mm512_storeu_ps(out + (half * LANES + m) * 16, sum[m][half]);
 }
 
-/* Channel of lane i of vector v, of values that were paired as above. */
-INLINE int channel_of(int v, int i) { return v / 2 * 32 + i / 4 * 8 + v % 2 * 4 + i % 4; }
+/* The 64 channels of four such vectors in order: lane i of vector v was channel v / 2 * 32 + i / 4 * 8 + v % 2 * 4 + i % 4. */
+INLINE void in_order(vec *four) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    for (int v = 0; v < 4; v += 2) {
+        vec one = four[v], two = four[v + 1];
+        four[v] = _mm512_permutex2var_ps(one, low, two), four[v + 1] = _mm512_permutex2var_ps(one, high, two);
+    }
+}
 
 #define ADD_VALUES(N) \
     case N: \

@@ -21,9 +21,11 @@ class LayerGroup:
     near_key, near_value: index -> parts [S, H_kv, C, X] of one layer, as it is computed; views of `key` and `value`
         unless these pass through buffers.
     encoded: tokens before those rows, where the codec encodes groups.
-    position: [L, S, H_kv, C] int32.
+    position: [L, S, H_kv, C] int16 or int32.
     column: [L, S, H_kv, C] fp32, or None.
-    pending_column: [L, S, H_kv, Q, C] fp32: what each pending query looked at, kept apart until it is accepted.
+    pending_column: [L, S, H_kv, Q, C] fp32: what each pending query looked at, kept apart until it is accepted; None
+        without scores, and where one token comes at a time: `column` moves at once then, since only the padding of a
+        sequence that is done is ever rejected.
     row_start: [L, S, H_kv] first row in the store's tensors.
     recent: newest queries, or None; attention brings them for a policy that `needs_keys`.
     queue: victims named ahead, or None unless the policy looks ahead.
@@ -68,7 +70,7 @@ class LayerGroup:
         self.column = None if column is None else column[own].view(shape)
         self.pending_column: Tensor | None = None
         self.column_decay = policy.column_decay
-        if self.column is not None:
+        if self.column is not None and max_query_len > 1:
             self.pending_column = torch.zeros(*shape[:3], max_query_len, capacity, device=device)
         self.sinks: SinkKeys | None = None
         if self.is_bounded and policy.key_space == "pre_rope":
@@ -77,7 +79,7 @@ class LayerGroup:
         self.queue: VictimQueue | None = None
         if self.is_bounded and policy.lookahead(budget) > 1:
             length = max(policy.lookahead(budget), max_query_len)
-            self.queue = VictimQueue(num_layers, num_slots, num_kv_heads, length, device)
+            self.queue = VictimQueue(num_layers, num_slots, num_kv_heads, length, self.position.dtype, device)
 
     @property
     def beside(self) -> tuple[Tensor | None, ...]:
@@ -88,6 +90,10 @@ class LayerGroup:
             None if self.recent is None else self.recent.query,
             None if self.queue is None else self.queue.named,
         )
+
+    @property
+    def is_credited_at_once(self) -> bool:
+        return self.column is not None and self.pending_column is None
 
     def rows_after(self, num_tokens: int) -> int:
         """Rows that exist per KV head once `num_tokens` tokens are committed."""
@@ -183,6 +189,19 @@ class LayerGroup:
         for rows in (key[:, slot], value[:, slot]):
             rows[:, :, :num_left] = rows[:, :, num_done : num_done + num_left].clone()
 
+    def note(self, index: int, slots: slice | Tensor, mass: Tensor) -> None:
+        """mass [B, H_kv, Q, R] fp32: the weight that each row received from each pending query of these slots."""
+        num_queries, num_rows = mass.shape[2:]
+        if self.pending_column is not None:
+            self.pending_column[index, slots, :, :num_queries, :num_rows] = mass
+        elif self.column is not None:
+            own = self.column[index, slots, :, :num_rows]
+            if self.column_decay != 1:
+                own *= self.column_decay
+            own += mass[:, :, 0]
+            if isinstance(slots, Tensor):  # then it is a copy
+                self.column[index, slots, :, :num_rows] = own
+
     def credit(self, slots: list[int], count: int) -> None:
         """Adds the attention mass of the first `count` pending queries of each slot to the rows they looked at."""
         if self.column is None or self.pending_column is None:
@@ -227,7 +246,7 @@ class LayerGroup:
             slot = torch.tensor([slot for slot, _ in slots], device=device)
             window_query = self.recent.before(slot, next_position).flatten(0, 1)
         rows = Rows(
-            position=self.position[:, index, :, : self.budget].flatten(0, 1),
+            position=self.position[:, index, :, : self.budget].flatten(0, 1).to(torch.int32),
             column=None if self.column is None else self.column[:, index, :, : self.budget].flatten(0, 1),
             next_position=next_position.repeat(num_layers),
             key=None if window_query is None else self._committed_keys(index),

@@ -60,7 +60,7 @@ class RaggedGroup(LayerGroup):
         for parts, rows in ((self.near_key[index], prompt.key), (self.near_value[index], prompt.value)):
             for part, new in zip(parts, self._codec.encode(rows.flatten(0, 1)[kept]), strict=True):
                 part[slot].flatten(0, 1)[row] = new
-        self.position[index, slot].view(-1)[row] = (kept % num_tokens).to(torch.int32)
+        self.position[index, slot].view(-1)[row] = (kept % num_tokens).to(self.position.dtype)
         first_pending = num_kept.cumsum(0) + self._max_query_len * torch.arange(num_heads, device=kept.device)
         self.row_start[index, slot] = self._equal_start[index, slot, 0] + first_pending - self.budget
         self._num_kept[index, slot] = num_kept.tolist()
@@ -86,5 +86,9 @@ class RaggedGroup(LayerGroup):
         newest = torch.arange(self.budget - self._num_newest, self.budget, device=device)
         row = self.row_start[:, torch.tensor([slot for slot, _ in slots], device=device)][..., None] + newest
         position = self.position.view(-1)[row - self._equal_start[0, 0, 0]]
-        rows = Rows(position=position.flatten(0, 1), column=None, next_position=next_position.repeat(len(self.layers)))
+        rows = Rows(
+            position=position.flatten(0, 1).to(torch.int32),
+            column=None,
+            next_position=next_position.repeat(len(self.layers)),
+        )
         return newest[0] + policy.victims(rows, num_new).view(*position.shape[:3], num_new)

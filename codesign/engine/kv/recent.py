@@ -45,11 +45,19 @@ class RecentQueries:
 
 
 class VictimQueue:
-    """named [L, S, H_kv, length] int32: rows of each slot in the order in which they are to be overwritten."""
+    """named [L, S, H_kv, length] of `dtype`: rows of each slot in the order in which they are to be overwritten."""
 
-    def __init__(self, num_layers: int, num_slots: int, num_kv_heads: int, length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.length = length
-        self.named = torch.zeros(num_layers, num_slots, num_kv_heads, length, dtype=torch.int32, device=device)
+        self.named = torch.zeros(num_layers, num_slots, num_kv_heads, length, dtype=dtype, device=device)
         self._num_left = [0] * num_slots
 
     def clear(self, slot: int) -> None:
@@ -61,7 +69,7 @@ class VictimQueue:
 
     def fill(self, slots: Sequence[int], named: Tensor) -> None:
         """named [L, B, H_kv, length], in place of whatever was left."""
-        self.named[:, torch.tensor(slots, device=named.device)] = named.to(torch.int32)
+        self.named[:, torch.tensor(slots, device=named.device)] = named.to(self.named.dtype)
         for slot in slots:
             self._num_left[slot] = self.length
 

@@ -7,7 +7,7 @@ side by side, so that a step's bookkeeping and its evictions are a few operation
                                 max_model_len where nothing is ever evicted: there row == position, and a pending row is
                                 written where it stays. A codec of groups has these rows for the newest tokens only, in
                                 order, and the tokens before them in storage of its own
-    position   [rows] int32     of bounded layers
+    position   [rows] int16     of bounded layers; int32 where max_model_len needs it
     column     [rows] fp32      attention mass, only for a policy that asks (evidence "column_sums")
 
 Keys and values lie where the place says, all else on the device. Where the device cannot read them there, each layer is
@@ -84,7 +84,8 @@ class DenseStore:
             tuple(place.zeros(num_rows, part.shape[1], dtype=part.dtype, device=device) for part in like)
             for _ in ("key", "value")
         )
-        self.position = torch.zeros(num_bounded, dtype=torch.int32, device=device)
+        narrow = torch.int16 if max_model_len - 1 <= torch.iinfo(torch.int16).max else torch.int32
+        self.position = torch.zeros(num_bounded, dtype=narrow, device=device)
         self.column: Tensor | None = None
         if bounded and policy.evidence == "column_sums":
             self.column = torch.zeros(num_bounded, dtype=torch.float32, device=device)
@@ -149,6 +150,7 @@ class DenseStore:
         self._budget = torch.tensor([self.budgets[layer] for layer in self._layer_order], device=device)[:, None]
         self.num_pending = [0] * num_slots
         self.next_position = [0] * num_slots
+        self._misled: set[int] = set()
 
     def _stream(self, layer_rows: Sequence[range], num_new: int) -> LayerStream | None:
         lanes = self.place.lanes(self.device)
@@ -193,7 +195,7 @@ class DenseStore:
         rows = self._row_start[:, slot] + past[..., None]  # [L, N, H_kv]
         if self._num_bounded_layers:
             bounded = rows[: self._num_bounded_layers]
-            self.position[bounded] = positions.to(torch.int32)[:, None]
+            self.position[bounded] = positions.to(self.position.dtype)[:, None]
             if self.column is not None:
                 self.column[bounded] = 0.0
         for (own, count), first in zip(pending, first_positions, strict=True):
@@ -227,11 +229,14 @@ class DenseStore:
         """Accepts the first n pending rows of each (slot, n) and drops its others.
 
         Raises:
-            ValueError: n is negative or more than are pending.
+            ValueError: n is negative or more than are pending; or scores that moved at once hold what a dropped query
+                looked at.
         """
         for slot, count in commits:
             if not 0 <= count <= self.num_pending[slot]:
                 raise ValueError(f"slot {slot}: cannot commit {count} of {self.num_pending[slot]} pending rows")
+            if count and slot in self._misled:
+                raise ValueError(f"slot {slot}: its scores hold a query that was dropped; free it")
         if self.stream is not None:
             self.stream.drain()
         accepted = [(slot, count) for slot, count in commits if count]
@@ -252,6 +257,8 @@ class DenseStore:
             for slot, count in accepted:
                 self.groups[0].flush(slot, self.num_tokens[slot], count)
         for slot, count in commits:
+            if count < self.num_pending[slot] and any(group.is_credited_at_once for group in self.groups):
+                self._misled.add(slot)
             self.num_tokens[slot] += count
             self.num_pending[slot] = 0
 
@@ -282,6 +289,7 @@ class DenseStore:
 
     def release(self, slot: int) -> None:
         self.num_tokens[slot] = self.num_pending[slot] = 0
+        self._misled.discard(slot)
         for group in self.groups:
             group.release(slot)
 

@@ -136,7 +136,7 @@ def test_nan_in_is_nan_out_and_only_for_queries_that_see_it(first: int, dtype: t
     key, value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     key[:, 0, first : first + BLOCK] = float("nan")
     _, queries = queries_of([100], num_tokens=1, num_groups=2, head_dim=64, dtype=dtype, columns=False)
-    kernel().native(queries, [[0, 102]], key, value)
+    kernel().native(queries, key, value)
 
     assert queries.out[:, 0].isnan().all()
     assert queries.out[:, 1].isfinite().all()
@@ -152,7 +152,7 @@ def test_rows_of_weight_zero_add_nothing(dtype: torch.dtype) -> None:
     query = query.abs()
     key[:, :, :50, 3] = float("-inf")
     queries = Queries(query, [100], num_tokens=1, num_rows=101, scale=0.125, want_columns=False)
-    kernel().native(queries, [[0, 102]], key, value)
+    kernel().native(queries, key, value, [[0, 102]])
     out, _ = expected(query, key, value, [100], num_tokens=1)
 
     torch.testing.assert_close(queries.out.double(), out, rtol=0, atol=TOLERANCE[dtype])
@@ -166,9 +166,7 @@ NEAR = {"native": 4e-3, "int8": 3e-4, "fp8": 4e-3, "int4": 1e-2}
 def run_encoded(codec: str, queries: Queries, key: Tensor, value: Tensor, lengths: Sequence[int]) -> None:
     """Lets queries attend to rows [B, H_kv, R, D], encoded here; R a multiple of 32."""
     if codec == "native":
-        num_rows = key.shape[2]
-        first = [[(slot * NUM_KV_HEADS + head) * num_rows for head in range(NUM_KV_HEADS)] for slot in range(len(key))]
-        kernel().native(queries, first, key, value)
+        kernel().native(queries, key, value)
     elif codec == "int4":
         planes, (num_rows, dim) = key.shape[:2], key.shape[2:]
         code, step, low = int4._quantize(key.reshape(*planes, -1, 32, dim), dim=3)

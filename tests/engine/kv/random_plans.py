@@ -15,8 +15,9 @@ class _Sequence:
 
 
 def random_plans(
-    seed: int, *, num_steps: int, num_slots: int, max_model_len: int, max_query_len: int
+    seed: int, *, num_steps: int, num_slots: int, max_model_len: int, max_query_len: int, accepts_all: bool = False
 ) -> Iterator[StepPlan]:
+    """accepts_all: whatever is pending is committed by the next plan, whole."""
     rng = random.Random(seed)
     live: dict[int, _Sequence] = {}
     for _ in range(num_steps):
@@ -25,8 +26,11 @@ def random_plans(
             if rng.random() < 0.04:
                 frees.append(slot)
                 del live[slot]
-            elif sequence.num_pending and rng.random() < 0.85:
-                accepted = rng.randint(1, sequence.num_pending) if rng.random() < 0.9 else 0
+            elif sequence.num_pending and (accepts_all or rng.random() < 0.85):
+                if accepts_all:
+                    accepted = sequence.num_pending
+                else:
+                    accepted = rng.randint(1, sequence.num_pending) if rng.random() < 0.9 else 0
                 commits.append((slot, accepted))
                 sequence.num_tokens += accepted
                 sequence.num_pending = 0

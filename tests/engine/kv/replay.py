@@ -42,6 +42,7 @@ def make_attention(
     backend: str = "sdpa",
     cls: type[Attention] = Attention,
     num_slots: int = NUM_SLOTS,
+    max_query_len: int = MAX_QUERY_LEN,
     place: KVPlace = ON_DEVICE,
 ) -> Attention:
     return cls(
@@ -56,7 +57,7 @@ def make_attention(
         backend=ATTENTION.create(backend),
         num_slots=num_slots,
         max_model_len=MAX_MODEL_LEN,
-        max_query_len=MAX_QUERY_LEN,
+        max_query_len=max_query_len,
         dtype=torch.float32,
         device=CPU,
         place=place,

@@ -80,6 +80,19 @@ def test_random_traffic_agrees_with_a_dictionary_of_rows(
     assert (num_evicted > 25 * num_seeds) == is_bounded, "the traffic must reach the budget, or it shows nothing"
 
 
+@pytest.mark.parametrize("backend", USABLE_BACKENDS)
+@pytest.mark.parametrize("knobs", KNOBS["h2o"], ids=str)
+def test_scores_that_move_at_once_agree_when_one_token_comes_at_a_time(knobs: dict[str, Any], backend: str) -> None:
+    policy = KV_POLICIES.create("h2o", **knobs)
+    plans = random_plans(
+        4, num_steps=60, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, max_query_len=1, accepts_all=True
+    )
+    attention = make_attention(policy, backend=backend, max_query_len=1)
+
+    assert all(group.pending_column is None for group in attention.store.groups if group.is_bounded)
+    assert replay(attention, make_oracle(policy, "h2o"), plans) > 25
+
+
 @pytest.mark.parametrize(
     ("name", "codec"),
     [

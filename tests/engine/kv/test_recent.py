@@ -23,7 +23,7 @@ def test_rejected_queries_are_never_in_the_window() -> None:
 
 
 def test_named_victims_are_taken_in_order_and_slots_do_not_mix() -> None:
-    queue = VictimQueue(2, 3, 1, 4, CPU)
+    queue = VictimQueue(2, 3, 1, 4, torch.int16, CPU)
     named = torch.arange(16).view(2, 2, 1, 4)
 
     assert queue.needs(0, 1)

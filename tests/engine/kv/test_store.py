@@ -201,6 +201,24 @@ def test_int8_rows_take_one_byte_a_value_and_two_a_row(dtype: torch.dtype) -> No
     assert attention.kv_bytes == 2 * NUM_LAYERS * 2 * NUM_KV_HEADS * 256 * (64 + 2)
 
 
+def test_scores_that_moved_at_once_are_not_read_after_a_query_was_dropped() -> None:
+    """Such a row is the padding of a sequence that is done; what it looked at cannot be taken back."""
+    attention = make(H2O(kv_budget=10, num_sink_tokens=0))
+    run(attention, chunk(0, 0, 12, is_end=True))
+    run(attention, decode_plan([0], [0], [12]))
+    run(attention, decode_plan([0], [0], [12], commits=[(0, 0)]))
+
+    with pytest.raises(ValueError, match="a query that was dropped"):
+        attention.begin(Batch.of(decode_plan([0], [0], [13], commits=[(0, 1)]), CPU))
+
+
+def test_positions_are_as_narrow_as_the_longest_sequence_allows() -> None:
+    for max_model_len, dtype in ((1 << 15, torch.int16), ((1 << 15) + 1, torch.int32)):
+        store = make(H2O(kv_budget=10, num_sink_tokens=0), max_model_len=max_model_len).store
+
+        assert store.position.dtype == dtype
+
+
 @pytest.mark.parametrize(
     "policy",
     [

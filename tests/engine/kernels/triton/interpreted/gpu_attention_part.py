@@ -44,12 +44,14 @@ def test_every_way_is_checked_and_timed_at_every_size_and_the_bar_comes_first(
     monkeypatch.setattr(part, "candidates", lambda first: [first, dataclasses.replace(first, num_warps=8)])
     found = run(part, clock(1.25))
 
-    ways = ("triton native", "sdpa native", "triton int8", "decode + sdpa int8")
+    ways = ["decode + sdpa int8", "sdpa native"]
+    ways += [f"triton {codec}{layout}" for codec in ("native", "int8") for layout in ("", " paged")]
     where = [(row["rows"], row["batch"], row["way"]) for row in found["timed"]]
     assert sorted(where) == sorted((rows, batch, way) for rows in (17, 40) for batch in (1, 2) for way in ways)
     assert where[0] == (40, 2, "triton native")
     assert all(row["relative_error"] < 6e-3 and row["share_of_copy"] == pytest.approx(0.8) for row in found["timed"])
-    assert found["bar"] == {**BAR, "share_of_copy": pytest.approx(0.8), "passed": True} and found["exit_status"] == 0
+    shares = dict.fromkeys(("triton native", "triton native paged"), pytest.approx(0.8))
+    assert found["bar"] == {**BAR, "share_of_copy": shares, "passed": True} and found["exit_status"] == 0
     assert [row["codec"] for row in found["tried"]] == ["native", "native", "int8", "int8"]
 
 
@@ -57,7 +59,25 @@ def test_a_missed_bar_fails_the_part(part: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(part, "candidates", lambda first: [])
     found = run(part, clock(2.0))
 
-    assert (found["bar"]["share_of_copy"], found["bar"]["passed"], found["exit_status"]) == (0.5, False, 1)
+    assert set(found["bar"]["share_of_copy"].values()) == {0.5}
+    assert (found["bar"]["passed"], found["exit_status"]) == (False, 1)
+
+
+def test_the_bar_holds_for_both_layouts(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part, "candidates", lambda first: [])
+    measure = part.measure
+
+    def slow_blocks(*args: Any) -> dict[str, Any]:
+        times.append(1)
+        figures: dict[str, Any] = measure(*args)
+        return {**figures, "share_of_copy": 0.6} if len(times) == 2 else figures
+
+    times: list[int] = []
+    monkeypatch.setattr(part, "measure", slow_blocks)
+    found = run(part, clock(1.0))
+
+    assert found["bar"]["share_of_copy"] == {"triton native": 1.0, "triton native paged": 0.6}
+    assert (found["bar"]["passed"], found["exit_status"]) == (False, 1)
 
 
 def test_a_wrong_kernel_is_never_timed_and_fails_the_part(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +87,10 @@ def test_a_wrong_kernel_is_never_timed_and_fails_the_part(part: Any, monkeypatch
     found = run(part, clock(1.0))
 
     wrong = [row for row in found["timed"] if "wrong" in row]
-    assert {row["way"] for row in wrong} == {"triton native", "triton int8"} and len(wrong) == 8
+    assert {row["way"] for row in wrong} == {
+        f"triton {own}" for own in ("native", "native paged", "int8", "int8 paged")
+    }
+    assert len(wrong) == 16
     assert not any("median_ms" in row for row in wrong) and found["exit_status"] == 1
 
 
