@@ -1,4 +1,4 @@
-"""bf16 activations times bf16 weights through the compiled C kernel beside this file."""
+"""bf16 activations times bf16 weights, or int8 ones, through the compiled C kernel beside this file."""
 
 import ctypes
 import dataclasses
@@ -38,25 +38,39 @@ class DenseMatmul:
         self.library.dense_unpack(pointer(blocks), pointer(weight), num_in, num_out)
         return weight
 
-    def multiply(
-        self, x: Tensor, blocks: Tensor, bias: Tensor | None, *, num_out: int, dtype: torch.dtype = torch.bfloat16
-    ) -> Tensor:
-        """[M, out] of `dtype`, bf16 or fp32, from x [M, in] bf16, `pack(weight)` and bias [blocks * 32] fp32."""
-        x = x.contiguous()
-        num_rows, num_in = x.shape
-        y = torch.empty(num_rows, num_out, dtype=dtype)
-        scratch = torch.empty(num_rows, blocks.shape[1], dtype=torch.int32)
-        where = (pointer(y), None) if dtype == torch.bfloat16 else (None, pointer(y))
+    def multiply(self, x: Tensor, blocks: Tensor, bias: Tensor | None, *, num_out: int, dtype: torch.dtype) -> Tensor:
+        """[M, out] of `dtype`, bf16 or fp32, from x [M, in] bf16, `pack(weight)` and bias [out] fp32."""
+        call = _Call(x, num_out, dtype, pairs=blocks.shape[1])
         own_bias = None if bias is None else pointer(bias)
-        self.library.dense_matmul(
-            pointer(x), pointer(blocks), own_bias, *where, pointer(scratch), num_rows, num_in, num_out
-        )
-        return y
+        self.library.dense_matmul(pointer(call.x), pointer(blocks), own_bias, *call.rest)
+        return call.y
+
+    def multiply_int8(self, x: Tensor, codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """[M, out] of `dtype`, bf16 or fp32, from x [M, in] bf16, codes [out, in] and scale [out] fp32; in a multiple
+        of 16. A code is exact in bf16: sums are scaled, not weights."""
+        call = _Call(x, codes.shape[0], dtype, pairs=self.library.dense_pairs(codes.shape[1]))
+        if self.library.dense_int8(pointer(call.x), pointer(codes), pointer(scale), *call.rest):
+            raise MemoryError(f"no memory to widen {codes.shape[1]} inputs")
+        return call.y
+
+
+class _Call:
+    """What both products take besides their weights."""
+
+    def __init__(self, x: Tensor, num_out: int, dtype: torch.dtype, *, pairs: int) -> None:
+        self.x = x.contiguous()
+        num_rows, num_in = x.shape
+        self.y = torch.empty(num_rows, num_out, dtype=dtype)
+        self._scratch = torch.empty(num_rows, pairs, dtype=torch.int32)
+        where = (pointer(self.y), None) if dtype == torch.bfloat16 else (None, pointer(self.y))
+        self.rest = (*where, pointer(self._scratch), num_rows, num_in, num_out)
 
 
 @functools.cache
 def load() -> DenseMatmul | Missing:
-    """The kernel, or why there is none."""
+    """The kernel, or why there is none. AMX has many times its arithmetic and is left to oneDNN."""
+    if torch.cpu._is_amx_tile_supported():
+        return Missing("AMX is faster")
     is_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if not (is_avx512 and torch.cpu._is_avx512_bf16_supported()):
         return Missing("no AVX-512 BF16 instructions")

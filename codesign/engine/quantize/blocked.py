@@ -14,12 +14,11 @@ from codesign.engine.quantize.linear import Linear
 
 
 def holds(weight: Tensor) -> bool:
-    """Whether the kernel is here and for such a weight. AMX has twice its arithmetic and is left to oneDNN."""
+    """Whether the kernel is here and for such a weight."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
         and weight.numel() > 0
-        and not torch.cpu._is_amx_tile_supported()
         and not isinstance(dense_matmul.load(), Missing)
     )
 
@@ -38,16 +37,16 @@ class BlockedLinear(Linear):
         self.out_features, self.in_features = weight.shape
         self.kernel = "codesign::dense_matmul (bf16)"
         self.register_buffer("blocks", found.pack(weight))
-        self.register_buffer("bias", None)
-        if bias is not None:
-            self.bias = torch.zeros(self.blocks.shape[0] * dense_matmul.OUTPUTS)
-            self.bias[: self.out_features] = bias
+        self.register_buffer("bias", None if bias is None else bias.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._kernel.multiply(x, self.blocks, self.bias, num_out=self.out_features)
+        return self._multiply(x, torch.bfloat16)
 
     def wide(self, x: Tensor) -> Tensor:
-        return self._kernel.multiply(x, self.blocks, self.bias, num_out=self.out_features, dtype=torch.float32)
+        return self._multiply(x, torch.float32)
+
+    def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._kernel.multiply(x, self.blocks, self.bias, num_out=self.out_features, dtype=dtype)
 
     def dequantize(self) -> Tensor:
         return self._kernel.unpack(self.blocks, num_out=self.out_features, num_in=self.in_features).float()

@@ -5,7 +5,7 @@ import torch
 
 from codesign.engine.kernels import dense_matmul
 from codesign.engine.kernels.compiled import Missing
-from codesign.engine.kernels.dense_matmul import OUTPUTS, DenseMatmul
+from codesign.engine.kernels.dense_matmul import DenseMatmul
 
 found = dense_matmul.load()
 pytestmark = pytest.mark.skipif(isinstance(found, Missing), reason=str(found))
@@ -21,10 +21,6 @@ def rows_of(num_rows: int, num_in: int) -> torch.Tensor:
     return torch.randn(num_rows, num_in, generator=torch.Generator().manual_seed(num_rows)).bfloat16()
 
 
-def padded(bias: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    return torch.cat((bias, torch.zeros(blocks.shape[0] * OUTPUTS - len(bias))))
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 11, 12, 13, 25, 133])
 def test_products_are_those_of_fp64(num_rows: int, size: tuple[int, int]) -> None:
@@ -32,8 +28,8 @@ def test_products_are_those_of_fp64(num_rows: int, size: tuple[int, int]) -> Non
     bias = torch.randn(size[0])
     blocks = kernel.pack(weight)
 
-    wide = kernel.multiply(x, blocks, padded(bias, blocks), num_out=size[0], dtype=torch.float32)
-    rounded = kernel.multiply(x, blocks, padded(bias, blocks), num_out=size[0])
+    wide = kernel.multiply(x, blocks, bias, num_out=size[0], dtype=torch.float32)
+    rounded = kernel.multiply(x, blocks, bias, num_out=size[0], dtype=torch.bfloat16)
 
     expected = x.double() @ weight.double().t() + bias.double()
     scale = x.double().abs() @ weight.double().abs().t() + bias.double().abs()
@@ -47,9 +43,9 @@ def test_a_row_does_not_depend_on_its_neighbours(num_rows: int) -> None:
     weight, x = weight_of(70, 4096), rows_of(num_rows, 4096)
     blocks = kernel.pack(weight)
 
-    together = kernel.multiply(x, blocks, None, num_out=70)
+    together = kernel.multiply(x, blocks, None, num_out=70, dtype=torch.bfloat16)
 
-    alone = torch.cat([kernel.multiply(row[None], blocks, None, num_out=70) for row in x])
+    alone = torch.cat([kernel.multiply(row[None], blocks, None, num_out=70, dtype=torch.bfloat16) for row in x])
     assert torch.equal(together, alone)
 
 
@@ -60,7 +56,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(kernel.multiply(x, blocks, None, num_out=320))
+            results.append(kernel.multiply(x, blocks, None, num_out=320, dtype=torch.bfloat16))
     finally:
         torch.set_num_threads(threads)
 
@@ -80,7 +76,8 @@ def test_rows_that_are_a_view_are_read_as_they_look() -> None:
     blocks = kernel.pack(weight)
 
     assert torch.equal(
-        kernel.multiply(x, blocks, None, num_out=40), kernel.multiply(x.clone(), blocks, None, num_out=40)
+        kernel.multiply(x, blocks, None, num_out=40, dtype=torch.bfloat16),
+        kernel.multiply(x.clone(), blocks, None, num_out=40, dtype=torch.bfloat16),
     )
 
 
@@ -88,11 +85,37 @@ def test_rows_that_are_a_view_are_read_as_they_look() -> None:
 def test_what_is_not_a_number_stays_one_and_spoils_no_other_row(wrong: float) -> None:
     weight, x = weight_of(40, 24), rows_of(14, 24)
     blocks = kernel.pack(weight)
-    clean = kernel.multiply(x, blocks, None, num_out=40)
+    clean = kernel.multiply(x, blocks, None, num_out=40, dtype=torch.bfloat16)
     x[3, 5] = wrong
 
-    spoilt = kernel.multiply(x, blocks, None, num_out=40)
+    spoilt = kernel.multiply(x, blocks, None, num_out=40, dtype=torch.bfloat16)
 
     assert not bool(spoilt[3].isfinite().any())
     others = [row for row in range(14) if row != 3]
     assert torch.equal(spoilt[others], clean[others])
+
+
+@pytest.mark.parametrize("size", [(1, 16), (31, 48), (32, 32), (33, 80), (100, 208), (64, 4096)])
+@pytest.mark.parametrize("num_rows", [0, 1, 12, 13, 133])
+def test_int8_products_are_those_of_fp64(num_rows: int, size: tuple[int, int]) -> None:
+    x = rows_of(num_rows, size[1])
+    codes = torch.randint(-128, 128, size, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    scale = torch.rand(size[0]) * 0.01
+
+    wide = kernel.multiply_int8(x, codes, scale, dtype=torch.float32)
+    rounded = kernel.multiply_int8(x, codes, scale, dtype=torch.bfloat16)
+
+    weight = codes.double() * scale.double()[:, None]
+    expected = x.double() @ weight.t()
+    assert bool(((wide.double() - expected).abs() <= 1e-5 * (x.double().abs() @ weight.abs().t())).all())
+    assert torch.equal(rounded, wide.bfloat16())
+
+
+def test_int8_rows_do_not_depend_on_their_neighbours() -> None:
+    x, codes = rows_of(40, 96), torch.randint(-128, 128, (70, 96), dtype=torch.int8)
+    scale = torch.rand(70)
+
+    together = kernel.multiply_int8(x, codes, scale, dtype=torch.float32)
+
+    alone = torch.cat([kernel.multiply_int8(row[None], codes, scale, dtype=torch.float32) for row in x])
+    assert torch.equal(together, alone)
