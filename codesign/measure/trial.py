@@ -26,8 +26,9 @@ from codesign.measure.child_session import ChildSession, Limits
 from codesign.measure.client import client_facts
 from codesign.measure.counters import memory_events
 from codesign.measure.load import Load, LoadResult, drive
-from codesign.measure.monitor import MIN_ENERGY_WINDOW_S, Monitor, make_probe
+from codesign.measure.monitor import Monitor, make_probe
 from codesign.measure.nursery import Nursery
+from codesign.measure.nvml import MIN_ENERGY_WINDOW_S
 from codesign.measure.phases import Phases
 from codesign.measure.provenance import provenance
 from codesign.measure.replay import Replay
@@ -338,7 +339,8 @@ class _Trial:
         for _ in range(2):
             session.memory()  # the device's busy time counts from here
             before = session.stats()
-            with Monitor(make_probe(self._runner.profile.device, session.pid)) as monitor:
+            num_ranks = self._config.parallel.num_ranks
+            with Monitor(make_probe(self._runner.profile.device, session.pid, num_ranks=num_ranks)) as monitor:
                 blocks = self._blocks(session, vocab_size)
             wall_s = sum(block.wall_s for block in blocks)
             reading = {**monitor.reading, "wall_s": wall_s}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from codesign.measure import monitor
-from codesign.measure.monitor import CpuProbe, Monitor, RaplCounter, energy_source, throttle_names, visible
+from codesign.measure.monitor import CpuProbe, Monitor, RaplCounter, energy_source, visible
 
 BURN = "import time\nend = time.time() + 30\nwhile time.time() < end: pass"
 
@@ -112,11 +112,6 @@ def test_a_window_too_short_for_the_counter_gives_no_energy(tmp_path: Path, monk
         pass
 
     assert "energy_j" not in watch.reading
-
-
-def test_throttle_reasons_are_named_and_idle_is_none() -> None:
-    assert throttle_names(0x1) == []
-    assert throttle_names(0x4 | 0x40) == ["sw_power_cap", "hw_thermal"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 from codesign.engine.models.shape import ARCHITECTURES
 from codesign.engine.models.tiny import tiny_spec
+from codesign.engine.quantize.cpu import capability
 from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
 from tests.engine.parallel.comparing import PLANS, run
 from tests.engine.parallel.grid import CACHES, SHAPES
@@ -124,28 +125,41 @@ def steps(grid: dict[str, Any], layout: str) -> Iterator[tuple[dict[str, Any], l
 LAYOUTS = ["2x1x1", "1x2x1", "1x2x2", "1x2x4", "2x2x2"]
 
 
+def check_what_is_sent(
+    plan: dict[str, Any], logs: list[dict[str, Any]], *, tensor: int, stages: int, count: int, value_bytes: int
+) -> None:
+    """Per layer two sums of [N, hidden] in fp32, whatever the activations are; in their dtype one for the embedding, a
+    part of the logits of every row, and the hidden states from stage to stage. Every micro-batch sends its own share.
+    """
+    num_parts, num_values = min(count, len(plan["slots"])), plan["num_tokens"] * HIDDEN
+    for rank in logs:
+        is_first, is_last = rank["stage"] == 0, rank["stage"] == stages - 1
+        expected: dict[str, list[int]] = {}
+        if tensor > 1:
+            num_sums = 2 * (2 // stages)
+            num_bytes = num_sums * num_values * 4 + is_first * num_values * value_bytes
+            expected[TENSOR] = [(num_sums + is_first) * num_parts, num_bytes]
+        if tensor > 1 and is_last and rank["tensor_rank"]:
+            expected["gather"] = [num_parts, plan["num_rows"] * -(-VOCABULARY // tensor) * value_bytes]
+        if not is_last:
+            expected["send"] = [num_parts, num_values * value_bytes]
+        expected["broadcast"] = [2, 2 * 512 * 8]  # the plan, in one frame, and the wish to see this
+        assert rank["counts"] == expected
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_sent_is_the_formula(grid: dict[str, Any], layout: str) -> None:
-    """fp32: per layer two sums of [N, hidden], one for the embedding, a part of the logits of every row, and the hidden
-    states from stage to stage. Every micro-batch sends its own share."""
     tensor, stages, count = map(int, layout.split("x"))
     for plan, logs in steps(grid, layout):
-        num_parts = min(count, len(plan["slots"]))
-        for rank in logs:
-            is_first, is_last = rank["stage"] == 0, rank["stage"] == stages - 1
-            expected: dict[str, list[int]] = {}
-            if tensor > 1:
-                num_sums = 2 * (2 // stages) + is_first
-                expected[TENSOR] = [num_sums * num_parts, num_sums * plan["num_tokens"] * HIDDEN * 4]
-            if tensor > 1 and is_last and rank["tensor_rank"]:
-                expected["gather"] = [num_parts, plan["num_rows"] * -(-VOCABULARY // tensor) * 4]
-            if not is_last:
-                expected["send"] = [num_parts, plan["num_tokens"] * HIDDEN * 4]
-            expected["broadcast"] = [
-                2,
-                2 * 512 * 8,
-            ]  # the plan, in one frame, and the wish to see this
-            assert rank["counts"] == expected
+        check_what_is_sent(plan, logs, tensor=tensor, stages=stages, count=count, value_bytes=4)
+
+
+def test_parts_of_a_16_bit_sum_are_sent_in_fp32(grid: dict[str, Any]) -> None:
+    """So the sums of a layer are twice the bytes that its activations are."""
+    if not capability().startswith("AVX"):
+        pytest.skip("no kernel here tells what it has before it rounds")
+    for step in grid["bf16_logs"]["steps"]:
+        check_what_is_sent(step["plan"], step["logs"], tensor=2, stages=2, count=2, value_bytes=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -179,6 +193,13 @@ def test_an_engine_listens_on_loopback_only_and_leaves_nobody(grid: dict[str, An
     assert num_processes == "4"
     assert set(addresses) == {"127.0.0.1"}
     assert grid["children_left"] == 0
+
+
+def test_the_allocators_figures_of_all_ranks_are_added(grid: dict[str, Any]) -> None:
+    found = grid["device_memory"]
+
+    assert found["num_ranks"] == 4
+    assert found["sum"] == found["expected"]
 
 
 def test_a_process_with_threads_starts_new_interpreters() -> None:
