@@ -24,7 +24,7 @@ from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from codesign.spec.request import Request, SamplingParams
-from tests.engine.parallel.comparing import PLANS, Ran, first_difference, kl, run, top1_agreement
+from tests.engine.parallel.comparing import ONE_MICRO_BATCH, PLANS, Ran, first_difference, kl, run, top1_agreement
 
 # What only one of them has: biases and a vocabulary that does not divide, one KV head, a tied head.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -166,6 +166,10 @@ def main() -> None:
         "caches": {name: cases(spec, {**BASE, **own}, ["tp2xpp2"], num_greedy=6) for name, own in CACHES.items()},
         "formats": {
             name: cases(spec, {**BASE, "weights": weights(name)}, ["tp2xpp2"]) for name in WEIGHT_FORMATS.names()
+        },
+        "one_micro_batch": {
+            name: cases(spec, {**BASE, "dtype": "bf16", "weights": weights(name)}, [ONE_MICRO_BATCH])[ONE_MICRO_BATCH]
+            for name in ("native", "int8", "int4")
         },
         "logs": {
             f"{tensor}x{stages}x{count}": logged(
