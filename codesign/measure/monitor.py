@@ -9,7 +9,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -38,15 +38,19 @@ class CpuProbe:
 
     `foreign_cpu` is the share of the machine's CPU time used by processes other than ours (the child, other ranks of
     its engine, and this one); a window with much of it is disturbed.
+
+    Args:
+        cores: on which others count; None for all of the machine.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, cores: Collection[int] | None = None) -> None:
+        self._cores = sorted(cores or range(os.cpu_count() or 1))
         self._child = psutil.Process(pid)
         self._self = psutil.Process()
         self._rapl = RaplCounter.open()
 
     def begin(self) -> None:
-        self._busy = _machine_busy_s()
+        self._busy = _busy_s(self._cores)
         self._ours = self._own_cpu_s()
         self._energy = self._rapl.read_j() if self._rapl else None
 
@@ -56,8 +60,8 @@ class CpuProbe:
 
     def end(self, wall_s: float) -> Mapping[str, Any]:
         ours = self._own_cpu_s() - self._ours
-        foreign = max(0.0, _machine_busy_s() - self._busy - ours)
-        cores = os.cpu_count() or 1
+        foreign = max(0.0, _busy_s(self._cores) - self._busy - ours)
+        cores = len(self._cores)
         reading: dict[str, Any] = {
             "source": "psutil",
             "own_cpu": round(ours / (wall_s * cores), 4),
@@ -222,23 +226,29 @@ def visible(found: list[dict[str, Any]], wanted: str | None) -> list[dict[str, A
     return chosen
 
 
-def make_probe(device: str, pid: int, *, num_ranks: int = 1) -> Probe:
+def make_probe(device: str, pid: int, *, num_ranks: int = 1, cores: Collection[int] | None = None) -> Probe:
     """The probe for a child that runs on `device`, with all ranks of its engine.
 
     Args:
         device: "cpu", "cuda" or "cuda:N": the first one, where there are several.
         num_ranks: each has a device of its own on CUDA.
+        cores: of a processor, on which the work of others counts; None for all.
     """
     if device == "cpu":
-        return CpuProbe(pid)
+        return CpuProbe(pid, cores)
     first = int(device.partition(":")[2] or 0)
     num_here = min(num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))  # torchrun: on this machine
     uuids = [gpu["uuid"] for gpu in gpus()[first : first + num_here]]
     return NvmlProbe(uuids, {pid, *linux.children_of(pid)}, is_whole=num_here == num_ranks)
 
 
-def _machine_busy_s() -> float:
-    times = psutil.cpu_times()
+def _busy_s(cores: Sequence[int]) -> float:
+    """Seconds that these cores have worked since boot."""
+    found = psutil.cpu_times(percpu=True)
+    return sum(_worked_s(found[core]) for core in cores if core < len(found))
+
+
+def _worked_s(times: Any) -> float:
     idle: float = times.idle + getattr(times, "iowait", 0.0)
     counted_twice = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
     return float(sum(times)) - idle - counted_twice

@@ -91,6 +91,8 @@ class TrialRunner:
             "profile": {"name": self._profile.name, "digest": self._profile.digest},
             "seed": self._profile.workload.seed,
         }
+        if self.turn.overlap is not None:
+            self._provenance["placement"]["windows"] = dict(self.turn.overlap)
         if model.path is not None and (Path(model.path) / "tokenizer.json").exists():
             self._tokenizer = Tokenizer(Path(model.path))
         workload = self._profile.workload
@@ -339,8 +341,10 @@ class _Trial:
         for _ in range(2):
             session.memory()  # the device's busy time counts from here
             before = session.stats()
-            num_ranks = self._config.parallel.num_ranks
-            with Monitor(make_probe(self._runner.profile.device, session.pid, num_ranks=num_ranks)) as monitor:
+            # Beside windows that were measured not to disturb, only work on this worker's cores is foreign.
+            cores = os.sched_getaffinity(0) if self._runner.turn.may_overlap else None
+            num_ranks, device = self._config.parallel.num_ranks, self._runner.profile.device
+            with Monitor(make_probe(device, session.pid, num_ranks=num_ranks, cores=cores)) as monitor:
                 blocks = self._blocks(session, vocab_size)
             wall_s = sum(block.wall_s for block in blocks)
             reading = {**monitor.reading, "wall_s": wall_s}

@@ -1,5 +1,5 @@
-"""Does a choice pay here? Each format, policy, codec, place, dtype and plan of ranks against the unmodified one, at each
-batch size.
+"""Does a choice pay here? Each format, policy, codec, plan of ranks and so on against the unmodified one, at each batch
+size.
 
 A pair is two trials that differ in this one choice and in nothing else. Where no such pair was measured, the closest
 partner is shown and called confounded, with the names of what else differs. Nothing is pooled into one interval: pairs

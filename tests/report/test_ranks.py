@@ -28,9 +28,7 @@ def study_of(folder: Path, *trials: tuple[dict[str, Any], float]) -> Study:
     for number, (plain, throughput) in enumerate(trials):
         record = ok_record(number, plain, rng, tier="confirm")
         known = interval(throughput, 0.02, "tokens/s")
-        records.append(
-            dataclasses.replace(record, metrics={**record.metrics, "throughput_tokens_per_s": known})
-        )
+        records.append(dataclasses.replace(record, metrics={**record.metrics, "throughput_tokens_per_s": known}))
     return Study.load(write_study(folder, records))
 
 
