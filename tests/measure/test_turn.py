@@ -14,7 +14,7 @@ from codesign.errors import WorkError
 from codesign.measure import turn as turns
 from codesign.measure.turn import Turn, open_lock
 
-# Its windows may overlap if there is a third argument. Says when it has its turn, and keeps it until it is killed or its stdin ends.
+# Says when it has its turn, and keeps it until it is killed or its stdin ends; a third argument: it may overlap.
 HOLDER = (
     "import sys; from codesign.measure.turn import Turn\n"
     "turn = Turn(sys.argv[1], may_overlap=len(sys.argv) > 3)\n"
