@@ -1,6 +1,6 @@
 """Short names for configurations: what differs from the unmodified one.
 
-weights int4 (group_size 64) · kv.policy h2o (kv_budget 0.2) · max_batch_size 32
+weights int4 (group_size 64) · kv.policy h2o (kv_budget 0.2) · parallel tensor 2 · max_batch_size 32
 """
 
 from collections.abc import Iterable, Mapping
@@ -79,8 +79,13 @@ class Labels:
             keys = tuple(key for key in flat if key in FAMILIES)
         else:
             keys = differing(config, self._baseline)
-        shown = [f"{visible(key)} {self._value(key, flat.get(key))}" for key in keys]
-        return " · ".join(shown) or "unmodified"
+        shown = [
+            f"parallel {plan_name(config)}"
+            if key.startswith("parallel.")
+            else f"{visible(key)} {self._value(key, flat.get(key))}"
+            for key in keys
+        ]
+        return " · ".join(dict.fromkeys(shown)) or "unmodified"
 
     def _value(self, key: str, value: Any) -> str:
         if not isinstance(value, Mapping):

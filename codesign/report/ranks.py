@@ -35,11 +35,14 @@ def rank_points(study: Study) -> tuple[str, ...]:
             continue
         if found.judgement == "better":
             winners.append(plan)
+        memory = change(best, one, "peak_memory_bytes")
+        cost = "" if memory is None else f" at {memory.size} its peak memory"
         others = [visible(key) for key in differing(best.config, one.config) if not key.startswith("parallel.")]
         also = f"; it differs in {listed(others)} too" if others else ""
         said.append(
             f"Best of {plural(len(members), 'trial')} with {plan}: #{best.number}, "
-            f"{full(best.metrics[metric], best.tier)}, {found.text()} the best on one rank{also}."
+            f"{full(best.metrics[metric], best.tier)}, {found.text()} the best on one rank"
+            f"{cost}{also}."
         )
     if not said:
         return ()

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from codesign.report.labels import plan_name
+from codesign.report.labels import Labels, plan_name
 from codesign.report.payoff import payoffs, summary
 from codesign.report.ranks import rank_points
 from codesign.report.study import Study
@@ -37,6 +37,13 @@ def test_a_plan_is_one_choice_with_a_name() -> None:
     assert plan_name(spread(tensor=2)) == "tensor 2"
     assert plan_name(spread(stages=2)) == "pipeline 2"
     assert plan_name(spread(tensor=2, stages=2, micro_batches=4)) == "tensor 2 x pipeline 2, 4 micro-batches"
+
+
+def test_a_label_names_the_plan_once() -> None:
+    several, one = spread(stages=2, micro_batches=2, weights="int8"), spread()
+
+    assert Labels(one, [one, several]).of(several) == "weights int8 · parallel pipeline 2, 2 micro-batches"
+    assert Labels(several, [one, several]).of(one) == "weights native · parallel one rank"
 
 
 def test_a_pair_may_differ_in_degree_and_micro_batches_together(tmp_path: Path) -> None:
@@ -78,7 +85,7 @@ def test_the_best_of_each_plan_stands_against_the_best_on_one_rank(tmp_path: Pat
     assert "on one rank is #1, 150 tokens/s" in first
     assert first.endswith("several ranks beat it measurably with tensor 2.")
     assert "Best of 1 trial with pipeline 2: #4, 120 tokens/s" in pipeline
-    assert "0.8× [" in pipeline and "differs in max_batch_size too" in pipeline
+    assert "0.8× [" in pipeline and "× its peak memory" in pipeline and "differs in max_batch_size too" in pipeline
     assert "Best of 2 trials with tensor 2: #3, 300 tokens/s" in tensor
     assert "2× [" in tensor and "differs in weights and max_batch_size too" in tensor
     assert first in verdict(study, payoffs(study)).points
