@@ -41,7 +41,10 @@ class DenseMatmul:
     def multiply(
         self, x: Tensor, blocks: Tensor, bias: Tensor | None, *, num_out: int, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
-        """[M, out] of `dtype`, bf16 or fp32, from x [M, in] bf16, `pack(weight)` and bias [blocks * 32] fp32."""
+        """[M, out] of `dtype`, bf16 or fp32, from x [M, in] bf16, `pack(weight)` and bias [blocks * 32] fp32.
+
+        In bf16 it is rounded from the sum of two halves of the inputs, each of which is what fp32 would give for it.
+        """
         x = x.contiguous()
         num_rows, num_in = x.shape
         y = torch.empty(num_rows, num_out, dtype=dtype)

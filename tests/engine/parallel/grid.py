@@ -171,6 +171,7 @@ def main() -> None:
             name: cases(spec, {**BASE, "dtype": "bf16", "weights": weights(name)}, [ONE_MICRO_BATCH])[ONE_MICRO_BATCH]
             for name in ("native", "int8", "int4")
         },
+        "bf16": cases(spec, {**BASE, "dtype": "bf16"}, names),
         "logs": {
             f"{tensor}x{stages}x{count}": logged(
                 {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages, "num_micro_batches": count}

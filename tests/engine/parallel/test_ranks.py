@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from codesign.engine.kernels import dense_matmul
+from codesign.engine.kernels.compiled import Missing
 from codesign.engine.models.shape import ARCHITECTURES
 from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.quantize.cpu import capability
@@ -102,6 +104,15 @@ def test_each_weight_format_multiplies_as_on_one_rank_or_is_refused(grid: dict[s
 def test_stages_that_pass_whole_steps_on_change_no_bit(grid: dict[str, Any], weights: str) -> None:
     """In bf16. Smaller micro-batches may: some kernels add up in another order for another number of rows."""
     assert grid["one_micro_batch"][weights]["difference"] == 0.0
+
+
+@pytest.mark.parametrize("plan", SEVERAL)
+def test_bf16_products_of_our_kernel_are_one_ranks_to_the_last_bit(grid: dict[str, Any], plan: str) -> None:
+    """Whatever the number of rows, and with halves of the inputs on two ranks."""
+    if isinstance(found := dense_matmul.load(), Missing):
+        pytest.skip(found.reason)
+
+    assert grid["bf16"][plan]["difference"] == 0.0
 
 
 @pytest.mark.parametrize("plan", SEVERAL)
