@@ -177,6 +177,10 @@ def main() -> int:
         "to the last bit. A tie: the reference's two best logits are within one step of bf16. Intervals are Wilson's, "
         "as if positions of one text were independent.",
         "",
+        "Our bf16 kernel gives a row the same bits whatever is beside it, and a sum in the same halves that two ranks "
+        "have. Packed weights have one kernel for few rows and another for many, which micro-batches and parts of a sum "
+        "choose otherwise than one rank does; any difference, however small, then grows to that of 16-bit rounding.",
+        "",
         *table(rows),
         "",
         *([f"**{len(bad)} requirements do not hold:** {'; '.join(bad)}"] if bad else ["All requirements hold."]),
