@@ -179,7 +179,7 @@ def main() -> int:
         "",
         "Our bf16 kernel gives a row the same bits whatever is beside it, and a sum in the same halves that two ranks "
         "have. Packed weights have one kernel for few rows and another for many, which micro-batches and parts of a "
-        "sum choose otherwise than one rank does; any difference, however small, then grows to that of 16-bit rounding.",
+        "sum choose otherwise than one rank does; any difference, however small, grows to that of 16-bit rounding.",
         "",
         *table(rows),
         "",
