@@ -83,7 +83,7 @@ def serve_rank(job: Mapping[str, Any]) -> None:
     team = follow(job)
     engine = _build(ModelSpec.from_dict(job["model"]), EngineConfig.from_dict(job["config"]), team.device, team)
     assert isinstance(engine.parts.runner, RankRunner)
-    engine.parts.runner.serve(engine.own_bytes)
+    engine.parts.runner.serve(engine.own)
 
 
 def _build(model: ModelSpec, config: EngineConfig, place: torch.device, team: Team | None) -> Engine:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from codesign.engine.attention.switched import AnyAttention
 from codesign.engine.kernels.pieces import describe
+from codesign.engine.memory import device_memory
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.quantize.linear import Linear, Workspace
-from codesign.engine.runner import SingleRunner
+from codesign.engine.runner import Figures, SingleRunner
 from codesign.engine.sampling import logprobs
 from codesign.engine.sequence import Sequence, StepOutput
 from codesign.engine.speculate.exact import verify
@@ -199,7 +200,7 @@ class Engine:
     def facts(self) -> dict[str, Any]:
         """What was built, as plain data: resolved settings, bytes by part, kernels, phases in seconds."""
         parts = self.parts
-        ranks = parts.runner.rank_bytes(self.own_bytes())
+        ranks = parts.runner.of_ranks("bytes", self.own("bytes"))
         resolved = dict(parts.resolved)
         if len(ranks) > 1:
             resolved["bytes_per_rank"] = ranks
@@ -216,9 +217,16 @@ class Engine:
             "phases": dict(parts.phases),
         }
 
-    def own_bytes(self) -> dict[str, int]:
-        """What this process holds, by part."""
+    def device_memory(self) -> dict[str, int]:
+        """The CUDA allocator's figures in bytes, all ranks' added, each at its own peak; none on a CPU."""
+        ranks = self.parts.runner.of_ranks("device_memory", self.own("device_memory"))
+        return {name: sum(own[name] for own in ranks) for name in ranks[0]}
+
+    def own(self, figures: Figures) -> dict[str, int]:
+        """Of this process alone: bytes by part, or the CUDA allocator's."""
         parts = self.parts
+        if figures == "device_memory":
+            return device_memory(parts.device)
         return {
             "weights": parts.model.num_bytes,
             "kv": parts.attention.kv_bytes,

@@ -1,4 +1,4 @@
-"""Freed memory back to the operating system, so that what a process holds is what it uses.
+"""What a process holds: freed memory back to the operating system, and what the CUDA allocator has.
 
 glibc keeps freed blocks of up to 32 MiB for itself. After packing a model layer by layer that is hundreds of MiB, which
 would be counted as memory of the configuration.
@@ -8,6 +8,8 @@ import contextlib
 import ctypes
 import sys
 from pathlib import Path
+
+import torch
 
 
 def return_freed_memory() -> None:
@@ -23,3 +25,14 @@ def reset_peak_memory() -> None:
     """Makes the process's peak of resident memory (VmHWM) what is resident now; does nothing where that cannot be."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def device_memory(device: torch.device) -> dict[str, int]:
+    """The CUDA allocator's own figures of this process, in bytes; none on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "device_peak_bytes": torch.cuda.max_memory_allocated(device),
+        "device_peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "device_bytes": torch.cuda.memory_allocated(device),
+    }

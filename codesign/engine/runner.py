@@ -1,7 +1,7 @@
 """SingleRunner: runs one StepPlan on one device. Timed steps, scoring and, later, drafts all go through here."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -9,6 +9,10 @@ from torch import Tensor
 from codesign.engine.batch import Batch
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.step import StepPlan
+
+Figures = Literal["bytes", "device_memory"]
+"""What every rank can tell about itself (`Engine.own`)."""
+FIGURES: tuple[Figures, ...] = get_args(Figures)
 
 
 class CachedAttention(Protocol):
@@ -51,8 +55,8 @@ class SingleRunner:
         steps, self._steps = self._steps, []
         return round(sum(float(begin.elapsed_time(end)) for begin, end in steps) * 1e3)
 
-    def rank_bytes(self, own: Mapping[str, int]) -> list[dict[str, int]]:
-        """What each rank holds, part -> bytes, from what this one holds; rank 0 first."""
+    def of_ranks(self, figures: Figures, own: Mapping[str, int]) -> list[dict[str, int]]:
+        """These figures of each rank, from this one's own; rank 0 first."""
         return [dict(own)]
 
     def close(self) -> None:

@@ -221,16 +221,9 @@ def request_from_plain(plain: Mapping[str, Any]) -> Request:
 
 
 def device_memory(device: str, engine: Any) -> dict[str, int]:
-    """The CUDA allocator's own figures in bytes, and how long the device was busy since the last such message; on CPU
-    nothing, since the parent reads the process itself.
+    """The CUDA allocator's own figures in bytes, of all ranks, and how long the device of this one was busy since the
+    last such message; on CPU nothing, since the parent reads the processes itself.
     """
     if not device.startswith("cuda"):
         return {}
-    import torch  # only here: a child without a CUDA engine may never need it
-
-    return {
-        "device_peak_bytes": torch.cuda.max_memory_allocated(device),
-        "device_peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
-        "device_bytes": torch.cuda.memory_allocated(device),
-        "device_busy_us": engine.device_busy_us(),
-    }
+    return {**engine.device_memory(), "device_busy_us": engine.device_busy_us()}

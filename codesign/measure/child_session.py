@@ -198,9 +198,10 @@ class ChildSession:
         return self._checked(messages.scores, self._await("scored", self._limits.progress_s))
 
     def memory(self) -> Mapping[str, int]:
-        """In bytes: `peak_memory_bytes` is the figure of the trial, by the CUDA allocator or, on CPU, the child's peak
+        """In bytes: `peak_memory_bytes` is the figure of the trial, by the CUDA allocators or, on CPU, the child's peak
         resident memory minus what it was born with; `host_peak_bytes` and `host_bytes` are the child process's. Other
-        ranks of its engine are added: they were born as the child was, before it had done anything.
+        ranks of its engine are added everywhere, each at its own peak: they were born as the child was, before it had
+        done anything.
         """
         self._check_open()
         ranks = [memory for pid in linux.children_of(self.pid) if (memory := process_memory(pid)) is not None]

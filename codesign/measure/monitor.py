@@ -1,15 +1,15 @@
 """Device monitor: what the machine did while a window was measured, read by the parent and never by the trial.
 
-A CUDA device is read through NVML: the total-energy counter, power, clocks, temperature, throttle reasons, memory by
-process. A CPU is read through psutil, with RAPL energy where the counters are readable. What cannot be read is absent,
-not guessed. The energy counter of NVML steps about every 100 ms, so an energy figure needs a window of at least 10 s.
+CUDA devices are read through NVML (`nvml.py`): the total-energy counter, power, clocks, temperature, throttle reasons,
+memory by process. A CPU is read through psutil, with RAPL energy where the counters are readable. What cannot be read
+is absent, not guessed. Energy is given for windows of at least 10 s, because counters step.
 """
 
 import dataclasses
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -17,8 +17,9 @@ from typing import Any, Protocol, Self
 import psutil
 
 from codesign.errors import Unsupported
+from codesign.measure import linux
+from codesign.measure.nvml import MIN_ENERGY_WINDOW_S, NvmlProbe, nvml
 
-MIN_ENERGY_WINDOW_S = 10.0
 _RAPL = Path("/sys/class/powercap")
 
 
@@ -37,15 +38,19 @@ class CpuProbe:
 
     `foreign_cpu` is the share of the machine's CPU time used by processes other than ours (the child, other ranks of
     its engine, and this one); a window with much of it is disturbed.
+
+    Args:
+        cores: on which others count; None for all of the machine.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, cores: Collection[int] | None = None) -> None:
+        self._cores = sorted(cores or range(os.cpu_count() or 1))
         self._child = psutil.Process(pid)
         self._self = psutil.Process()
         self._rapl = RaplCounter.open()
 
     def begin(self) -> None:
-        self._busy = _machine_busy_s()
+        self._busy = _busy_s(self._cores)
         self._ours = self._own_cpu_s()
         self._energy = self._rapl.read_j() if self._rapl else None
 
@@ -55,8 +60,8 @@ class CpuProbe:
 
     def end(self, wall_s: float) -> Mapping[str, Any]:
         ours = self._own_cpu_s() - self._ours
-        foreign = max(0.0, _machine_busy_s() - self._busy - ours)
-        cores = os.cpu_count() or 1
+        foreign = max(0.0, _busy_s(self._cores) - self._busy - ours)
+        cores = len(self._cores)
         reading: dict[str, Any] = {
             "source": "psutil",
             "own_cpu": round(ours / (wall_s * cores), 4),
@@ -124,87 +129,6 @@ class RaplCounter:
         return self._total_uj / 1e6
 
 
-class NvmlProbe:
-    """NVML readings of one GPU, found by its UUID so that CUDA_VISIBLE_DEVICES cannot mislead it."""
-
-    def __init__(self, uuid: str, pid: int) -> None:
-        self._nvml = _nvml()
-        self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
-        self._pid = pid
-        self._uuid = uuid
-
-    def begin(self) -> None:
-        self._power_w: list[float] = []
-        self._sm_mhz: list[int] = []
-        self._temperature_c: list[int] = []
-        self._throttle = 0
-        self._foreign: set[int] = set()
-        self._peak_used = 0
-        self._energy_mj = self._energy()
-        self.sample()
-
-    def sample(self) -> None:
-        nvml, handle = self._nvml, self._handle
-        self._power_w.append(nvml.nvmlDeviceGetPowerUsage(handle) / 1000)
-        self._sm_mhz.append(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))
-        self._temperature_c.append(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
-        self._throttle |= nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-        for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == self._pid:
-                self._peak_used = max(self._peak_used, process.usedGpuMemory or 0)
-            else:
-                self._foreign.add(process.pid)
-
-    def end(self, wall_s: float) -> Mapping[str, Any]:
-        nvml = self._nvml
-        self.sample()
-        reading: dict[str, Any] = {
-            "source": "nvml",
-            "gpu_uuid": self._uuid,
-            "gpu_name": nvml.nvmlDeviceGetName(self._handle),
-            "driver": nvml.nvmlSystemGetDriverVersion(),
-            "power_w_mean": sum(self._power_w) / len(self._power_w),
-            "power_w_max": max(self._power_w),
-            "power_limit_w": nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle) / 1000,
-            "sm_mhz_min": min(self._sm_mhz),
-            "sm_mhz_median": sorted(self._sm_mhz)[len(self._sm_mhz) // 2],
-            "temperature_c_before": self._temperature_c[0],
-            "temperature_c_after": self._temperature_c[-1],
-            "throttle_reasons": throttle_names(self._throttle),
-            "process_memory_bytes": self._peak_used,
-            "foreign_pids": sorted(self._foreign),
-            "num_samples": len(self._power_w),
-        }
-        energy = self._energy()
-        if self._energy_mj is not None and energy is not None and wall_s >= MIN_ENERGY_WINDOW_S:
-            reading["energy_j"] = (energy - self._energy_mj) / 1000
-            reading["energy_scope"] = "gpu board (NVML)"
-        return reading
-
-    def _energy(self) -> int | None:
-        try:
-            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
-        except self._nvml.NVMLError:
-            return None  # parts before Volta have no counter
-
-
-_THROTTLE = {
-    0x2: "applications_clocks",
-    0x4: "sw_power_cap",
-    0x8: "hw_slowdown",
-    0x10: "sync_boost",
-    0x20: "sw_thermal",
-    0x40: "hw_thermal",
-    0x80: "hw_power_brake",
-    0x100: "display_clocks",
-}
-
-
-def throttle_names(bits: int) -> list[str]:
-    """Names of NVML clock-event reason bits; an idle GPU (bit 1) is no reason."""
-    return [name for bit, name in _THROTTLE.items() if bits & bit]
-
-
 class Monitor:
     """Samples a probe in a thread for the length of a `with` block; afterwards `reading` holds what the probe says, and
     `window_s`.
@@ -253,10 +177,10 @@ def energy_source(device: str) -> EnergySource:
         if RaplCounter.open():
             return EnergySource(scope="cpu package (RAPL)")
         return EnergySource(scope="", reason="no readable RAPL counter below /sys/class/powercap")
-    nvml = _nvml()
+    module = nvml()
     try:
-        nvml.nvmlDeviceGetTotalEnergyConsumption(nvml.nvmlDeviceGetHandleByIndex(0))
-    except nvml.NVMLError as error:
+        module.nvmlDeviceGetTotalEnergyConsumption(module.nvmlDeviceGetHandleByIndex(0))
+    except module.NVMLError as error:
         return EnergySource(scope="", reason=f"NVML has no energy counter here ({error})")
     return EnergySource(scope="gpu board (NVML)")
 
@@ -267,20 +191,20 @@ def gpus() -> list[dict[str, Any]]:
     CUDA_VISIBLE_DEVICES counts: a worker that was given one of eight GPUs has one.
     """
     try:
-        nvml = _nvml()
+        module = nvml()
     except Unsupported:
         return []
     found = []
-    for index in range(nvml.nvmlDeviceGetCount()):
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    for index in range(module.nvmlDeviceGetCount()):
+        handle = module.nvmlDeviceGetHandleByIndex(index)
+        major, minor = module.nvmlDeviceGetCudaComputeCapability(handle)
         found.append(
             {
-                "name": nvml.nvmlDeviceGetName(handle),
-                "uuid": nvml.nvmlDeviceGetUUID(handle),
-                "memory_bytes": nvml.nvmlDeviceGetMemoryInfo(handle).total,
+                "name": module.nvmlDeviceGetName(handle),
+                "uuid": module.nvmlDeviceGetUUID(handle),
+                "memory_bytes": module.nvmlDeviceGetMemoryInfo(handle).total,
                 "compute_capability": f"{major}.{minor}",
-                "max_power_w": nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+                "max_power_w": module.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
             }
         )
     return visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -302,30 +226,29 @@ def visible(found: list[dict[str, Any]], wanted: str | None) -> list[dict[str, A
     return chosen
 
 
-def make_probe(device: str, pid: int) -> Probe:
-    """The probe for a child that runs on `device`."""
+def make_probe(device: str, pid: int, *, num_ranks: int = 1, cores: Collection[int] | None = None) -> Probe:
+    """The probe for a child that runs on `device`, with all ranks of its engine.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N": the first one, where there are several.
+        num_ranks: each has a device of its own on CUDA.
+        cores: of a processor, on which the work of others counts; None for all.
+    """
     if device == "cpu":
-        return CpuProbe(pid)
-    return NvmlProbe(gpus()[0]["uuid"], pid)
+        return CpuProbe(pid, cores)
+    first = int(device.partition(":")[2] or 0)
+    num_here = min(num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))  # torchrun: on this machine
+    uuids = [gpu["uuid"] for gpu in gpus()[first : first + num_here]]
+    return NvmlProbe(uuids, {pid, *linux.children_of(pid)}, is_whole=num_here == num_ranks)
 
 
-def _machine_busy_s() -> float:
-    times = psutil.cpu_times()
+def _busy_s(cores: Sequence[int]) -> float:
+    """Seconds that these cores have worked since boot."""
+    found = psutil.cpu_times(percpu=True)
+    return sum(_worked_s(found[core]) for core in cores if core < len(found))
+
+
+def _worked_s(times: Any) -> float:
     idle: float = times.idle + getattr(times, "iowait", 0.0)
     counted_twice = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
     return float(sum(times)) - idle - counted_twice
-
-
-def _nvml() -> Any:
-    """The initialised pynvml module.
-
-    Raises:
-        Unsupported: no NVIDIA driver here.
-    """
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        raise Unsupported(f"no NVIDIA driver answers here ({error})") from error
-    return pynvml

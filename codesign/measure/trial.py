@@ -26,8 +26,9 @@ from codesign.measure.child_session import ChildSession, Limits
 from codesign.measure.client import client_facts
 from codesign.measure.counters import memory_events
 from codesign.measure.load import Load, LoadResult, drive
-from codesign.measure.monitor import MIN_ENERGY_WINDOW_S, Monitor, make_probe
+from codesign.measure.monitor import Monitor, make_probe
 from codesign.measure.nursery import Nursery
+from codesign.measure.nvml import MIN_ENERGY_WINDOW_S
 from codesign.measure.phases import Phases
 from codesign.measure.provenance import provenance
 from codesign.measure.replay import Replay
@@ -90,6 +91,8 @@ class TrialRunner:
             "profile": {"name": self._profile.name, "digest": self._profile.digest},
             "seed": self._profile.workload.seed,
         }
+        if self.turn.overlap is not None:
+            self._provenance["placement"]["windows"] = dict(self.turn.overlap)
         if model.path is not None and (Path(model.path) / "tokenizer.json").exists():
             self._tokenizer = Tokenizer(Path(model.path))
         workload = self._profile.workload
@@ -338,7 +341,10 @@ class _Trial:
         for _ in range(2):
             session.memory()  # the device's busy time counts from here
             before = session.stats()
-            with Monitor(make_probe(self._runner.profile.device, session.pid)) as monitor:
+            # Beside windows that were measured not to disturb, only work on this worker's cores is foreign.
+            cores = os.sched_getaffinity(0) if self._runner.turn.may_overlap else None
+            num_ranks, device = self._config.parallel.num_ranks, self._runner.profile.device
+            with Monitor(make_probe(device, session.pid, num_ranks=num_ranks, cores=cores)) as monitor:
                 blocks = self._blocks(session, vocab_size)
             wall_s = sum(block.wall_s for block in blocks)
             reading = {**monitor.reading, "wall_s": wall_s}

@@ -4,7 +4,8 @@
     with turn.alone(): warm up, load   one at a time
 
 Workers have cores of their own, but the memory and its bandwidth are shared, and decoding is bound by bandwidth: two
-windows at once would each measure the other. GPUs share nothing of that kind, so on CUDA nobody waits.
+windows at once would each measure the other. Where it was measured that they do not (`search/overlap.py`), windows may
+overlap; they still wait for those of workers that may not. GPUs share nothing of that kind, so on CUDA nobody waits.
 
 The lock is the kernel's, on a file of this machine's memory, so it ends with its holder, however that ends. A holder
 that is stopped (Ctrl-Z) in its window keeps the others waiting; they say so.
@@ -14,8 +15,9 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from codesign.errors import WorkError
 
@@ -25,9 +27,14 @@ _MEMORY = Path("/dev/shm")
 class Turn:
     """Args:
     name: workers of one machine and user that give the same name take turns; None: there are no others.
+    overlap: what was measured of that, for the record; None where nothing was.
+    may_overlap: whether a window may be beside work and windows of others that may too.
     """
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(
+        self, name: str | None = None, *, may_overlap: bool = False, overlap: Mapping[str, Any] | None = None
+    ) -> None:
+        self.may_overlap, self.overlap = may_overlap, overlap
         self._file = None if name is None else open_lock(f"{name}.turn")
 
     @contextlib.contextmanager
@@ -43,7 +50,7 @@ class Turn:
         Args:
             say_waiting: called when it is not our turn yet.
         """
-        with self._held(fcntl.LOCK_EX, say_waiting):
+        with self._held(fcntl.LOCK_SH if self.may_overlap else fcntl.LOCK_EX, say_waiting):
             yield
 
     @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Short names for configurations: what differs from the unmodified one.
 
-weights int4 (group_size 64) · kv.policy h2o (kv_budget 0.2) · max_batch_size 32
+weights int4 (group_size 64) · kv.policy h2o (kv_budget 0.2) · parallel tensor 2 · max_batch_size 32
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,6 +38,17 @@ def parts(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(sorted(flat.items(), key=lambda item: (_ORDER.index(item[0]) if item[0] in _ORDER else 99, item[0])))
 
 
+def plan_name(config: Mapping[str, Any]) -> str:
+    """How a configuration is spread: `one rank`, `tensor 2`, `tensor 2 x pipeline 2, 4 micro-batches`."""
+    plan = config.get("parallel")
+    plan = plan if isinstance(plan, Mapping) else {}
+    tensor, stages = plan.get("tensor_parallel_size", 1), plan.get("pipeline_parallel_size", 1)
+    degrees = [f"{name} {size}" for name, size in (("tensor", tensor), ("pipeline", stages)) if size != 1]
+    micro_batches = plan.get("num_micro_batches", 1)
+    parts = [" x ".join(degrees), *([f"{micro_batches} micro-batches"] if stages != 1 and micro_batches != 1 else [])]
+    return visible(", ".join(parts)) if degrees else "one rank"
+
+
 def differing(config: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
     """Keys of `parts` in which two configurations differ, the more interesting first."""
     mine, theirs = parts(config), parts(other)
@@ -68,8 +79,13 @@ class Labels:
             keys = tuple(key for key in flat if key in FAMILIES)
         else:
             keys = differing(config, self._baseline)
-        shown = [f"{visible(key)} {self._value(key, flat.get(key))}" for key in keys]
-        return " · ".join(shown) or "unmodified"
+        shown = [
+            f"parallel {plan_name(config)}"
+            if key.startswith("parallel.")
+            else f"{visible(key)} {self._value(key, flat.get(key))}"
+            for key in keys
+        ]
+        return " · ".join(dict.fromkeys(shown)) or "unmodified"
 
     def _value(self, key: str, value: Any) -> str:
         if not isinstance(value, Mapping):

@@ -1,4 +1,5 @@
-"""Does a choice pay here? Each format, policy, codec, place and dtype against the unmodified one, at each batch size.
+"""Does a choice pay here? Each format, policy, codec, plan of ranks and so on against the unmodified one, at each batch
+size.
 
 A pair is two trials that differ in this one choice and in nothing else. Where no such pair was measured, the closest
 partner is shown and called confounded, with the names of what else differs. Nothing is pooled into one interval: pairs
@@ -11,7 +12,7 @@ from statistics import geometric_mean, mean
 from typing import Any, Literal
 
 from codesign.report.compare import BY_DIFFERENCE, Change, Judgement, change
-from codesign.report.labels import choice_name, parts
+from codesign.report.labels import choice_name, parts, plan_name
 from codesign.report.show import listed, number, plural, signed, spoken, visible
 from codesign.report.study import Study
 from codesign.results.pareto import SIZE, SPEED
@@ -29,6 +30,7 @@ CHOICES = (
     "scheduler",
     "speculate",
     "prefix_cache",
+    "parallel",
 )
 SHOWN = (
     "throughput_tokens_per_s",
@@ -158,7 +160,7 @@ _SAID: dict[Verdict, str] = {
 def summary(payoffs: Sequence[Payoff]) -> str:
     """What a person should take away about one choice over its batch sizes, the bad news included.
 
-    `weights int8 pays in speed at max_batch_size 1 (1.45x); does not pay in speed at 32 (0.9x); weight bytes 0.52x.`
+    `weights int8 pays in speed at max_batch_size 1 (1.45× [1.38–1.46]); weight bytes 0.52×.`
     """
     isolated = [p for p in payoffs if p.is_isolated]
     name = f"{visible(payoffs[0].key)} {payoffs[0].name}"
@@ -176,8 +178,11 @@ def summary(payoffs: Sequence[Payoff]) -> str:
 def _effect_in_brackets(payoff: Payoff) -> str:
     if payoff.speed is None:
         return " (speed not measured)"
-    mark = "×" if payoff.speed.metric == "throughput_tokens_per_s" else f"× {payoff.speed.metric}"
-    return f" ({number(payoff.speed.typical)}{mark})"
+    name = "" if payoff.speed.metric == "throughput_tokens_per_s" else f"{payoff.speed.metric} "
+    if len(payoff.speed.changes) == 1:
+        return f" ({name}{payoff.speed.text()})"
+    low, high = number(payoff.speed.low or 0), number(payoff.speed.high or 0)
+    return f" ({name}{number(payoff.speed.typical)}×, {low} to {high} in {len(payoff.speed.changes)} pairs)"
 
 
 def _other_effects(payoffs: Sequence[Payoff]) -> list[str]:
@@ -201,7 +206,7 @@ def payoffs(study: Study) -> list[Payoff]:
     """Every choice that some trial made differently from the baseline, by key, name and batch size."""
     if study.baseline is None:
         return []
-    flat = {record.uid: parts(record.config) for record in study.records}
+    flat = {record.uid: _choices(record.config) for record in study.records}
     usual = flat[study.baseline.uid]
     groups: dict[tuple[str, str, str], list[TrialRecord]] = {}
     for record in study.records:
@@ -227,6 +232,12 @@ def payoffs(study: Study) -> list[Payoff]:
             )
         )
     return sorted(found, key=lambda p: (CHOICES.index(p.key), p.name, len(p.max_batch_size), p.max_batch_size))
+
+
+def _choices(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`parts`, but degrees and micro-batches are one choice: stages without micro-batches mean nothing."""
+    flat = {key: value for key, value in parts(config).items() if not key.startswith("parallel.")}
+    return {**flat, "parallel": plan_name(config)}
 
 
 def _pairs(

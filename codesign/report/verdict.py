@@ -5,6 +5,7 @@ from collections import Counter
 
 from codesign.report.compare import change, luck_of_the_best, outdone, tied_with
 from codesign.report.payoff import Payoff, by_choice, summary
+from codesign.report.ranks import rank_points
 from codesign.report.show import basis, full, listed, number, plural, quantity, spoken, visible
 from codesign.report.study import Study
 from codesign.report.tables import broken, labels_of
@@ -44,7 +45,7 @@ def verdict(study: Study, payoffs: list[Payoff]) -> Verdict:
         )
     return Verdict(
         headline=_headline(study),
-        points=(*_payoff_points(payoffs), *_luck(study), *failures),
+        points=(*_payoff_points(payoffs), *rank_points(study), *_luck(study), *failures),
     )
 
 

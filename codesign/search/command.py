@@ -100,7 +100,7 @@ def run_search(request: SearchRequest, console: Console, interrupt: Interrupt) -
         study = Study(
             folder,
             store=store,
-            pool=placing.pool(measured, baseline, interrupt, stack),
+            pool=placing.pool(measured, baseline, interrupt, stack, progress.say),
             points=points,
             objectives=objectives,
             progress=progress,

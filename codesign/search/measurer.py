@@ -13,6 +13,7 @@ from typing import Any, Self
 from codesign.measure.trial import TrialRunner
 from codesign.measure.turn import Turn
 from codesign.results.record import TrialIdentity, TrialRecord
+from codesign.search.overlap import Overlap
 from codesign.search.pool import Measure, OnPhase
 from codesign.search.seat import taken_seat
 from codesign.spec.engine_config import EngineConfig
@@ -45,13 +46,22 @@ def measurer(order: Order) -> contextlib.AbstractContextManager[Measure]:
     return made
 
 
-def order_of(profile: Profile, baseline: EngineConfig, *, turn: str | None, cores: int | None = None) -> Order:
+def order_of(
+    profile: Profile,
+    baseline: EngineConfig,
+    *,
+    turn: str | None,
+    cores: int | None = None,
+    overlap: Overlap | None = None,
+) -> Order:
     """The order to measure trials of a profile.
 
     Args:
         turn: name under which workers of one machine take turns; None where they do not disturb each other.
         cores: how many the worker takes for itself; None where it was given its own.
+        overlap: what was measured of windows beside each other; None: they take turns.
     """
+    windows = {} if overlap is None else {"may_overlap": overlap.is_allowed, "overlap": overlap.to_dict()}
     return Order(
         "codesign.search.measurer:trials",
         {
@@ -61,6 +71,7 @@ def order_of(profile: Profile, baseline: EngineConfig, *, turn: str | None, core
             "baseline": baseline.to_dict(),
             "turn": turn,
             "cores": cores,
+            "windows": windows,
         },
     )
 
@@ -74,6 +85,7 @@ def trials(
     baseline: Mapping[str, Any],
     turn: str | None,
     cores: int | None,
+    windows: Mapping[str, Any],
 ) -> Iterator[Measure]:
     """Real trials on this machine."""
     known = Profile.from_sections(profile, sections)
@@ -81,7 +93,8 @@ def trials(
     with contextlib.ExitStack() as stack:
         if cores is not None and turn is not None:
             stack.enter_context(taken_seat(turn, cores))
-        runner = stack.enter_context(TrialRunner(measured, baseline=EngineConfig.from_dict(baseline), turn=Turn(turn)))
+        own_turn = Turn(turn, **windows)
+        runner = stack.enter_context(TrialRunner(measured, baseline=EngineConfig.from_dict(baseline), turn=own_turn))
 
         def measure(identity: TrialIdentity, config: EngineConfig, on_phase: OnPhase) -> TrialRecord:
             return runner.measure(identity, config, on_phase=on_phase)

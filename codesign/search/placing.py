@@ -4,15 +4,15 @@
     --workers N, --storage    N worker processes (1 with --storage alone), each with its own cores or GPUs
     --ray local|HOST:PORT     Ray tasks, each reserving whole GPUs or cores
 
-On a processor, workers of one user and machine take turns with their timing windows, always and without a calibration:
-cores can be shared out, the memory's bandwidth, the caches and the power budget cannot, and which configuration they
-slow down is what a study is about. What overlaps is the rest of a trial: building, quantising, judging quality. GPUs do
-not wait for each other.
+On a processor, workers of one user and machine take turns with their timing windows, unless a search with several
+measures when it begins that they do not disturb each other (`overlap.py`). Ray's workers, whose cores are not known
+beforehand, and searches with one worker each always do. What overlaps is the rest of a trial: building, quantising,
+judging quality. GPUs do not wait for each other.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from codesign.errors import InputError
@@ -20,6 +20,7 @@ from codesign.measure.trial import TrialRunner
 from codesign.search.interrupt import Interrupt
 from codesign.search.local_pool import LocalPool
 from codesign.search.measurer import order_of
+from codesign.search.overlap import measure
 from codesign.search.pool import InlinePool, Pool
 from codesign.search.ray_pool import RayPool, check_address
 from codesign.search.seat import Seat, ordered_cores, seats_of
@@ -74,8 +75,9 @@ class Placing:
         baseline: EngineConfig,
         interrupt: Interrupt,
         stack: contextlib.ExitStack,
+        say: Callable[[str], None],
     ) -> Pool:
-        """The pool, to be closed by `stack`."""
+        """The pool, to be closed by `stack`; says whether timing windows overlap, and why."""
         if self.ray is None and not self.seats:
             runner = stack.enter_context(TrialRunner(profile, baseline=baseline))
             return InlinePool(
@@ -83,7 +85,10 @@ class Placing:
             )
         turn = _TURN if profile.device == "cpu" else None
         if self.ray is None:
-            return stack.enter_context(LocalPool(order_of(profile, baseline, turn=turn), self.seats))
+            overlap = measure(self.seats) if turn is not None and len(self.seats) > 1 else None
+            if overlap is not None:
+                say(overlap.described)
+            return stack.enter_context(LocalPool(order_of(profile, baseline, turn=turn, overlap=overlap), self.seats))
         cores = self.num_cores if profile.device == "cpu" else None
         order = order_of(profile, baseline, turn=turn, cores=cores)
         num_gpus = profile.hardware.count if profile.device == "cuda" else 0

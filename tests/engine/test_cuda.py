@@ -21,8 +21,9 @@ from codesign.engine.step import BLOCK_TOKENS
 from codesign.errors import Unsupported
 from codesign.measure.child_session import ChildSession
 from codesign.measure.memory import process_memory
-from codesign.measure.monitor import MIN_ENERGY_WINDOW_S, Monitor, energy_source, gpus, make_probe
+from codesign.measure.monitor import Monitor, energy_source, gpus, make_probe
 from codesign.measure.nursery import Nursery
+from codesign.measure.nvml import MIN_ENERGY_WINDOW_S
 from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.request import Request, SamplingParams
@@ -451,6 +452,6 @@ def test_the_energy_counter_moves_with_work() -> None:
             work @ work
             torch.cuda.synchronize()
 
-    assert watch.reading["gpu_uuid"] == gpu["uuid"]
+    assert watch.reading["gpu_uuids"] == [gpu["uuid"]]
     assert 0 < watch.reading["energy_j"] / MIN_ENERGY_WINDOW_S < 1.2 * watch.reading["power_limit_w"]
     assert watch.reading["sm_mhz_median"] > 0

@@ -1,4 +1,4 @@
-"""Engines one of whose other ranks fails; children of the nursery import this by name."""
+"""Engines one of whose other ranks fails, or takes much; children of the nursery import this by name."""
 
 import os
 import signal
@@ -12,6 +12,10 @@ import torch
 from codesign.engine import build
 from codesign.engine.parallel.runner import RankRunner
 from codesign.errors import Unsupported
+from codesign.units import MIB
+
+_TAKEN = 64 * MIB
+_held: list[bytearray] = []
 
 
 def _with(step: Callable[[], object]) -> Callable[..., Any]:
@@ -69,3 +73,4 @@ segfault = _with(_segfault)
 leaves = _with(lambda: os._exit(7))
 hangs = _with(lambda: time.sleep(1000))
 quits = _with(lambda: sys.exit(3))
+takes_memory = _with(lambda: _held.append(bytearray(_TAKEN)))

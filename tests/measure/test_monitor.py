@@ -5,11 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from codesign.measure import monitor
-from codesign.measure.monitor import CpuProbe, Monitor, RaplCounter, energy_source, throttle_names, visible
+from codesign.measure.monitor import CpuProbe, Monitor, RaplCounter, energy_source, visible
 
 BURN = "import time\nend = time.time() + 30\nwhile time.time() < end: pass"
 
@@ -40,6 +41,31 @@ def test_work_of_other_processes_is_seen_as_foreign() -> None:
         other.kill()
 
     assert watch.reading["foreign_cpu"] > 0.2 / (os.cpu_count() or 1)
+
+
+def test_work_on_cores_of_others_counts_where_all_of_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Core 1 of two works; played, because a test's own cores may be shared."""
+    seconds = iter([0.0, 0.0, 10.0, 10.0])
+
+    def times(percpu: bool) -> list[Times]:
+        assert percpu
+        return [Times(0.0), Times(next(seconds))]
+
+    monkeypatch.setattr(monitor.psutil, "cpu_times", times)
+    monkeypatch.setattr(monitor.os, "cpu_count", lambda: 2)
+    everywhere, here = CpuProbe(os.getpid()), CpuProbe(os.getpid(), cores=[0])
+    everywhere.begin()
+    here.begin()
+
+    assert everywhere.end(10.0)["foreign_cpu"] == pytest.approx(0.5, abs=0.05)
+    assert here.end(10.0)["foreign_cpu"] == 0.0
+
+
+class Times(NamedTuple):
+    """Of one core."""
+
+    user: float
+    idle: float = 0.0
 
 
 def test_ranks_that_the_child_started_are_not_foreign() -> None:
@@ -112,11 +138,6 @@ def test_a_window_too_short_for_the_counter_gives_no_energy(tmp_path: Path, monk
         pass
 
     assert "energy_j" not in watch.reading
-
-
-def test_throttle_reasons_are_named_and_idle_is_none() -> None:
-    assert throttle_names(0x1) == []
-    assert throttle_names(0x4 | 0x40) == ["sw_power_cap", "hw_thermal"]
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import pytest
 
 from codesign.engine.models.tiny import tiny_spec
 from codesign.measure.child_session import ChildSession, Limits
+from codesign.measure.memory import process_memory
 from codesign.measure.nursery import ENGINE_MODULES, Nursery
 from codesign.measure.session import TokenEvent, TrialFailed
 from codesign.results.record import Outcome
 from codesign.spec.engine_config import EngineConfig, ParallelConfig
 from codesign.spec.request import Request, SamplingParams
+from codesign.units import MIB
 
 PATIENT = Limits(start_up_s=60, progress_s=60, wall_s=120, grace_s=10)
 HASTY = dataclasses.replace(PATIENT, progress_s=2.0, grace_s=0.5)
@@ -79,6 +81,22 @@ def test_ranks_are_the_trials_own_processes_and_end_with_it(
         assert not set.intersection(*cores)
     assert memory["host_peak_bytes"] > 0
     nothing_left()
+
+
+def test_memory_of_another_rank_counts_as_the_trials(nursery: Nursery) -> None:
+    with start(nursery, PATIENT, "hostile_ranks:takes_memory") as session:
+        session.build(TWO)
+        before = session.memory()
+        generate(session, 5)
+        after = session.memory()
+        (rank,) = ranks(session)
+        own, other = process_memory(session.pid), process_memory(rank)
+
+    assert own is not None and other is not None
+    assert other.rss_bytes > 64 * MIB
+    for name in ("peak_memory_bytes", "host_peak_bytes", "host_bytes"):
+        assert 60 * MIB < after[name] - before[name] < 90 * MIB
+    assert after["host_bytes"] == pytest.approx(own.rss_bytes + other.rss_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("config", [TWO, FOUR], ids=["2", "4"])

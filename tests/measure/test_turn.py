@@ -14,10 +14,11 @@ from codesign.errors import WorkError
 from codesign.measure import turn as turns
 from codesign.measure.turn import Turn, open_lock
 
-# Says when it has its turn, and keeps it until it is killed or its stdin ends.
+# Says when it has its turn, and keeps it until it is killed or its stdin ends; a third argument: it may overlap.
 HOLDER = (
     "import sys; from codesign.measure.turn import Turn\n"
-    "with getattr(Turn(sys.argv[1]), sys.argv[2])(): print('mine', flush=True); sys.stdin.read()"
+    "turn = Turn(sys.argv[1], may_overlap=len(sys.argv) > 3)\n"
+    "with getattr(turn, sys.argv[2])(): print('mine', flush=True); sys.stdin.read()"
 )
 
 
@@ -30,8 +31,8 @@ def name() -> Iterator[str]:
 
 
 class Holder:
-    def __init__(self, name: str, how: str) -> None:
-        command = [sys.executable, "-c", HOLDER, name, how]
+    def __init__(self, name: str, how: str, *, may_overlap: bool = False) -> None:
+        command = [sys.executable, "-c", HOLDER, name, how, *(["overlap"] if may_overlap else [])]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "mine\n"
@@ -63,6 +64,19 @@ def test_a_window_waits_for_work_and_for_windows_also_of_a_process_that_is_kille
     name: str, kill: bool, other: str
 ) -> None:
     assert waits(Turn(name), "alone", Holder(name, other), kill=kill)
+
+
+@pytest.mark.parametrize("other", ["busy", "alone"])
+def test_windows_that_may_overlap_wait_for_nobody_who_may_too(name: str, other: str) -> None:
+    holder = Holder(name, other, may_overlap=True)
+
+    assert not waits(Turn(name, may_overlap=True), "alone", holder)
+    holder.end()
+
+
+@pytest.mark.parametrize(("own", "other"), [(True, False), (False, True)])
+def test_a_window_that_may_not_overlap_is_alone_whatever_others_may(name: str, own: bool, other: bool) -> None:
+    assert waits(Turn(name, may_overlap=own), "alone", Holder(name, "alone", may_overlap=other))
 
 
 def test_work_goes_beside_work(name: str) -> None:

@@ -6,8 +6,9 @@
  * A block stays in the L2 cache for all rows of x of one pass, and the block after it is fetched meanwhile, so that few
  * rows are bound by memory and many by arithmetic, and what lies between by the slower of the two and not by their sum.
  *
- * An output is one sum over the inputs in their order, whatever the number of rows and threads: neighbours in a batch
- * change no bit.
+ * An output is the sum over one half of the inputs, in their order, plus that over the other, whatever the number of
+ * rows and threads: neighbours in a batch change no bit. Where y is fp32 it is one sum: two ranks with a half of the
+ * inputs each, a multiple of 16, add up to the very output of one rank.
  */
 #include <immintrin.h>
 #include <stdint.h>
@@ -38,9 +39,15 @@ typedef struct {
 /* One tile: outputs [rows, 32] of x [pairs][rows] and a block [pairs][32], each of pairs. `rows` constant where inlined.
  * From `later`, `lines` lines of 64 bytes every STEP pairs are fetched. */
 INLINE void tile(int rows, int pairs, const uint32_t *x, const uint32_t *block, const char *later, int lines, Out out) {
-    vec sum[ROWS][2];
-    for (int m = 0; m < rows; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    vec sum[ROWS][2], before[ROWS][2];
+    int half = out.wide ? 0 : pairs / (2 * STEP) * STEP;
+    for (int m = 0; m < rows; m++) sum[m][0] = sum[m][1] = before[m][0] = before[m][1] = _mm512_setzero_ps();
     for (int k = 0; k < pairs; k += STEP) {
+        if (k == half)
+            for (int m = 0; m < rows; m++) {
+                before[m][0] = sum[m][0], before[m][1] = sum[m][1];
+                sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+            }
         for (int i = 0; i < lines; i++, later += 64) _mm_prefetch(later, _MM_HINT_T1);
         for (int i = 0; i < STEP; i++, x += rows, block += OUTPUTS) {
             __m512bh one = (__m512bh)_mm512_loadu_si512(block), two = (__m512bh)_mm512_loadu_si512(block + 16);
@@ -61,7 +68,8 @@ INLINE void tile(int rows, int pairs, const uint32_t *x, const uint32_t *block, 
         by_high = _mm512_maskz_loadu_ps((__mmask16)(out.mask >> 16), out.scale + 16);
     }
     for (int m = 0; m < rows; m++) {
-        vec one = _mm512_fmadd_ps(sum[m][0], by_low, low), two = _mm512_fmadd_ps(sum[m][1], by_high, high);
+        vec one = _mm512_add_ps(_mm512_add_ps(_mm512_mul_ps(before[m][0], by_low), _mm512_mul_ps(sum[m][0], by_low)), low);
+        vec two = _mm512_add_ps(_mm512_add_ps(_mm512_mul_ps(before[m][1], by_high), _mm512_mul_ps(sum[m][1], by_high)), high);
         if (out.wide) {
             _mm512_mask_storeu_ps(out.wide + m * out.stride, (__mmask16)out.mask, one);
             _mm512_mask_storeu_ps(out.wide + m * out.stride + 16, (__mmask16)(out.mask >> 16), two);

@@ -39,7 +39,10 @@ class DenseMatmul:
         return weight
 
     def multiply(self, x: Tensor, blocks: Tensor, bias: Tensor | None, *, num_out: int, dtype: torch.dtype) -> Tensor:
-        """[M, out] of `dtype`, bf16 or fp32, from x [M, in] bf16, `pack(weight)` and bias [out] fp32."""
+        """[M, out] of `dtype`, bf16 or fp32, from x [M, in] bf16, `pack(weight)` and bias [out] fp32.
+
+        In bf16 it is rounded from the sum of two halves of the inputs, each of which is what fp32 would give for it.
+        """
         call = _Call(x, num_out, dtype, pairs=blocks.shape[1])
         own_bias = None if bias is None else pointer(bias)
         self.library.dense_matmul(pointer(call.x), pointer(blocks), own_bias, *call.rest)

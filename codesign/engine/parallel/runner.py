@@ -25,10 +25,10 @@ from codesign.engine.parallel.micro_batches import micro_batches
 from codesign.engine.parallel.plan_ints import from_ints, to_ints
 from codesign.engine.parallel.stage import Stage
 from codesign.engine.parallel.team import Team
-from codesign.engine.runner import CachedAttention, SingleRunner
+from codesign.engine.runner import FIGURES, CachedAttention, Figures, SingleRunner
 from codesign.engine.step import StepPlan
 
-_STEP, _BYTES, _LOG, _END = range(4)
+_STEP, _FIGURES, _LOG, _END = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ class RankRunner(SingleRunner):
         assert logits is not None, "rank 0 is one of the last stage"
         return logits[:, : self._stage.shape.vocab_size].float()
 
-    def rank_bytes(self, own: Mapping[str, int]) -> list[dict[str, int]]:
-        self._links.tell([_BYTES])
+    def of_ranks(self, figures: Figures, own: Mapping[str, int]) -> list[dict[str, int]]:
+        self._links.tell([_FIGURES, FIGURES.index(figures)])
         return self._links.collect(own)
 
     def logs(self) -> list[dict[str, Any]]:
@@ -97,15 +97,19 @@ class RankRunner(SingleRunner):
     # Every other rank.
 
     @torch.inference_mode()
-    def serve(self, own_bytes: Callable[[], Mapping[str, int]]) -> None:
-        """Does what rank 0 says, until it says that this is the end."""
+    def serve(self, own: Callable[[Figures], Mapping[str, int]]) -> None:
+        """Does what rank 0 says, until it says that this is the end.
+
+        Args:
+            own: gives this rank's figures.
+        """
         while True:
             message = self._links.hear()
             match message[0]:
                 case 0:  # _STEP
                     self._replay(from_ints(message[1:]))
-                case 1:  # _BYTES
-                    self._links.collect(own_bytes())
+                case 1:  # _FIGURES
+                    self._links.collect(own(FIGURES[message[1]]))
                 case 2:  # _LOG
                     self._links.collect(self._log())
                 case _:

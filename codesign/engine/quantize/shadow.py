@@ -30,8 +30,14 @@ class ShadowedLinear(Linear):
         self.kernel = f"{few_rows}, {self.dense.kernel} on a dense copy"
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.packed(x) if x.shape[0] <= self.max_packed_rows else self.dense(x)
+        y: Tensor = self._for(x)(x)
         return y
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self._for(x).wide(x)
+
+    def _for(self, x: Tensor) -> Linear:
+        return self.packed if x.shape[0] <= self.max_packed_rows else self.dense
 
     def stored(self) -> Stored | None:
         return self.packed.stored()

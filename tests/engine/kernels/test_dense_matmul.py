@@ -34,7 +34,25 @@ def test_products_are_those_of_fp64(num_rows: int, size: tuple[int, int]) -> Non
     expected = x.double() @ weight.double().t() + bias.double()
     scale = x.double().abs() @ weight.double().abs().t() + bias.double().abs()
     assert bool(((wide.double() - expected).abs() <= 1e-5 * scale).all())
-    assert torch.equal(rounded, wide.bfloat16())
+    assert bool(((rounded.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5 * scale).all())
+
+
+@pytest.mark.parametrize("size", [(70, 32), (256, 256), (40, 4864)])
+@pytest.mark.parametrize("num_rows", [1, 12, 25, 133])
+def test_unrounded_products_of_two_halves_add_up_to_the_whole_to_the_last_bit(
+    num_rows: int, size: tuple[int, int]
+) -> None:
+    """So that two ranks, with half of the inputs each, compute what one does."""
+    (num_out, num_in), half = size, size[1] // 2
+    weight, x = weight_of(*size), rows_of(num_rows, num_in)
+
+    parts = [
+        kernel.multiply(x[:, own], kernel.pack(weight[:, own]), None, num_out=num_out, dtype=torch.float32)
+        for own in (slice(half), slice(half, num_in))
+    ]
+
+    whole = kernel.multiply(x, kernel.pack(weight), None, num_out=num_out, dtype=torch.bfloat16)
+    assert torch.equal((parts[0] + parts[1]).bfloat16(), whole)
 
 
 @pytest.mark.parametrize("num_rows", [2, 12, 32, 50, 300])
@@ -107,8 +125,21 @@ def test_int8_products_are_those_of_fp64(num_rows: int, size: tuple[int, int]) -
 
     weight = codes.double() * scale.double()[:, None]
     expected = x.double() @ weight.t()
-    assert bool(((wide.double() - expected).abs() <= 1e-5 * (x.double().abs() @ weight.abs().t())).all())
-    assert torch.equal(rounded, wide.bfloat16())
+    bound = 1e-5 * (x.double().abs() @ weight.abs().t())
+    assert bool(((wide.double() - expected).abs() <= bound).all())
+    assert bool(((rounded.double() - expected).abs() <= 2**-8 * expected.abs() + bound).all())
+
+
+def test_int8_halves_add_up_to_the_whole_to_the_last_bit() -> None:
+    x, codes, scale = rows_of(20, 64), torch.randint(-128, 128, (40, 64), dtype=torch.int8), torch.rand(40)
+
+    parts = [
+        kernel.multiply_int8(x[:, own], codes[:, own].contiguous(), scale, dtype=torch.float32)
+        for own in (slice(32), slice(32, 64))
+    ]
+
+    whole = kernel.multiply_int8(x, codes, scale, dtype=torch.bfloat16)
+    assert torch.equal((parts[0] + parts[1]).bfloat16(), whole)
 
 
 def test_int8_rows_do_not_depend_on_their_neighbours() -> None:

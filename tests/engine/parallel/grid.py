@@ -5,6 +5,7 @@ rank would be a new interpreter.
 """
 
 import json
+import os
 import random
 import sys
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from codesign.engine import engine as engine_module
 from codesign.engine.build import build_engine
 from codesign.engine.models.shape import ARCHITECTURES
 from codesign.engine.models.tiny import tiny_spec
@@ -22,7 +24,7 @@ from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from codesign.spec.request import Request, SamplingParams
-from tests.engine.parallel.comparing import PLANS, Ran, first_difference, kl, run, top1_agreement
+from tests.engine.parallel.comparing import ONE_MICRO_BATCH, PLANS, Ran, first_difference, kl, run, top1_agreement
 
 # What only one of them has: biases and a vocabulary that does not divide, one KV head, a tied head.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -95,9 +97,9 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 
 
-def logged(parallel: dict[str, int]) -> dict[str, Any]:
+def logged(parallel: dict[str, int], dtype: str = "fp32") -> dict[str, Any]:
     """One prefill and three decoding steps of four sequences: plans, and after each what every rank did."""
-    config = EngineConfig.from_dict({**BASE, "parallel": parallel})
+    config = EngineConfig.from_dict({**BASE, "dtype": dtype, "parallel": parallel})
     engine = build_engine(tiny_spec(vocab_size=131), config, num_threads=2)
     runner = engine.parts.runner
     assert isinstance(runner, RankRunner)
@@ -134,6 +136,20 @@ def listeners() -> list[str]:
     return [str(len(processes)), *found]
 
 
+def device_memory() -> dict[str, int]:
+    """The sum over ranks of a figure that each has of its own, and what it should be."""
+    original, engine_module.device_memory = (
+        engine_module.device_memory,
+        lambda device: {"device_peak_bytes": os.getpid()},
+    )
+    engine = build_engine(tiny_spec(), EngineConfig.from_dict({**BASE, "parallel": PLANS["tp2xpp2"]}), num_threads=2)
+    processes = [psutil.Process(), *psutil.Process().children()]  # forks, which see the same
+    found = {"sum": engine.device_memory()["device_peak_bytes"], "expected": sum(one.pid for one in processes)}
+    engine.close()
+    engine_module.device_memory = original
+    return {**found, "num_ranks": len(processes)}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     names = [name for name in PLANS if name != "single"]
@@ -151,13 +167,20 @@ def main() -> None:
         "formats": {
             name: cases(spec, {**BASE, "weights": weights(name)}, ["tp2xpp2"]) for name in WEIGHT_FORMATS.names()
         },
+        "one_micro_batch": {
+            name: cases(spec, {**BASE, "dtype": "bf16", "weights": weights(name)}, [ONE_MICRO_BATCH])[ONE_MICRO_BATCH]
+            for name in ("native", "int8", "int4")
+        },
+        "bf16": cases(spec, {**BASE, "dtype": "bf16"}, names),
         "logs": {
             f"{tensor}x{stages}x{count}": logged(
                 {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages, "num_micro_batches": count}
             )
             for tensor, stages, count in [(2, 1, 1), (1, 2, 1), (1, 2, 2), (1, 2, 4), (2, 2, 2)]
         },
+        "bf16_logs": logged(PLANS["tp2xpp2"], "bf16"),
         "listeners": listeners(),
+        "device_memory": device_memory(),
         "children_left": len(psutil.Process().children()),
     }
     json.dump(found, sys.stdout)

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from codesign.engine.kernels import dense_matmul
+from codesign.engine.kernels.compiled import Missing
 from codesign.engine.models.shape import ARCHITECTURES
 from codesign.engine.models.tiny import tiny_spec
+from codesign.engine.quantize.cpu import capability
 from codesign.registry import KV_CODECS, KV_POLICIES, WEIGHT_FORMATS
 from tests.engine.parallel.comparing import PLANS, run
 from tests.engine.parallel.grid import CACHES, SHAPES
@@ -97,6 +100,21 @@ def test_each_weight_format_multiplies_as_on_one_rank_or_is_refused(grid: dict[s
         assert case["difference"] < 1e-4
 
 
+@pytest.mark.parametrize("weights", ["native", "int8", "int4"])
+def test_stages_that_pass_whole_steps_on_change_no_bit(grid: dict[str, Any], weights: str) -> None:
+    """In bf16. Smaller micro-batches may: some kernels add up in another order for another number of rows."""
+    assert grid["one_micro_batch"][weights]["difference"] == 0.0
+
+
+@pytest.mark.parametrize("plan", SEVERAL)
+def test_bf16_products_of_our_kernel_are_one_ranks_to_the_last_bit(grid: dict[str, Any], plan: str) -> None:
+    """Whatever the number of rows, and with halves of the inputs on two ranks."""
+    if isinstance(found := dense_matmul.load(), Missing):
+        pytest.skip(found.reason)
+
+    assert grid["bf16"][plan]["difference"] == 0.0
+
+
 @pytest.mark.parametrize("plan", SEVERAL)
 def test_bytes_are_those_of_all_ranks_and_no_more_than_one_rank_has(grid: dict[str, Any], plan: str) -> None:
     case = grid["architectures"]["Qwen3ForCausalLM"][plan]  # its KV heads divide, and its table is not tied
@@ -124,28 +142,41 @@ def steps(grid: dict[str, Any], layout: str) -> Iterator[tuple[dict[str, Any], l
 LAYOUTS = ["2x1x1", "1x2x1", "1x2x2", "1x2x4", "2x2x2"]
 
 
+def check_what_is_sent(
+    plan: dict[str, Any], logs: list[dict[str, Any]], *, tensor: int, stages: int, count: int, value_bytes: int
+) -> None:
+    """Per layer two sums of [N, hidden] in fp32, whatever the activations are; in their dtype one for the embedding, a
+    part of the logits of every row, and the hidden states from stage to stage. Every micro-batch sends its own share.
+    """
+    num_parts, num_values = min(count, len(plan["slots"])), plan["num_tokens"] * HIDDEN
+    for rank in logs:
+        is_first, is_last = rank["stage"] == 0, rank["stage"] == stages - 1
+        expected: dict[str, list[int]] = {}
+        if tensor > 1:
+            num_sums = 2 * (2 // stages)
+            num_bytes = num_sums * num_values * 4 + is_first * num_values * value_bytes
+            expected[TENSOR] = [(num_sums + is_first) * num_parts, num_bytes]
+        if tensor > 1 and is_last and rank["tensor_rank"]:
+            expected["gather"] = [num_parts, plan["num_rows"] * -(-VOCABULARY // tensor) * value_bytes]
+        if not is_last:
+            expected["send"] = [num_parts, num_values * value_bytes]
+        expected["broadcast"] = [2, 2 * 512 * 8]  # the plan, in one frame, and the wish to see this
+        assert rank["counts"] == expected
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_sent_is_the_formula(grid: dict[str, Any], layout: str) -> None:
-    """fp32: per layer two sums of [N, hidden], one for the embedding, a part of the logits of every row, and the hidden
-    states from stage to stage. Every micro-batch sends its own share."""
     tensor, stages, count = map(int, layout.split("x"))
     for plan, logs in steps(grid, layout):
-        num_parts = min(count, len(plan["slots"]))
-        for rank in logs:
-            is_first, is_last = rank["stage"] == 0, rank["stage"] == stages - 1
-            expected: dict[str, list[int]] = {}
-            if tensor > 1:
-                num_sums = 2 * (2 // stages) + is_first
-                expected[TENSOR] = [num_sums * num_parts, num_sums * plan["num_tokens"] * HIDDEN * 4]
-            if tensor > 1 and is_last and rank["tensor_rank"]:
-                expected["gather"] = [num_parts, plan["num_rows"] * -(-VOCABULARY // tensor) * 4]
-            if not is_last:
-                expected["send"] = [num_parts, plan["num_tokens"] * HIDDEN * 4]
-            expected["broadcast"] = [
-                2,
-                2 * 512 * 8,
-            ]  # the plan, in one frame, and the wish to see this
-            assert rank["counts"] == expected
+        check_what_is_sent(plan, logs, tensor=tensor, stages=stages, count=count, value_bytes=4)
+
+
+def test_parts_of_a_16_bit_sum_are_sent_in_fp32(grid: dict[str, Any]) -> None:
+    """So the sums of a layer are twice the bytes that its activations are."""
+    if not capability().startswith("AVX"):
+        pytest.skip("no kernel here tells what it has before it rounds")
+    for step in grid["bf16_logs"]["steps"]:
+        check_what_is_sent(step["plan"], step["logs"], tensor=2, stages=2, count=2, value_bytes=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -179,6 +210,13 @@ def test_an_engine_listens_on_loopback_only_and_leaves_nobody(grid: dict[str, An
     assert num_processes == "4"
     assert set(addresses) == {"127.0.0.1"}
     assert grid["children_left"] == 0
+
+
+def test_the_allocators_figures_of_all_ranks_are_added(grid: dict[str, Any]) -> None:
+    found = grid["device_memory"]
+
+    assert found["num_ranks"] == 4
+    assert found["sum"] == found["expected"]
 
 
 def test_a_process_with_threads_starts_new_interpreters() -> None:

@@ -55,6 +55,18 @@ def test_both_ways_compute_the_same_function(member: PackedFormat) -> None:
         assert float((shadowed(x).double() - exact).norm() / exact.norm()) < 5e-3
 
 
+def test_unrounded_results_are_those_of_the_way_taken() -> None:
+    packed = pack(Int4())
+    needs_kernel(packed)
+    shadowed = ShadowedLinear(packed, dtype=torch.bfloat16, workspace=Workspace())
+    edge = shadowed.max_packed_rows
+    few, many = torch.randn(edge, 256).bfloat16(), torch.randn(edge + 1, 256).bfloat16()
+
+    assert torch.equal(shadowed.wide(few), packed.wide(few))
+    assert shadowed.wide(few).dtype == torch.float32
+    assert torch.equal(shadowed.wide(many), shadowed.dense.wide(many))
+
+
 def test_a_dense_copy_is_made_and_counted() -> None:
     needs_kernel(pack(Int4()))
     plain, shadowed = (build_engine(tiny_spec(), config) for config in (PLAIN, SHADOWED))

@@ -56,6 +56,21 @@ def plain(linear: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", WEIGHT_FORMATS.names())
+def test_unrounded_results_are_those_of_forward_before_they_are_rounded(name: str, dtype: torch.dtype) -> None:
+    linear = make(name).pack(dense(208, 256)[0], None, dtype=dtype, workspace=Workspace())
+
+    for num_rows in ROWS:
+        x = torch.randn(num_rows, 256).to(dtype)
+        rounded, wide = linear(x), linear.wide(x)
+        exact = plain(linear, x, None)
+        assert wide.shape == rounded.shape
+        if num_rows:
+            assert float((wide.to(dtype) != rounded).double().mean()) < 0.02
+            assert relative_error(wide, exact) <= relative_error(rounded, exact) * 1.01 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WEIGHT_FORMATS.names())
 @pytest.mark.parametrize("size", [(48, 128), (208, 256), (640, 896)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_fast_path_equals_dequantise_then_multiply(
