@@ -36,18 +36,12 @@ typedef struct {
     __mmask32 mask;
 } Out;
 
-/* One tile: outputs [rows, 32] of x [pairs][rows] and a block [pairs][32], each of pairs. `rows` constant where inlined.
- * From `later`, `lines` lines of 64 bytes every STEP pairs are fetched. */
-INLINE void tile(int rows, int pairs, const uint32_t *x, const uint32_t *block, const char *later, int lines, Out out) {
-    vec sum[ROWS][2], before[ROWS][2];
-    int half = out.wide ? 0 : pairs / (2 * STEP) * STEP;
-    for (int m = 0; m < rows; m++) sum[m][0] = sum[m][1] = before[m][0] = before[m][1] = _mm512_setzero_ps();
+/* Adds `pairs` pairs of inputs: x [pairs][rows] and a block [pairs][32]; from `later` on, `lines` lines of 64 bytes are
+ * fetched every STEP pairs. */
+INLINE void add_up(int rows, int pairs, const uint32_t *x, const uint32_t *block, const char *later, int lines,
+                   vec sum[ROWS][2]) {
+    for (int m = 0; m < rows; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     for (int k = 0; k < pairs; k += STEP) {
-        if (k == half)
-            for (int m = 0; m < rows; m++) {
-                before[m][0] = sum[m][0], before[m][1] = sum[m][1];
-                sum[m][0] = sum[m][1] = _mm512_setzero_ps();
-            }
         for (int i = 0; i < lines; i++, later += 64) _mm_prefetch(later, _MM_HINT_T1);
         for (int i = 0; i < STEP; i++, x += rows, block += OUTPUTS) {
             __m512bh one = (__m512bh)_mm512_loadu_si512(block), two = (__m512bh)_mm512_loadu_si512(block + 16);
@@ -58,6 +52,15 @@ INLINE void tile(int rows, int pairs, const uint32_t *x, const uint32_t *block, 
             }
         }
     }
+}
+
+/* One tile: outputs [rows, 32] of x [pairs][rows] and a block [pairs][32], each of pairs. `rows` constant where inlined. */
+INLINE void tile(int rows, int pairs, const uint32_t *x, const uint32_t *block, const char *later, int lines, Out out) {
+    vec sum[ROWS][2], before[ROWS][2];
+    int half = out.wide ? 0 : pairs / (2 * STEP) * STEP;
+    add_up(rows, half, x, block, later, lines, before);
+    add_up(rows, pairs - half, x + (long)half * rows, block + (long)half * OUTPUTS, later + (long)half / STEP * lines * 64,
+           lines, sum);
     vec low = _mm512_setzero_ps(), high = _mm512_setzero_ps(), by_low = _mm512_set1_ps(1), by_high = _mm512_set1_ps(1);
     if (out.bias) {
         low = _mm512_maskz_loadu_ps((__mmask16)out.mask, out.bias);
