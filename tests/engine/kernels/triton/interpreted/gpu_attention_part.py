@@ -87,7 +87,9 @@ def test_a_wrong_kernel_is_never_timed_and_fails_the_part(part: Any, monkeypatch
     found = run(part, clock(1.0))
 
     wrong = [row for row in found["timed"] if "wrong" in row]
-    assert {row["way"] for row in wrong} == {f"triton {own}" for own in ("native", "native paged", "int8", "int8 paged")}
+    assert {row["way"] for row in wrong} == {
+        f"triton {own}" for own in ("native", "native paged", "int8", "int8 paged")
+    }
     assert len(wrong) == 16
     assert not any("median_ms" in row for row in wrong) and found["exit_status"] == 1
 
