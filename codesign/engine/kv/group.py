@@ -189,16 +189,16 @@ class LayerGroup:
         for rows in (key[:, slot], value[:, slot]):
             rows[:, :, :num_left] = rows[:, :, num_done : num_done + num_left].clone()
 
-    def note(self, index: int, slots: slice, mass: Tensor) -> None:
+    def note(self, index: int, slots: slice | Tensor, mass: Tensor) -> None:
         """mass [B, H_kv, Q, R] fp32: the weight that each row received from each pending query of these slots."""
         num_queries, num_rows = mass.shape[2:]
         if self.pending_column is not None:
             self.pending_column[index, slots, :, :num_queries, :num_rows] = mass
         elif self.column is not None:
-            own = self.column[index, slots, :, :num_rows]
+            where = (index, slots, slice(None), slice(num_rows))
             if self.column_decay != 1:
-                own *= self.column_decay
-            own += mass[:, :, 0]
+                self.column[where] *= self.column_decay
+            self.column[where] += mass[:, :, 0]
 
     def credit(self, slots: list[int], count: int) -> None:
         """Adds the attention mass of the first `count` pending queries of each slot to the rows they looked at."""
