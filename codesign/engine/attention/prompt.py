@@ -82,7 +82,7 @@ class PromptAttention:
         )
         apart = key.stride(0) // key.shape[2]
         assert apart == value.stride(0) // value.shape[2]
-        kernel.native(queries, [[head * apart for head in range(len(key))]] * count, key, value)
+        kernel.native(queries, key, value, [[head * apart for head in range(len(key))]] * count)
         found = unfold(queries.out, num_queries=size)
         for index, start in enumerate(starts):
             out[start : start + size] = found[index * size : (index + 1) * size]
