@@ -1,10 +1,11 @@
 """The part `attention` of gpu_campaign.py: decode attention over native and int8 rows, beside SDPA and a device copy.
 
 One query token for each of B sequences, Llama-3.1-8B's heads (8 KV heads, groups of 4, 128 channels) over rows in bf16,
-or int8 with a scale a row, one after the other or (`paged`) in shuffled blocks found through a table. Each way is compared with float64 attention over the rows that it holds before it is timed,
-as `gpu_weights.py` times: CUDA events, L2 overwritten in between, median of 25. The copy moves as many bytes (half of
-them read, half written) as attention reads. `bar` is what has to hold: 70 % of the copy's bandwidth at 4096 rows of 32
-sequences in bf16, in both layouts. In the time that is left other blocks and splits are tried there; `tried` is for changing the rule.
+or int8 with a scale a row, one after the other or (`paged`) in shuffled blocks found through a table. Each way is
+compared with float64 attention over the rows that it holds before it is timed, as `gpu_weights.py` times: CUDA events,
+L2 overwritten in between, median of 25. The copy moves as many bytes (half of them read, half written) as attention
+reads. `bar` is what has to hold: 70 % of the copy's bandwidth at 4096 rows of 32 sequences in bf16, in both layouts. In
+the time that is left other blocks and splits are tried there; `tried` is for changing the rule.
 """
 
 import dataclasses

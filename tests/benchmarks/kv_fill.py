@@ -44,7 +44,7 @@ def chosen(policy: KVPolicy, group: LayerGroup, prompt: Prompt) -> Tensor | None
 
 
 def beside_rows(parts: list[Attention]) -> dict[str, int]:
-    """Bytes beside the rows of keys and values that a policy keeps or a codec encodes; native newest rows among them."""
+    """Bytes beside the rows that a policy keeps or a codec encodes; its newest rows, native, among them."""
     names = ("pending scores", "sinks", "recent queries", "victims")
     found: dict[str, int] = {}
 

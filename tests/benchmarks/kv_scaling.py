@@ -1,13 +1,14 @@
 """Memory and speed of decode steps against context, `full` beside every KV policy and codec, on this CPU.
 
-    python tests/benchmarks/kv_scaling.py [--contexts 1024 ... 32768] [--rounds 7] [--batch 16]
+    python tests/benchmarks/kv_scaling.py [--contexts 1024 ... 32768] [--rounds 7] [--batch 32] [--threads 1]
 
 A random-weights Qwen2 with fused kernels decodes `batch` sequences that stand at the end of their context. Nothing is
 prefilled: random rows go in as a finished prompt does, chosen by the policy and stored by `LayerGroup.admit`. Then
 whole steps (plan, run, commit of the step before), cases in turns within a round, several steps each; a round's figure
 is the median of its steps. Three clocks: the step, the attention calls in it, and attention's `begin` and `end`
-(commit, eviction, indices). Then the codecs again with one query per KV head instead of seven: a codec saves bytes, not
-arithmetic, and at seven queries the arithmetic of a row takes as long as fetching it.
+(commit, eviction, indices). Then the codecs again with one query per KV head instead of seven, since a codec saves
+bytes and not arithmetic, and the arithmetic of a row at seven queries takes as long as fetching it. One thread, since
+what Python does between calls has only one, and 32 sequences, the batch of the GPU's bar.
 
 Required of every case: rows of keys and values take what the budget or the bits of the codec promise, within 3 %. And
 of every policy: from 8192 tokens on its attention takes the share of full's time that its bytes are of full's, within
@@ -187,6 +188,11 @@ class Case:
                 group.queue.fill(slots, group.queue.named[:, :1].expand(-1, len(slots), -1, -1))
         return taken
 
+    def encoded_share(self, context: int) -> float:
+        """Of a sequence's tokens: the others, the newest of a codec of groups, are native and counted beside rows."""
+        codec = self.parts[0].codec
+        return codec.encoded_tokens(context) / context if codec.group_size else 1.0
+
     def facts(self) -> dict[str, Any]:
         parts, setting = self.parts, self.setting
         queues = [group.queue.length for part in parts for group in part.store.groups if group.queue is not None]
@@ -223,6 +229,7 @@ def measure(
             "context": context,
             **case.facts(),
             "promised_bytes": full_bytes * case.setting.promised_share(args.batch),
+            "encoded_share": case.encoded_share(context),
             "step_ms": step,
             "attention_ms": calls,
             "around_ms": around,
@@ -254,9 +261,9 @@ def main() -> int:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024 << power for power in range(6)])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="of each case in a round")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: this process's time; needs --threads 1")
     parser.add_argument("--out", type=Path, default=REPORTS / "kv_scaling.json")
     args = parser.parse_args()

@@ -136,11 +136,11 @@ class OutputAttention:
         if isinstance(call.where, slice):
             (key,), (value,) = group.stored(index, call.slots)
             kernel.native(queries, key, value)
-            return queries.out, queries.columns
-        (key,), (value,) = group.near_key[index], group.near_value[index]
-        num_heads, capacity = key.shape[1:3]
-        first = [[(span.slot * num_heads + head) * capacity for head in range(num_heads)] for span in call.spans]
-        kernel.native(queries, key, value, first)
+        else:
+            (key,), (value,) = group.near_key[index], group.near_value[index]
+            num_heads, capacity = key.shape[1:3]
+            first = [[(span.slot * num_heads + head) * capacity for head in range(num_heads)] for span in call.spans]
+            kernel.native(queries, key, value, first)
         return queries.out, queries.columns
 
     def _over_slices(

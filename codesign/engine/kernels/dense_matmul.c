@@ -16,11 +16,10 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define OUTPUTS 32       /* of a block */
-#define ROWS 12          /* of x at once, at most */
-#define STEP 8           /* pairs of inputs between fetches; what the inputs are filled up to */
-#define PASS_BYTES (384 << 10)    /* of x that should stay in the L2 cache beside a block */
-#define CODES_PASS_BYTES (4 << 20) /* of x for which a block of codes is widened once */
+#define OUTPUTS 32           /* of a block */
+#define ROWS 12              /* of x at once, at most */
+#define STEP 8               /* pairs of inputs between fetches; what the inputs are filled up to */
+#define PASS_BYTES (2 << 20) /* of x for which a block is held, or widened, once */
 
 typedef __m512 vec;
 
@@ -178,7 +177,7 @@ INLINE int multiply(const uint16_t *x, const uint32_t *blocks, const int8_t *cod
                     uint16_t *y, float *wide, uint32_t *scratch, int num_rows, int num_in, int num_out) {
     int pairs = dense_pairs(num_in), num_blocks = (num_out + OUTPUTS - 1) / OUTPUTS, lacks_memory = 0;
     int num_tiles = (num_rows + ROWS - 1) / ROWS;
-    int tiles_of_pass = (codes ? CODES_PASS_BYTES : PASS_BYTES) / (pairs * 4 * ROWS);
+    int tiles_of_pass = PASS_BYTES / (pairs * 4 * ROWS);
     if (tiles_of_pass < 2) tiles_of_pass = 2;
     int num_passes = (num_tiles + tiles_of_pass - 1) / tiles_of_pass;
     long block_bytes = codes ? (long)OUTPUTS * num_in : (long)OUTPUTS * pairs * 4;

@@ -134,7 +134,7 @@ class KVAttention:
     def native(
         self, queries: Queries, key: Tensor, value: Tensor, first: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """Rows [B, H_kv, C, D] as they are; or those of a sequence's KV head begin at row first [B, H_kv] of all."""
+        """Rows [B, H_kv, C, D] as they are; or a sequence's KV head begins at row first [B, H_kv] of them all."""
         starts = None if first is None else _numbers(ctypes.c_int64, [start for own in first for start in own])
         rows, capacity = (pointer(key), pointer(value)), ctypes.c_int64(0 if first else key.shape[2])
         self._run("native", queries, None, starts, *rows, capacity, _DTYPES[key.dtype])

@@ -194,7 +194,8 @@ INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch 
     int dim = call->dim, size = format == NATIVE ? 2 * dim : format == INT4 ? dim / 2 : dim;
     for (; row < last; row += CHUNK) {
         int count = last - row < CHUNK ? last - row : CHUNK, rows = (count + GROUP - 1) / GROUP * GROUP;
-        long first = stored_at(&place, row), then = row + CHUNK < last ? stored_at(&place, row + CHUNK) : first;
+        long first = stored_at(&place, row); /* after the last, what most likely comes next: the next part or plane */
+        long then = row + CHUNK < last ? stored_at(&place, row + CHUNK) : first + count;
         const void *key = filled_up(stored->key, first, count, rows, size, scratch->rows[0] + CHUNK * dim);
         const void *value = filled_up(stored->value, first, count, rows, size, scratch->rows[1] + CHUNK * dim);
         const char *next_key = value, *next_value = stored->key + then * size; /* native keys are followed by values */

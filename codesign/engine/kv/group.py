@@ -195,12 +195,10 @@ class LayerGroup:
         if self.pending_column is not None:
             self.pending_column[index, slots, :, :num_queries, :num_rows] = mass
         elif self.column is not None:
-            own = self.column[index, slots, :, :num_rows]
+            where = (index, slots, slice(None), slice(num_rows))
             if self.column_decay != 1:
-                own *= self.column_decay
-            own += mass[:, :, 0]
-            if isinstance(slots, Tensor):  # then it is a copy
-                self.column[index, slots, :, :num_rows] = own
+                self.column[where] *= self.column_decay
+            self.column[where] += mass[:, :, 0]
 
     def credit(self, slots: list[int], count: int) -> None:
         """Adds the attention mass of the first `count` pending queries of each slot to the rows they looked at."""
