@@ -9,10 +9,12 @@ A lease is a running row with a token and a deadline by the server's clock. Its 
 finds it passed, or on this machine finds the process gone, turns the row into a `harness` record, which is tried again.
 Ending a lease compares the token, so a result that comes after that is late and changes nothing.
 
-The folder is a mirror: records and leases are written there for people and for the report, and never read back.
+The folder is a mirror: records and leases are written there for people and for the report, and never read back; so it
+is not fsynced, and what a power cut tears there is put aside and written again by the next search.
 """
 
 import dataclasses
+import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -37,6 +39,7 @@ from codesign.search.pool import lost
 from codesign.search.sql_index import SqlIndex
 from codesign.search.store import Claim
 from codesign.search.suggest import Point, Points
+from codesign.search.trial_rows import UID
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
 
@@ -109,12 +112,12 @@ class SqlStore:
         self._lease_s = lease_s
         self._me = leases.new()
         self._running: dict[str, Lease] = {}
-        self._handed: set[str] = set()
+        self._ahead: set[str] = set()  # records of ours beyond `_last_place`, which need not be read again
         self._last_place = 0
-        self._renewed_s = 0.0
+        self._renewed_s = -math.inf
         load(folder.trials, say)  # puts damaged files aside; what is missing is written again
-        self._index = SqlIndex(database, folder.name, points, objectives)
-        database.alone(lambda: self._index.open(self._all_done))
+        self._index = SqlIndex(database, folder.name, points, objectives, self._all_done)
+        database.alone(self._index.open)
         self._send_unsent(say)
 
     # Reading.
@@ -125,23 +128,29 @@ class SqlStore:
 
     def refresh(self) -> Sequence[TrialRecord]:
         began_s = time.monotonic()
-        rows, running = self._database.run(self._look)
-        if began_s - self._renewed_s > _RENEW_SHARE * self._lease_s:
-            self._renewed_s = began_s
+        is_due = began_s - self._renewed_s > _RENEW_SHARE * self._lease_s
+        rows, running = self._database.run(lambda connection: self._look(connection, is_due))
         records = []
         for row in rows:
             self._last_place = row.place
-            if row.uid not in self._handed:
+            if row.json is None:
+                self._ahead.discard(row.uid)
+            else:
                 records.append(TrialRecord.from_json(row.json))
-                self._handed.add(row.uid)
-                write_record(self._folder.trials, records[-1])
-        self._running = {lease.uid: lease for lease in running}
-        self._mirror()
+                write_record(self._folder.trials, records[-1], is_durable=False)
+        self._mirror({lease.uid: lease for lease in running})
+        if is_due:
+            self._renewed_s = began_s
+            self._tidy_mirror()
         return records
 
-    def _look(self, connection: Connection) -> tuple[Sequence[Any], list[Lease]]:
-        """New records and living leases; ours are renewed, the dead are buried."""
-        if time.monotonic() - self._renewed_s > _RENEW_SHARE * self._lease_s:
+    def _look(self, connection: Connection, is_due: bool) -> tuple[Sequence[Any], list[Lease]]:
+        """New records (without their text where they are ours) and living leases; the dead are buried.
+
+        Args:
+            is_due: whether it is time to renew our own leases.
+        """
+        if is_due:
             mine = (_c.worker == self._me.worker) & (_c.kind == "running")
             connection.execute(sqlalchemy.update(LEDGER).where(mine).values(deadline=self._deadline()))
         # While the database was away nobody could renew, so after its start everybody has as long as a lease lasts.
@@ -157,7 +166,8 @@ class SqlStore:
                 running.append(lease)
             else:
                 self._bury(connection, row, lease)
-        fresh = sqlalchemy.select(_c.uid, _c.json, _c.place).where(*self._of_kind("done"), _c.place > self._last_place)
+        text = sqlalchemy.case((_c.uid.in_(self._ahead), None), else_=_c.json).label("json")
+        fresh = sqlalchemy.select(_c.uid, text, _c.place).where(*self._of_kind("done"), _c.place > self._last_place)
         return connection.execute(fresh.order_by(_c.place)).all(), running
 
     def _bury(self, connection: Connection, row: Any, lease: Lease) -> None:
@@ -204,28 +214,25 @@ class SqlStore:
 
         if not self._database.run(step):
             return None
-        self._running[identity.uid] = lease
-        self._mirror()
-        return Claim(identity=identity, point=point, lease=lease, key=token)
+        self._mirror(self._running | {identity.uid: lease})
+        return Claim(identity=identity, point=point, lease=lease, token=token)
 
     def moved(self, claim: Claim, place: str) -> Claim:
         lease = dataclasses.replace(claim.lease, place=place)
         update = sqlalchemy.update(LEDGER).where(*_held(claim)).values(lease=lease.to_json())
         self._database.run(lambda connection: connection.execute(update))
-        self._running[claim.identity.uid] = lease
-        leases.write(self._folder.leases, lease)
+        self._mirror(self._running | {claim.identity.uid: lease})
         return dataclasses.replace(claim, lease=lease)
 
     def finish(self, claim: Claim, record: TrialRecord, told: Told | None) -> bool:
         try:
-            was_in_time = self._finish(record, claim.point, told, str(claim.key))
+            was_in_time = self._finish(record, claim.point, told, claim.token)
         except WorkError:  # the database is away for good, or a signal came while it was
-            write_record(self._folder.trials / "unsent", _with_token(record, str(claim.key)))
+            write_record(self._folder.trials / "unsent", _with_token(record, claim.token))
             raise
-        self._running.pop(record.uid, None)
         if was_in_time:
-            self._handed.add(record.uid)
-        self._mirror()
+            self._ahead.add(record.uid)
+        self._mirror_without(record.uid)
         return was_in_time
 
     def _finish(self, record: TrialRecord, point: Point, told: Told | None, token: str) -> bool:
@@ -241,7 +248,7 @@ class SqlStore:
 
         was_in_time = self._database.run(step)
         if was_in_time:
-            write_record(self._folder.trials, record)
+            write_record(self._folder.trials, record, is_durable=False)
         else:
             write_record(self._folder.trials / "late", _with_token(record, token))
         return was_in_time
@@ -261,12 +268,10 @@ class SqlStore:
     def abandon(self, claim: Claim) -> None:
         delete = sqlalchemy.delete(LEDGER).where(*_held(claim))
         self._database.run(lambda connection: connection.execute(delete))
-        self._running.pop(claim.identity.uid, None)
-        self._mirror()
+        self._mirror_without(claim.identity.uid)
 
     def close(self) -> None:
-        self._running.clear()
-        self._mirror()
+        self._mirror({})
         self._database.close()
 
     def _end(
@@ -280,15 +285,17 @@ class SqlStore:
     ) -> bool:
         """Ends the lease with this token, keeps the record and tells the index; False when the lease was not there."""
         # The study's row is locked until the commit, so that places are told in the order of the commits.
-        count = sqlalchemy.update(LEDGER).where(_c.uid == f"study/{self._folder.name}").values(place=_c.place + 1)
-        place = connection.execute(count.returning(_c.place)).scalar_one()
+        study = sqlalchemy.update(LEDGER).where(_c.uid == f"study/{self._folder.name}").returning(_c.place)
+        place: int = connection.execute(study.values(place=_c.place + 1)).scalar_one()
         end = sqlalchemy.update(LEDGER).where(
             _c.uid == record.uid, _c.kind == "running", _c.token == token, *conditions
         )
         ended = connection.execute(end.values(kind="done", json=record.to_json(), deadline=None, place=place))
-        if ended.rowcount == 1:
-            self._index.add(connection, frozen(point, told, uid=record.uid))
-        return ended.rowcount == 1
+        if ended.rowcount != 1:
+            connection.execute(study.values(place=_c.place - 1))  # nothing was told: the places have no gaps
+            return False
+        self._index.add(connection, place - 1, frozen(point, told, **{UID: record.uid}))
+        return True
 
     # Small parts.
 
@@ -305,14 +312,22 @@ class SqlStore:
     def _deadline(self) -> sqlalchemy.ColumnElement[Any]:
         return func.now() + _seconds(self._lease_s)
 
-    def _mirror(self) -> None:
-        """leases/ holds what runs now, wherever it runs."""
-        for lease in self._running.values():
-            path = self._folder.leases / f"{lease.worker}.json"
-            if path.exists():
-                path.touch()  # still there, as of now
-            else:
+    def _mirror(self, running: dict[str, Lease]) -> None:
+        """Takes in what runs now, wherever it runs; leases/ holds the same."""
+        for uid in self._running.keys() - running.keys():
+            leases.drop(self._folder.leases, self._running[uid])
+        for uid, lease in running.items():
+            if lease != self._running.get(uid):
                 leases.write(self._folder.leases, lease)
+        self._running = running
+
+    def _mirror_without(self, uid: str) -> None:
+        self._mirror({other: lease for other, lease in self._running.items() if other != uid})
+
+    def _tidy_mirror(self) -> None:
+        """Says in leases/ that what runs was heard of now, and removes what searches that died left there."""
+        for lease in self._running.values():
+            leases.touch(self._folder.leases, lease)
         now = {lease.worker for lease in self._running.values()}
         for path in self._folder.leases.glob("*.json"):
             if path.stem not in now:
@@ -325,7 +340,7 @@ def _with_token(record: TrialRecord, token: str) -> TrialRecord:
 
 
 def _held(claim: Claim) -> tuple[sqlalchemy.ColumnElement[bool], ...]:
-    return _c.uid == claim.identity.uid, _c.kind == "running", _c.token == str(claim.key)
+    return _c.uid == claim.identity.uid, _c.kind == "running", _c.token == claim.token
 
 
 def _seconds(seconds: float) -> sqlalchemy.ColumnElement[Any]:

@@ -156,7 +156,7 @@ def test_a_result_after_its_lease_was_given_up_is_late_kept_and_not_told(
         assert sorted(record.uid for record in paused.refresh()) == sorted([lost.uid, good.uid])
     check_ledger(server, {lost.uid, good.uid}, 1)
     (kept,) = read_records(tmp_path / "study" / "trials" / "late")[0]
-    assert kept.uid == f"{late.uid}-{claim.key}"
+    assert kept.uid == f"{late.uid}-{claim.token}"
     assert kept.metrics == late.metrics
 
 
