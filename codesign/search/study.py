@@ -151,8 +151,8 @@ class Study:
             stopped = self._fill(limits, began_s)
             if stopped is not None and not self._claims:
                 return stopped
-            # What takes time is done now, while every place is busy. What other searches did since we last heard of them
-            # cannot mislead `_fill`: one that started a trial has taken its number, so our claim of it fails.
+            # What takes time is done now, while every place is busy. That `_fill` did not know the latest does no harm:
+            # whoever started a trial since has taken its number, so that our claim of the same fails.
             self._hear()
             if time.monotonic() - reported_s >= REPORT_EVERY_S:
                 self._write_report()
