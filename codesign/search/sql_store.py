@@ -33,6 +33,7 @@ from codesign.search.advisor import frozen
 from codesign.search.database import Database
 from codesign.search.folder import StudyFolder
 from codesign.search.lease import Lease
+from codesign.search.lease_mirror import LeaseMirror
 from codesign.search.ledger import load
 from codesign.search.objective import Told, told
 from codesign.search.pool import lost
@@ -110,8 +111,9 @@ class SqlStore:
         self._points = points
         self._objectives = tuple(objectives)
         self._lease_s = lease_s
+        self._deadline = func.now() + _seconds(lease_s)
         self._me = leases.new()
-        self._running: dict[str, Lease] = {}
+        self._mirror = LeaseMirror(folder.leases)
         self._ahead: set[str] = set()  # records of ours beyond `_last_place`, which need not be read again
         self._last_place = 0
         self._renewed_s = -math.inf
@@ -124,59 +126,71 @@ class SqlStore:
 
     @property
     def running(self) -> Sequence[Lease]:
-        return tuple(self._running.values())
+        return tuple(self._mirror.running.values())
 
     def refresh(self) -> Sequence[TrialRecord]:
         began_s = time.monotonic()
         is_due = began_s - self._renewed_s > _RENEW_SHARE * self._lease_s
-        rows, running = self._database.run(lambda connection: self._look(connection, is_due))
+        if is_due:
+            self._renew()
+        fresh, running, dead = self._look()
+        if dead:
+            for row, lease in dead:
+                self._bury(row, lease)
+            fresh, running, _ = self._look()
         records = []
-        for row in rows:
+        for row in fresh:
             self._last_place = row.place
             if row.json is None:
                 self._ahead.discard(row.uid)
             else:
                 records.append(TrialRecord.from_json(row.json))
                 write_record(self._folder.trials, records[-1], is_durable=False)
-        self._mirror({lease.uid: lease for lease in running})
+        self._mirror.show({lease.uid: lease for lease in running})
         if is_due:
             self._renewed_s = began_s
-            self._tidy_mirror()
+            self._mirror.tidy()
         return records
 
-    def _look(self, connection: Connection, is_due: bool) -> tuple[Sequence[Any], list[Lease]]:
-        """New records (without their text where they are ours) and living leases; the dead are buried.
+    def _renew(self) -> None:
+        mine = (_c.worker == self._me.worker) & (_c.kind == "running")
+        update = sqlalchemy.update(LEDGER).where(mine).values(deadline=self._deadline)
+        self._database.run(lambda connection: connection.execute(update), in_transaction=False)
 
-        Args:
-            is_due: whether it is time to renew our own leases.
-        """
-        if is_due:
-            mine = (_c.worker == self._me.worker) & (_c.kind == "running")
-            connection.execute(sqlalchemy.update(LEDGER).where(mine).values(deadline=self._deadline()))
+    def _look(self) -> tuple[list[Any], list[Lease], list[tuple[Any, Lease]]]:
+        """(new records, without their text where they are ours; living leases; dead leases and their rows)."""
         # While the database was away nobody could renew, so after its start everybody has as long as a lease lasts.
         has_passed = (_c.deadline < func.now()) & (
             func.pg_postmaster_start_time() < func.now() - _seconds(self._lease_s)
         )
-        query = sqlalchemy.select(_c.uid, _c.token, _c.lease, _c.deadline, has_passed.label("has_passed"))
-        running = []
-        for row in connection.execute(query.where(*self._of_kind("running"))).all():
-            lease = Lease.from_json(row.lease)
-            is_ours = lease.worker.startswith(f"{self._me.worker}-")  # and we live, however long we were suspended
-            if is_ours or (not row.has_passed and lease.is_alive):
-                running.append(lease)
-            else:
-                self._bury(connection, row, lease)
-        text = sqlalchemy.case((_c.uid.in_(self._ahead), None), else_=_c.json).label("json")
-        fresh = sqlalchemy.select(_c.uid, text, _c.place).where(*self._of_kind("done"), _c.place > self._last_place)
-        return connection.execute(fresh.order_by(_c.place)).all(), running
+        text = sqlalchemy.case((_c.uid.in_(self._ahead), None), else_=_c.json)
+        query = sqlalchemy.select(
+            *(_c.uid, _c.kind, _c.place, _c.token, _c.lease, _c.deadline),
+            has_passed.label("has_passed"),
+            text.label("json"),
+        )
+        is_new = (_c.kind == "running") | ((_c.kind == "done") & (_c.place > self._last_place))
+        query = query.where(_c.study == self._folder.uid, is_new).order_by(_c.place)
+        rows = self._database.run(lambda connection: connection.execute(query).all(), in_transaction=False)
+        running, dead = [], []
+        for row in rows:
+            if row.kind == "running":
+                lease = Lease.from_json(row.lease)
+                is_ours = lease.worker.startswith(f"{self._me.worker}-")  # and we live, however long we were suspended
+                if is_ours or (not row.has_passed and lease.is_alive):
+                    running.append(lease)
+                else:
+                    dead.append((row, lease))
+        return [row for row in rows if row.kind == "done"], running, dead
 
-    def _bury(self, connection: Connection, row: Any, lease: Lease) -> None:
+    def _bury(self, row: Any, lease: Lease) -> None:
         """Turns a dead lease into a record that says so, unless it was renewed or ended meanwhile."""
         why = "has not been heard of" if row.has_passed else "is gone"
         identity = TrialIdentity(study=self._folder.name, number=lease.number, uid=lease.uid, attempt=lease.attempt)
         config = EngineConfig.from_dict(lease.config)
         record = lost(identity, config, f"its search (process {lease.pid} on {lease.host}) {why}", lease.since)
-        self._end(connection, record, self._points.located(config), None, row.token, _c.deadline == row.deadline)
+        point, is_same = self._points.located(config), _c.deadline == row.deadline
+        self._database.run(lambda connection: self._end(connection, record, point, None, row.token, is_same))
 
     # A trial's way.
 
@@ -202,7 +216,7 @@ class SqlStore:
             "token": token,
             "worker": self._me.worker,
             "lease": lease.to_json(),
-            "deadline": self._deadline(),
+            "deadline": self._deadline,
         }
 
         def step(connection: Connection) -> bool:
@@ -212,16 +226,16 @@ class SqlStore:
             held = sqlalchemy.select(_c.token).where(_c.uid == identity.uid, _c.kind == "running")
             return connection.execute(held).scalar() == token  # ours already, when the answer was lost
 
-        if not self._database.run(step):
+        if not self._database.run(step, in_transaction=False):
             return None
-        self._mirror(self._running | {identity.uid: lease})
+        self._mirror.begin(lease)
         return Claim(identity=identity, point=point, lease=lease, token=token)
 
     def moved(self, claim: Claim, place: str) -> Claim:
         lease = dataclasses.replace(claim.lease, place=place)
         update = sqlalchemy.update(LEDGER).where(*_held(claim)).values(lease=lease.to_json())
-        self._database.run(lambda connection: connection.execute(update))
-        self._mirror(self._running | {claim.identity.uid: lease})
+        self._database.run(lambda connection: connection.execute(update), in_transaction=False)
+        self._mirror.begin(lease)
         return dataclasses.replace(claim, lease=lease)
 
     def finish(self, claim: Claim, record: TrialRecord, told: Told | None) -> bool:
@@ -232,7 +246,7 @@ class SqlStore:
             raise
         if was_in_time:
             self._ahead.add(record.uid)
-        self._mirror_without(record.uid)
+        self._mirror.end(record.uid)
         return was_in_time
 
     def _finish(self, record: TrialRecord, point: Point, told: Told | None, token: str) -> bool:
@@ -267,11 +281,11 @@ class SqlStore:
 
     def abandon(self, claim: Claim) -> None:
         delete = sqlalchemy.delete(LEDGER).where(*_held(claim))
-        self._database.run(lambda connection: connection.execute(delete))
-        self._mirror_without(claim.identity.uid)
+        self._database.run(lambda connection: connection.execute(delete), in_transaction=False)
+        self._mirror.end(claim.identity.uid)
 
     def close(self) -> None:
-        self._mirror({})
+        self._mirror.show({})
         self._database.close()
 
     def _end(
@@ -303,35 +317,9 @@ class SqlStore:
         """Every record in the order in which it was told; none is told before the transaction ends."""
         study = sqlalchemy.select(_c.place).where(_c.uid == f"study/{self._folder.name}").with_for_update()
         connection.execute(study)
-        rows = connection.execute(sqlalchemy.select(_c.json).where(*self._of_kind("done")).order_by(_c.place))
+        done = (_c.study == self._folder.uid) & (_c.kind == "done")
+        rows = connection.execute(sqlalchemy.select(_c.json).where(done).order_by(_c.place))
         return [TrialRecord.from_json(row.json) for row in rows]
-
-    def _of_kind(self, kind: str) -> tuple[sqlalchemy.ColumnElement[bool], ...]:
-        return _c.study == self._folder.uid, _c.kind == kind
-
-    def _deadline(self) -> sqlalchemy.ColumnElement[Any]:
-        return func.now() + _seconds(self._lease_s)
-
-    def _mirror(self, running: dict[str, Lease]) -> None:
-        """Takes in what runs now, wherever it runs; leases/ holds the same."""
-        for uid in self._running.keys() - running.keys():
-            leases.drop(self._folder.leases, self._running[uid])
-        for uid, lease in running.items():
-            if lease != self._running.get(uid):
-                leases.write(self._folder.leases, lease)
-        self._running = running
-
-    def _mirror_without(self, uid: str) -> None:
-        self._mirror({other: lease for other, lease in self._running.items() if other != uid})
-
-    def _tidy_mirror(self) -> None:
-        """Says in leases/ that what runs was heard of now, and removes what searches that died left there."""
-        for lease in self._running.values():
-            leases.touch(self._folder.leases, lease)
-        now = {lease.worker for lease in self._running.values()}
-        for path in self._folder.leases.glob("*.json"):
-            if path.stem not in now:
-                path.unlink(missing_ok=True)
 
 
 def _with_token(record: TrialRecord, token: str) -> TrialRecord:
