@@ -23,21 +23,24 @@ _ADVICE = {
 }
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, *, is_durable: bool = True) -> None:
     """Puts `data` at `path`, durably and in one piece; a file that was there is replaced.
 
+    Args:
+        is_durable: False leaves the fsyncs out: in one piece for readers, but after a power cut perhaps empty.
     Raises:
         WorkError: it could not be written; what was there before is unchanged unless the text says otherwise.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _write_new(temporary, data)
+        _write_new(temporary, data, is_durable)
         os.rename(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise work_error("cannot write", path, error) from error
-    sync_folder(path.parent)
+    if is_durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -81,7 +84,7 @@ def work_error(action: str, path: Path, error: OSError) -> WorkError:
     return WorkError(f"{action} {path}: {error.strerror or error}" + (f"; {advice}" if advice else ""))
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_new(path: Path, data: bytes, is_durable: bool) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags, 0o644)
@@ -95,7 +98,8 @@ def _write_new(path: Path, data: bytes) -> None:
             if written == 0:
                 raise OSError(errno.ENOSPC, "No space left on device")
             left = left[written:]
-        os.fsync(descriptor)
+        if is_durable:
+            os.fsync(descriptor)
     except BaseException:
         with contextlib.suppress(OSError):
             os.close(descriptor)

@@ -26,9 +26,11 @@ class Damaged:
     reason: str
 
 
-def write_record(folder: Path, record: TrialRecord) -> Path:
+def write_record(folder: Path, record: TrialRecord, *, is_durable: bool = True) -> Path:
     """Adds a record; when this returns, it survives a power cut. Writing the identical record again does nothing.
 
+    Args:
+        is_durable: False in a mirror, whose records are safe elsewhere: one that a power cut tears is written again.
     Raises:
         WorkError: it could not be written, the text says what to do; or another record has this uid.
         ValueError: the record holds NaN or infinity, or its uid is no file name: our own mistake.
@@ -43,10 +45,10 @@ def write_record(folder: Path, record: TrialRecord) -> Path:
     except OSError as error:
         raise work_error("cannot write", path, error) from error
     if not exists:
-        write_file(path, data)
+        write_file(path, data, is_durable=is_durable)
     elif read_file(path, max_bytes=MAX_RECORD_BYTES) != data:
         raise WorkError(f"{path}: holds another record already; records are never replaced")
-    else:
+    elif is_durable:
         sync_folder(folder)  # the first attempt may have failed right after its rename
     return path
 

@@ -94,17 +94,21 @@ class Database:
 
         return self._insist(locked)
 
-    def run(self, step: Callable[[Connection], T]) -> T:
+    def run(self, step: Callable[[Connection], T], *, in_transaction: bool = True) -> T:
         """Runs a step in a transaction and returns what it returns; waits while the database does not answer.
 
         Args:
             step: may be run again although it was committed: the answer may have been lost.
+            in_transaction: False where each statement stands alone, which saves two round trips.
         Raises:
             WorkError: it refuses the step, there was no answer for OUTAGE_S, or a signal came meanwhile.
         """
 
         def committed() -> T:
-            with self.engine.begin() as connection:
+            if in_transaction:
+                with self.engine.begin() as connection:
+                    return step(connection)
+            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 return step(connection)
 
         return self._insist(committed)

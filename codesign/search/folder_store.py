@@ -1,6 +1,6 @@
 """The store of one search on one machine: the study's folder.
 
-    lease file -> RUNNING in study.db -> record in trials/ (fsynced) -> told to study.db -> lease file removed
+    lease file -> record in trials/ (fsynced) -> added to study.db -> lease file removed
 
 One process writes, however many workers measure for it: the search holds the folder's lock and its workers only answer
 over their sockets. So SQLite never has two writers, and nothing here waits for another process.
@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from codesign.results.ledger import write_record
 from codesign.results.record import TrialRecord
 from codesign.search import lease as leases
+from codesign.search.advisor import frozen
 from codesign.search.folder import StudyFolder
 from codesign.search.lease import Lease
 from codesign.search.ledger import load
@@ -20,6 +21,7 @@ from codesign.search.objective import Told
 from codesign.search.storage import open_index
 from codesign.search.store import Claim
 from codesign.search.suggest import Point, Points
+from codesign.search.trial_rows import UID
 from codesign.spec.metrics import Objective
 
 
@@ -71,9 +73,7 @@ class FolderStore:
         )
         leases.write(self._folder.leases, lease)
         self._running[identity.uid] = lease
-        return Claim(
-            identity=identity, point=point, lease=lease, key=self._index.start(point, lease.worker, identity.uid)
-        )
+        return Claim(identity=identity, point=point, lease=lease)
 
     def moved(self, claim: Claim, place: str) -> Claim:
         lease = dataclasses.replace(claim.lease, place=place)
@@ -83,14 +83,11 @@ class FolderStore:
 
     def finish(self, claim: Claim, record: TrialRecord, told: Told | None) -> bool:
         write_record(self._folder.trials, record)
-        self._end(claim, told)
+        self._index.add(frozen(claim.point, told, **{UID: record.uid}))
+        self.abandon(claim)
         return True
 
     def abandon(self, claim: Claim) -> None:
-        self._end(claim, None)
-
-    def _end(self, claim: Claim, told: Told | None) -> None:
-        self._index.tell(int(claim.key), told)
         leases.drop(self._folder.leases, claim.lease)
         self._running.pop(claim.identity.uid, None)
 

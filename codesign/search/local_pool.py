@@ -38,7 +38,7 @@ class LocalPool:
 
     def free_place(self) -> str | None:
         place = next((place for place in self._seats if place.job is None), None)
-        return None if place is None else str(place.seat)
+        return None if place is None else place.text
 
     def start(self, identity: TrialIdentity, config: EngineConfig) -> None:
         place = next(place for place in self._seats if place.job is None)
@@ -57,7 +57,7 @@ class LocalPool:
             assert place.worker is not None and place.job is not None
             if not place.job.is_placed:
                 place.job.is_placed = True
-                listener.placed(place.job.identity.uid, f"worker {place.worker.pid}, {place.seat}")
+                listener.placed(place.job.identity.uid, place.text)
             if place.worker.control in readable:
                 found = place.hear(listener)
             elif time.monotonic() - place.job.began_s > TRIAL_S:
@@ -109,6 +109,13 @@ class _Place:
         self.seat = seat
         self.worker: _Worker | None = None
         self.job: _Job | None = None
+
+    @property
+    def text(self) -> str:
+        """Where it is, and who works there, if anybody does yet."""
+        if self.worker is None or not self.worker.is_running:
+            return str(self.seat)
+        return f"worker {self.worker.pid}, {self.seat}"
 
     def replace_worker(self, order: Order) -> None:
         self.end_worker()

@@ -15,10 +15,10 @@ from rich.text import Text
 from codesign.report.show import quantity, spoken
 from codesign.results.pareto import front
 from codesign.results.record import TrialIdentity, TrialRecord
+from codesign.search.history import History, seconds, was_built
 from codesign.search.lease import Lease
 from codesign.search.limits import Limits, expected
 from codesign.search.objective import value_of
-from codesign.search.study import num_done, seconds, was_built
 from codesign.search.where import placement_text, where
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
@@ -33,7 +33,8 @@ class ConsoleProgress:
         self._objectives = tuple(objectives)
         self._default = default
         self._limits = Limits()
-        self._records: Sequence[TrialRecord] = ()
+        self._history = History()
+        self._front: list[TrialRecord] = []
         self._durations_s: list[float] = []
         self._began_s = time.monotonic()
         self._ours: dict[str, _Running] = {}
@@ -58,10 +59,11 @@ class ConsoleProgress:
         self._console.print(Text(text), soft_wrap=True)
 
     def begin(self, records: Sequence[TrialRecord], limits: Limits) -> None:
-        self._limits, self._records, self._began_s = limits, records, time.monotonic()
+        self._limits, self._history, self._began_s = limits, History(records), time.monotonic()
+        self._front = front(records, self._objectives)
         self._durations_s = [seconds(record) for record in records if was_built(record)]
         if records:
-            self.say(f"going on after {num_done(records)} trials")
+            self.say(f"going on after {self._history.num_done} trials")
 
     def trial(self, identity: TrialIdentity, config: EngineConfig, place: str = "") -> None:
         again = f" (attempt {identity.attempt + 1})" if identity.attempt else ""
@@ -79,8 +81,9 @@ class ConsoleProgress:
     def elsewhere(self, leases: Sequence[Lease]) -> None:
         self._elsewhere = leases
 
-    def finished(self, record: TrialRecord, records: Sequence[TrialRecord]) -> None:
-        self._records = records
+    def finished(self, record: TrialRecord) -> None:
+        self._history.add(record)
+        self._front = front([*self._front, record], self._objectives)
         ours = self._ours.pop(record.uid, None)
         if was_built(record):
             self._durations_s.append(seconds(record) if ours is None else time.monotonic() - ours.began_s)
@@ -103,7 +106,7 @@ class ConsoleProgress:
         return ", ".join(shown) + (f" (breaks {', '.join(broken)})" if broken else "")
 
     def _totals(self) -> str:
-        found = front(self._records, self._objectives)
+        found = self._front
         best = [
             f"{'max' if objective.direction == 'maximize' else 'min'} {short(objective)} "
             + quantity(
@@ -115,7 +118,7 @@ class ConsoleProgress:
             for objective in self._objectives
             if found
         ]
-        done = num_done(self._records)
+        done = self._history.num_done
         total = f"{done}/{self._limits.trials}" if self._limits.trials is not None else f"{done}"
         left = self._time_left_s()
         parts = [f"done {total}", f"front {len(found)}" + (f" ({', '.join(best)})" if best else "")]
@@ -127,7 +130,7 @@ class ConsoleProgress:
         """Until the total or the budget is reached, whichever is first; None while nothing is known."""
         limits: list[float] = []
         if self._limits.trials is not None and self._durations_s:
-            missing = max(0, self._limits.trials - num_done(self._records))
+            missing = max(0, self._limits.trials - self._history.num_done)
             at_once = max(1, len(self._ours) + len(self._elsewhere))
             limits.append(missing * expected(self._durations_s) / at_once)
         if self._limits.budget_s is not None:

@@ -7,7 +7,7 @@
 Each attempt is a record of its own (same number, next attempt), and the last one counts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from codesign.results.record import OutcomeKind, TrialRecord
 
@@ -26,7 +26,7 @@ def latest(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def to_retry(
-    records: Sequence[TrialRecord], attempts: Mapping[int, int], running: frozenset[int]
+    records: Sequence[TrialRecord], attempts: Mapping[int, int], running: Collection[int]
 ) -> TrialRecord | None:
     """The latest record of a trial that has attempts left, or None.
 

@@ -9,10 +9,12 @@ A lease is a running row with a token and a deadline by the server's clock. Its 
 finds it passed, or on this machine finds the process gone, turns the row into a `harness` record, which is tried again.
 Ending a lease compares the token, so a result that comes after that is late and changes nothing.
 
-The folder is a mirror: records and leases are written there for people and for the report, and never read back.
+The folder is a mirror: records and leases are written there for people and for the report, and never read back; so it
+is not fsynced, and what a power cut tears there is put aside and written again by the next search.
 """
 
 import dataclasses
+import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -31,12 +33,14 @@ from codesign.search.advisor import frozen
 from codesign.search.database import Database
 from codesign.search.folder import StudyFolder
 from codesign.search.lease import Lease
+from codesign.search.lease_mirror import LeaseMirror
 from codesign.search.ledger import load
 from codesign.search.objective import Told, told
 from codesign.search.pool import lost
 from codesign.search.sql_index import SqlIndex
 from codesign.search.store import Claim
 from codesign.search.suggest import Point, Points
+from codesign.search.trial_rows import UID
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
 
@@ -107,66 +111,86 @@ class SqlStore:
         self._points = points
         self._objectives = tuple(objectives)
         self._lease_s = lease_s
+        self._deadline = func.now() + _seconds(lease_s)
         self._me = leases.new()
-        self._running: dict[str, Lease] = {}
-        self._handed: set[str] = set()
+        self._mirror = LeaseMirror(folder.leases)
+        self._ahead: set[str] = set()  # records of ours beyond `_last_place`, which need not be read again
         self._last_place = 0
-        self._renewed_s = 0.0
+        self._renewed_s = -math.inf
         load(folder.trials, say)  # puts damaged files aside; what is missing is written again
-        self._index = SqlIndex(database, folder.name, points, objectives)
-        database.alone(lambda: self._index.open(self._all_done))
+        self._index = SqlIndex(database, folder.name, points, objectives, self._all_done)
+        database.alone(self._index.open)
         self._send_unsent(say)
 
     # Reading.
 
     @property
     def running(self) -> Sequence[Lease]:
-        return tuple(self._running.values())
+        return tuple(self._mirror.running.values())
 
     def refresh(self) -> Sequence[TrialRecord]:
         began_s = time.monotonic()
-        rows, running = self._database.run(self._look)
-        if began_s - self._renewed_s > _RENEW_SHARE * self._lease_s:
-            self._renewed_s = began_s
+        is_due = began_s - self._renewed_s > _RENEW_SHARE * self._lease_s
+        if is_due:
+            self._renew()
+        fresh, running, dead = self._look()
+        if dead:
+            for row, lease in dead:
+                self._bury(row, lease)
+            fresh, running, _ = self._look()
         records = []
-        for row in rows:
+        for row in fresh:
             self._last_place = row.place
-            if row.uid not in self._handed:
+            if row.json is None:
+                self._ahead.discard(row.uid)
+            else:
                 records.append(TrialRecord.from_json(row.json))
-                self._handed.add(row.uid)
-                write_record(self._folder.trials, records[-1])
-        self._running = {lease.uid: lease for lease in running}
-        self._mirror()
+                write_record(self._folder.trials, records[-1], is_durable=False)
+        self._mirror.show({lease.uid: lease for lease in running})
+        if is_due:
+            self._renewed_s = began_s
+            self._mirror.tidy()
         return records
 
-    def _look(self, connection: Connection) -> tuple[Sequence[Any], list[Lease]]:
-        """New records and living leases; ours are renewed, the dead are buried."""
-        if time.monotonic() - self._renewed_s > _RENEW_SHARE * self._lease_s:
-            mine = (_c.worker == self._me.worker) & (_c.kind == "running")
-            connection.execute(sqlalchemy.update(LEDGER).where(mine).values(deadline=self._deadline()))
+    def _renew(self) -> None:
+        mine = (_c.worker == self._me.worker) & (_c.kind == "running")
+        update = sqlalchemy.update(LEDGER).where(mine).values(deadline=self._deadline)
+        self._database.run(lambda connection: connection.execute(update), in_transaction=False)
+
+    def _look(self) -> tuple[list[Any], list[Lease], list[tuple[Any, Lease]]]:
+        """(new records, without their text where they are ours; living leases; dead leases and their rows)."""
         # While the database was away nobody could renew, so after its start everybody has as long as a lease lasts.
         has_passed = (_c.deadline < func.now()) & (
             func.pg_postmaster_start_time() < func.now() - _seconds(self._lease_s)
         )
-        query = sqlalchemy.select(_c.uid, _c.token, _c.lease, _c.deadline, has_passed.label("has_passed"))
-        running = []
-        for row in connection.execute(query.where(*self._of_kind("running"))).all():
-            lease = Lease.from_json(row.lease)
-            is_ours = lease.worker.startswith(f"{self._me.worker}-")  # and we live, however long we were suspended
-            if is_ours or (not row.has_passed and lease.is_alive):
-                running.append(lease)
-            else:
-                self._bury(connection, row, lease)
-        fresh = sqlalchemy.select(_c.uid, _c.json, _c.place).where(*self._of_kind("done"), _c.place > self._last_place)
-        return connection.execute(fresh.order_by(_c.place)).all(), running
+        text = sqlalchemy.case((_c.uid.in_(self._ahead), None), else_=_c.json)
+        query = sqlalchemy.select(
+            *(_c.uid, _c.kind, _c.place, _c.token, _c.lease, _c.deadline),
+            has_passed.label("has_passed"),
+            text.label("json"),
+        )
+        is_new = (_c.kind == "running") | ((_c.kind == "done") & (_c.place > self._last_place))
+        query = query.where(_c.study == self._folder.uid, is_new).order_by(_c.place)
+        rows = self._database.run(lambda connection: connection.execute(query).all(), in_transaction=False)
+        running, dead = [], []
+        for row in rows:
+            if row.kind == "running":
+                lease = Lease.from_json(row.lease)
+                is_ours = lease.worker.startswith(f"{self._me.worker}-")  # and we live, however long we were suspended
+                if is_ours or (not row.has_passed and lease.is_alive):
+                    running.append(lease)
+                else:
+                    dead.append((row, lease))
+        return [row for row in rows if row.kind == "done"], running, dead
 
-    def _bury(self, connection: Connection, row: Any, lease: Lease) -> None:
+    def _bury(self, row: Any, lease: Lease) -> None:
         """Turns a dead lease into a record that says so, unless it was renewed or ended meanwhile."""
         why = "has not been heard of" if row.has_passed else "is gone"
         identity = TrialIdentity(study=self._folder.name, number=lease.number, uid=lease.uid, attempt=lease.attempt)
         config = EngineConfig.from_dict(lease.config)
         record = lost(identity, config, f"its search (process {lease.pid} on {lease.host}) {why}", lease.since)
-        self._end(connection, record, self._points.located(config), None, row.token, _c.deadline == row.deadline)
+        point, is_same = self._points.located(config), _c.deadline == row.deadline
+        self._database.run(lambda connection: self._end(connection, record, point, None, row.token, is_same))
 
     # A trial's way.
 
@@ -192,7 +216,7 @@ class SqlStore:
             "token": token,
             "worker": self._me.worker,
             "lease": lease.to_json(),
-            "deadline": self._deadline(),
+            "deadline": self._deadline,
         }
 
         def step(connection: Connection) -> bool:
@@ -202,30 +226,27 @@ class SqlStore:
             held = sqlalchemy.select(_c.token).where(_c.uid == identity.uid, _c.kind == "running")
             return connection.execute(held).scalar() == token  # ours already, when the answer was lost
 
-        if not self._database.run(step):
+        if not self._database.run(step, in_transaction=False):
             return None
-        self._running[identity.uid] = lease
-        self._mirror()
-        return Claim(identity=identity, point=point, lease=lease, key=token)
+        self._mirror.begin(lease)
+        return Claim(identity=identity, point=point, lease=lease, token=token)
 
     def moved(self, claim: Claim, place: str) -> Claim:
         lease = dataclasses.replace(claim.lease, place=place)
         update = sqlalchemy.update(LEDGER).where(*_held(claim)).values(lease=lease.to_json())
-        self._database.run(lambda connection: connection.execute(update))
-        self._running[claim.identity.uid] = lease
-        leases.write(self._folder.leases, lease)
+        self._database.run(lambda connection: connection.execute(update), in_transaction=False)
+        self._mirror.begin(lease)
         return dataclasses.replace(claim, lease=lease)
 
     def finish(self, claim: Claim, record: TrialRecord, told: Told | None) -> bool:
         try:
-            was_in_time = self._finish(record, claim.point, told, str(claim.key))
+            was_in_time = self._finish(record, claim.point, told, claim.token)
         except WorkError:  # the database is away for good, or a signal came while it was
-            write_record(self._folder.trials / "unsent", _with_token(record, str(claim.key)))
+            write_record(self._folder.trials / "unsent", _with_token(record, claim.token))
             raise
-        self._running.pop(record.uid, None)
         if was_in_time:
-            self._handed.add(record.uid)
-        self._mirror()
+            self._ahead.add(record.uid)
+        self._mirror.end(record.uid)
         return was_in_time
 
     def _finish(self, record: TrialRecord, point: Point, told: Told | None, token: str) -> bool:
@@ -241,7 +262,7 @@ class SqlStore:
 
         was_in_time = self._database.run(step)
         if was_in_time:
-            write_record(self._folder.trials, record)
+            write_record(self._folder.trials, record, is_durable=False)
         else:
             write_record(self._folder.trials / "late", _with_token(record, token))
         return was_in_time
@@ -260,13 +281,11 @@ class SqlStore:
 
     def abandon(self, claim: Claim) -> None:
         delete = sqlalchemy.delete(LEDGER).where(*_held(claim))
-        self._database.run(lambda connection: connection.execute(delete))
-        self._running.pop(claim.identity.uid, None)
-        self._mirror()
+        self._database.run(lambda connection: connection.execute(delete), in_transaction=False)
+        self._mirror.end(claim.identity.uid)
 
     def close(self) -> None:
-        self._running.clear()
-        self._mirror()
+        self._mirror.show({})
         self._database.close()
 
     def _end(
@@ -280,15 +299,17 @@ class SqlStore:
     ) -> bool:
         """Ends the lease with this token, keeps the record and tells the index; False when the lease was not there."""
         # The study's row is locked until the commit, so that places are told in the order of the commits.
-        count = sqlalchemy.update(LEDGER).where(_c.uid == f"study/{self._folder.name}").values(place=_c.place + 1)
-        place = connection.execute(count.returning(_c.place)).scalar_one()
+        study = sqlalchemy.update(LEDGER).where(_c.uid == f"study/{self._folder.name}").returning(_c.place)
+        place: int = connection.execute(study.values(place=_c.place + 1)).scalar_one()
         end = sqlalchemy.update(LEDGER).where(
             _c.uid == record.uid, _c.kind == "running", _c.token == token, *conditions
         )
         ended = connection.execute(end.values(kind="done", json=record.to_json(), deadline=None, place=place))
-        if ended.rowcount == 1:
-            self._index.add(connection, frozen(point, told, uid=record.uid))
-        return ended.rowcount == 1
+        if ended.rowcount != 1:
+            connection.execute(study.values(place=_c.place - 1))  # nothing was told: the places have no gaps
+            return False
+        self._index.add(connection, place - 1, frozen(point, told, **{UID: record.uid}))
+        return True
 
     # Small parts.
 
@@ -296,27 +317,9 @@ class SqlStore:
         """Every record in the order in which it was told; none is told before the transaction ends."""
         study = sqlalchemy.select(_c.place).where(_c.uid == f"study/{self._folder.name}").with_for_update()
         connection.execute(study)
-        rows = connection.execute(sqlalchemy.select(_c.json).where(*self._of_kind("done")).order_by(_c.place))
+        done = (_c.study == self._folder.uid) & (_c.kind == "done")
+        rows = connection.execute(sqlalchemy.select(_c.json).where(done).order_by(_c.place))
         return [TrialRecord.from_json(row.json) for row in rows]
-
-    def _of_kind(self, kind: str) -> tuple[sqlalchemy.ColumnElement[bool], ...]:
-        return _c.study == self._folder.uid, _c.kind == kind
-
-    def _deadline(self) -> sqlalchemy.ColumnElement[Any]:
-        return func.now() + _seconds(self._lease_s)
-
-    def _mirror(self) -> None:
-        """leases/ holds what runs now, wherever it runs."""
-        for lease in self._running.values():
-            path = self._folder.leases / f"{lease.worker}.json"
-            if path.exists():
-                path.touch()  # still there, as of now
-            else:
-                leases.write(self._folder.leases, lease)
-        now = {lease.worker for lease in self._running.values()}
-        for path in self._folder.leases.glob("*.json"):
-            if path.stem not in now:
-                path.unlink(missing_ok=True)
 
 
 def _with_token(record: TrialRecord, token: str) -> TrialRecord:
@@ -325,7 +328,7 @@ def _with_token(record: TrialRecord, token: str) -> TrialRecord:
 
 
 def _held(claim: Claim) -> tuple[sqlalchemy.ColumnElement[bool], ...]:
-    return _c.uid == claim.identity.uid, _c.kind == "running", _c.token == str(claim.key)
+    return _c.uid == claim.identity.uid, _c.kind == "running", _c.token == claim.token
 
 
 def _seconds(seconds: float) -> sqlalchemy.ColumnElement[Any]:

@@ -1,11 +1,9 @@
-"""study.db: Optuna's index over the ledger, and nothing more.
+"""study.db: Optuna's index over the ledger, for Optuna's own tools, and nothing more.
 
-The records in `trials/` are the truth. This index shows what is running and lets Optuna's own tools open a study. It is
-checked against the records on every start and rebuilt from them when it is missing, truncated or in disagreement. That
-is why its writes are not fsynced (`synchronous=OFF` makes them ten times cheaper): after a power cut it is at worst
-rebuilt.
-
-    start -> RUNNING with its worker and record uid, in one transaction -> record on disk -> tell
+The records in `trials/` are the truth, and what runs stands in `leases/`. The index holds finished trials only, each
+added in one transaction after its record is on disk. It is checked against the records on every start and rebuilt from
+them when it is missing, truncated or in disagreement: the search died between record and index, say. That is why its
+writes are not fsynced (`synchronous=OFF` makes them ten times cheaper): after a power cut it is at worst rebuilt.
 """
 
 import sqlite3
@@ -15,92 +13,47 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from codesign.results.record import TrialRecord
 from codesign.search.advisor import frozen
-from codesign.search.objective import Told, told
-from codesign.search.suggest import Point, Points
+from codesign.search.objective import told
+from codesign.search.suggest import Points
+from codesign.search.trial_rows import UID, add_trials, uids
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.metrics import Objective
 
 _BUSY_TIMEOUT_S = 30
-_OBJECTIVES = "objectives"  # study attribute: labels, because Optuna itself stores directions only
-_UID = "uid"  # trial attribute: of the record
-_WORKER = "worker"  # trial attribute: name of the lease
+OBJECTIVES = "objectives"  # study attribute: labels, because Optuna itself stores directions only
 
 
 class Index:
-    """An open study.db."""
+    """An open study.db. Its only writer is the search that holds the folder's lock, so it can count trials itself."""
 
     def __init__(self, study: optuna.Study, storage: optuna.storages.RDBStorage) -> None:
-        self._study = study
-        self._storage = storage
-        self._study_id = storage.get_study_id_from_name(study.study_name)
+        self._labels = study.user_attrs.get(OBJECTIVES)
+        self._study_id: int = storage.get_study_id_from_name(study.study_name)
+        self._engine: sqlalchemy.Engine = storage.engine
+        storage.remove_session()
+        with self._engine.begin() as connection:
+            self._uids = uids(connection, self._study_id)
+        self._count = len(self._uids)
 
-    def start(self, point: Point, worker: str, uid: str) -> int:
-        """Adds a RUNNING trial that belongs to a worker's lease and to the record to come. Returns its id."""
-        template = optuna.create_trial(
-            state=TrialState.RUNNING,
-            params=dict(point.params),
-            distributions=dict(point.distributions),
-            user_attrs={_WORKER: worker, _UID: uid},
-        )
-        trial_id: int = self._storage.create_new_trial(self._study_id, template_trial=template)
-        return trial_id
+    def add(self, *trials: FrozenTrial) -> None:
+        """Adds finished trials: all or none."""
+        with self._engine.begin() as connection:
+            add_trials(connection, self._study_id, self._count, trials)
+        self._count += len(trials)
 
-    def tell(self, trial_id: int, told: Told | None) -> None:
-        """Finishes a RUNNING trial. None tells FAIL: it happened, and teaches nothing."""
-        if told is None:
-            self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
-            return
-        trial = optuna.Trial(self._study, trial_id)
-        for name, amount in told.constraints.items():
-            trial.set_constraint(name, amount)
-        if told.is_sentinel:
-            trial.set_user_attr("sentinel", True)
-        self._storage.set_trial_state_values(trial_id, state=TrialState.COMPLETE, values=told.values)
-
-    def add(self, trial: FrozenTrial) -> None:
-        """Adds a finished trial."""
-        self._storage.create_new_trial(self._study_id, template_trial=trial)
-
-    def reap(self, objectives: Sequence[Objective], records: Sequence[TrialRecord]) -> list[FrozenTrial]:
-        """Finishes what dead workers left RUNNING: told where the record exists, FAIL where it does not.
-
-        To be called before any trial of ours is started. Returns every trial as it was before.
-        """
-        places = {record.uid: place for place, record in enumerate(records)}
-        trials: list[FrozenTrial] = self._storage.get_all_trials(self._study_id, deepcopy=False)
-        for trial in trials:
-            if trial.state.is_finished():
-                continue
-            place = places.get(trial.user_attrs.get(_UID, ""))
-            self.tell(trial._trial_id, None if place is None else told(records[place], objectives, records[:place]))
-        return trials
-
-    def disagreement(
-        self, objectives: Sequence[Objective], records: Sequence[TrialRecord], trials: Sequence[FrozenTrial]
-    ) -> str | None:
-        """In what the index differs from the ledger, or None.
-
-        Args:
-            trials: as `reap` returned them.
-        """
-        if self._study.user_attrs.get(_OBJECTIVES) != [objective.label for objective in objectives]:
+    def disagreement(self, objectives: Sequence[Objective], records: Sequence[TrialRecord]) -> str | None:
+        """In what the index, as it was opened, differs from the ledger, or None."""
+        if self._labels != [objective.label for objective in objectives]:
             return "its objectives are others"
-        known = {record.uid for record in records}
-        # A trial that ended without a record (a signal, a kill) is FAIL here and unknown there.
-        indexed = sorted(
-            uid
-            for trial in trials
-            if (uid := trial.user_attrs.get(_UID)) and (uid in known or trial.state == TrialState.COMPLETE)
-        )
-        return None if indexed == sorted(known) else "its trials are not those of the records"
+        is_same = sorted(self._uids) == sorted(record.uid for record in records)
+        return None if is_same else "its trials are not those of the records"
 
     def close(self) -> None:
-        self._storage.remove_session()
-        self._storage.engine.dispose()
+        self._engine.dispose()
 
 
 def open_index(
@@ -112,7 +65,7 @@ def open_index(
     records: Sequence[TrialRecord],
     say: Callable[[str], None],
 ) -> Index:
-    """The index of a study, in agreement with its records: dead trials finished, rebuilt where necessary.
+    """The index of a study, in agreement with its records: rebuilt where necessary.
 
     Args:
         name: of the study.
@@ -123,7 +76,7 @@ def open_index(
     if reason is None:
         try:
             index = _connect(path, name, objectives)
-            reason = index.disagreement(objectives, records, index.reap(objectives, records))
+            reason = index.disagreement(objectives, records)
             if reason is None:
                 return index
             index.close()
@@ -144,15 +97,31 @@ def rebuild(
     for old in (part, part.with_name(part.name + "-journal")):
         old.unlink(missing_ok=True)
     index = _connect(part, name, objectives)
-    for place, record in enumerate(records):
-        point = points.located(EngineConfig.from_dict(record.config))
-        index.add(frozen(point, told(record, objectives, records[:place]), **{_UID: record.uid}))
+    index.add(*finished(records, points, objectives))
     index.close()
     # The journal of the old file first: SQLite would roll the new file back with it.
     for suffix in ("-journal", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     part.replace(path)
     return _connect(path, name, objectives)
+
+
+def finished(
+    records: Sequence[TrialRecord], points: Points, objectives: Sequence[Objective]
+) -> list[optuna.trial.FrozenTrial]:
+    """The trial of each record.
+
+    Args:
+        records: in the order in which they were told.
+    """
+    return [
+        frozen(
+            points.located(EngineConfig.from_dict(record.config)),
+            told(record, objectives, records[:place]),
+            **{UID: record.uid},
+        )
+        for place, record in enumerate(records)
+    ]
 
 
 def _connect(path: Path, name: str, objectives: Sequence[Objective]) -> Index:
@@ -163,8 +132,8 @@ def _connect(path: Path, name: str, objectives: Sequence[Objective]) -> Index:
     storage.engine.dispose()  # connections made while opening have not heard the listener
     directions = [objective.direction for objective in objectives]
     study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
-    if _OBJECTIVES not in study.user_attrs:
-        study.set_user_attr(_OBJECTIVES, [objective.label for objective in objectives])
+    if OBJECTIVES not in study.user_attrs:
+        study.set_user_attr(OBJECTIVES, [objective.label for objective in objectives])
     return Index(study, storage)
 
 

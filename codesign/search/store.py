@@ -19,14 +19,14 @@ class Claim:
     """A trial that is ours to measure.
 
     Attributes:
-        key: the index's trial id in a folder; in a database the fencing token: new for every lease, so that a result
-            that comes after the lease was given up is known as late.
+        token: in a database new for every lease, so that a result that comes after the lease was given up is known as
+            late; "" in a folder, which has one writer.
     """
 
     identity: TrialIdentity
     point: Point
     lease: Lease
-    key: int | str
+    token: str = ""
 
 
 class Store(Protocol):

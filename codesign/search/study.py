@@ -21,6 +21,7 @@ from codesign.results.files import write_file
 from codesign.results.record import Outcome, TrialIdentity, TrialRecord
 from codesign.search.advisor import Advisor
 from codesign.search.folder import StudyFolder
+from codesign.search.history import History, seconds, was_built
 from codesign.search.interrupt import Interrupt
 from codesign.search.lease import Lease
 from codesign.search.limits import Limits
@@ -28,7 +29,7 @@ from codesign.search.misfit import Misfit, predicted_oom
 from codesign.search.objective import Told, told
 from codesign.search.pool import Pool
 from codesign.search.propose import propose
-from codesign.search.retry import RETRIES, is_settled, latest, to_retry
+from codesign.search.retry import RETRIES, to_retry
 from codesign.search.store import Claim, Store
 from codesign.search.suggest import Point, Points
 from codesign.search.world import check_same_world, difference
@@ -56,7 +57,7 @@ class Progress(Protocol):
 
     def elsewhere(self, leases: Sequence[Lease]) -> None: ...
 
-    def finished(self, record: TrialRecord, records: Sequence[TrialRecord]) -> None: ...
+    def finished(self, record: TrialRecord) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Study:
         self._world = world or {}
         self._advisor = Advisor(points, objectives, seed)
         self._claims: dict[str, Claim] = {}
-        self._records: list[TrialRecord] = []
+        self._history = History()
         self._durations_s: list[float] = []
         self._attempts: collections.Counter[int] = collections.Counter()
         self._has_worked = False
@@ -127,9 +128,9 @@ class Study:
         """
         for record in self._store.refresh():
             self._learn(record, self._located(record), told(record, self._objectives, self._records))
-        self._records.sort(key=_place)
         check_same_world(self._records, self._world, self._folder.path)
-        self._write_configs()
+        for record in self._records:
+            self._write_config(record)
         self._progress.begin(self._records, limits)
         try:
             stopped = self._loop(limits)
@@ -150,12 +151,14 @@ class Study:
             stopped = self._fill(limits, began_s)
             if stopped is not None and not self._claims:
                 return stopped
-            for record in self._pool.wait(WAIT_S, self):
-                self._finish(record)
+            # What takes time is done now, while every place is busy. That `_fill` did not know the latest does no harm:
+            # whoever started a trial since has taken its number, so that our claim of the same fails.
             self._hear()
             if time.monotonic() - reported_s >= REPORT_EVERY_S:
                 self._write_report()
                 reported_s = time.monotonic()
+            for record in self._pool.wait(WAIT_S, self):
+                self._finish(record)
         return None
 
     # Starting trials.
@@ -163,7 +166,7 @@ class Study:
     def _fill(self, limits: Limits, began_s: float) -> str | None:
         """Starts trials while there are places for them. Returns why none will be started any more, or None."""
         while not self._interrupt.signal_number and (place := self._pool.free_place()) is not None:
-            done, running = num_done(self._records), len(self._store.running)
+            done, running = self._history.num_done, len(self._store.running)
             elapsed_s = time.monotonic() - began_s
             stopped = limits.stop(done=done, running=running, elapsed_s=elapsed_s, durations_s=self._durations_s)
             stopped = stopped or self._hopeless()
@@ -177,7 +180,7 @@ class Study:
 
     def _start(self, place: str) -> bool:
         """Starts a trial, unless another search was faster. Returns False when there is none to start."""
-        retry = to_retry(self._records, self._attempts, frozenset(lease.number for lease in self._store.running))
+        retry = to_retry(self._history.unsettled, self._attempts, {lease.number for lease in self._store.running})
         if retry is not None:
             number, attempt = retry.number, retry.attempt + 1
             point: Point | None = self._located(retry)
@@ -210,8 +213,11 @@ class Study:
         return True
 
     def _next_number(self) -> int:
-        numbers = [record.number for record in self._records] + [lease.number for lease in self._store.running]
-        return max(numbers, default=-1) + 1
+        return max([self._history.next_number, *(lease.number + 1 for lease in self._store.running)])
+
+    @property
+    def _records(self) -> Sequence[TrialRecord]:
+        return self._history.records
 
     def _located(self, record: TrialRecord) -> Point:
         return self._points.located(EngineConfig.from_dict(record.config))
@@ -223,7 +229,7 @@ class Study:
 
     def placed(self, uid: str, place: str) -> None:
         claim = self._claims.get(uid)
-        if claim is not None:
+        if claim is not None and claim.lease.place != place:
             self._claims[uid] = self._store.moved(claim, place)
             self._progress.moved(uid, place)
 
@@ -260,16 +266,15 @@ class Study:
         )
 
     def _learn(self, record: TrialRecord, point: Point, result: Told | None) -> None:
-        self._records.append(record)
+        self._history.add(record)
         self._advisor.learn(point, result)
         if was_built(record):
             self._durations_s.append(seconds(record))
 
     def _keep(self, record: TrialRecord, point: Point, result: Told | None) -> None:
         self._learn(record, point, result)
-        self._records.sort(key=_place)
-        self._write_configs()
-        self._progress.finished(record, self._records)
+        self._write_config(record)
+        self._progress.finished(record)
         self._attempts[record.number] += 1
         if record.outcome.kind != "harness":
             self._has_worked = True
@@ -288,27 +293,8 @@ class Study:
             return f"the last {MAX_MISFITS} configurations would not fit into memory: {tail[-1].outcome.detail}"
         return None
 
-    def _write_configs(self) -> None:
-        for record in latest(self._records):
-            path = self._folder.config(record.number)
-            if not path.exists():
-                write_file(path, dump_yaml(dict(record.config)).encode())
-
-
-def _place(record: TrialRecord) -> tuple[int, int]:
-    return record.number, record.attempt
-
-
-def num_done(records: Sequence[TrialRecord]) -> int:
-    """Trials that count towards the total: those that were built, and that will not be tried again."""
-    return sum(was_built(record) and is_settled(record) for record in latest(records))
-
-
-def was_built(record: TrialRecord) -> bool:
-    """Whether the configuration was really built, or only predicted not to fit."""
-    return not record.trust.get("predicted", False)
-
-
-def seconds(record: TrialRecord) -> float:
-    """How long the trial took; phases with a dot in their name are parts of others."""
-    return sum(duration for phase, duration in record.phases.items() if "." not in phase)
+    def _write_config(self, record: TrialRecord) -> None:
+        path = self._folder.config(record.number)
+        # Every attempt at a trial has the same. A file that a power cut left empty is written again by the next search.
+        if not path.exists() or path.stat().st_size == 0:
+            write_file(path, dump_yaml(dict(record.config)).encode(), is_durable=False)

@@ -37,14 +37,13 @@ _PR_SET_PDEATHSIG = 1
 # What is wrapped for a named crash point: (owner, attribute, "before" or "after" the call).
 CRASH_POINTS: dict[str, tuple[Any, str, str]] = {
     "before_lease": (leases, "write", "before"),
-    "before_running": (storage.Index, "start", "before"),
-    "after_running": (storage.Index, "start", "after"),
+    "after_lease": (folder_store.FolderStore, "claim", "after"),
     "before_record": (folder_store, "write_record", "before"),
     "before_rename": (files.os, "rename", "before"),
     "after_record": (folder_store, "write_record", "after"),
-    "in_tell": (optuna.Trial, "set_constraint", "after"),
-    "after_tell": (storage.Index, "tell", "after"),
-    "in_rebuild": (storage.Index, "add", "after"),
+    "in_index": (storage, "add_trials", "after"),
+    "after_index": (folder_store.FolderStore, "abandon", "before"),
+    "in_rebuild": (storage.Index, "close", "before"),
     "before_commit": (None, "commit", "before"),
 }
 
@@ -107,7 +106,7 @@ def measure(identity: TrialIdentity, config: EngineConfig, seconds: float) -> Tr
 class Acknowledging(Heard):
     """Says on stdout which trials it has been told of: these must never be lost."""
 
-    def finished(self, record: TrialRecord, records: Any) -> None:
+    def finished(self, record: TrialRecord) -> None:
         os.write(1, f"acked {record.uid}\n".encode())
 
 

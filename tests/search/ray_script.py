@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,8 @@ class Watching(Heard):
         if len(self.places) == 4:
             self._strike(place)
 
-    def finished(self, record: TrialRecord, records: Sequence[TrialRecord]) -> None:
-        super().finished(record, records)
+    def finished(self, record: TrialRecord) -> None:
+        super().finished(record)
         self.open_ports += listening_off_loopback()
 
 

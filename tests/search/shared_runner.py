@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -36,7 +35,7 @@ class Telling(Heard):
     def say(self, text: str) -> None:
         print(f"said {text}", file=sys.stderr, flush=True)
 
-    def finished(self, record: TrialRecord, records: Sequence[TrialRecord]) -> None:
+    def finished(self, record: TrialRecord) -> None:
         os.write(1, f"acked {record.uid}\n".encode())
 
 

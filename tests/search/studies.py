@@ -62,7 +62,7 @@ class Heard:
     def phase(self, uid: str, name: str, fraction: float | None) -> None:
         self.phases.append(name)
 
-    def finished(self, record: TrialRecord, records: Sequence[TrialRecord]) -> None:
+    def finished(self, record: TrialRecord) -> None:
         self.finished_records.append(record)
 
 

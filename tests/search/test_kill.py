@@ -49,11 +49,14 @@ def test_a_search_that_dies_at_a_step_loses_doubles_and_leaves_nothing(
     check_study(tmp_path, runner.acked, 6)
 
 
-def test_a_search_that_dies_while_it_rebuilds_its_index_rebuilds_it_next_time(runner: Runner, tmp_path: Path) -> None:
+@pytest.mark.parametrize("point", ["in_index", "in_rebuild"])
+def test_a_search_that_dies_while_it_rebuilds_its_index_rebuilds_it_next_time(
+    runner: Runner, tmp_path: Path, point: str
+) -> None:
     runner.acked.clear()
     runner.run(tmp_path, trials=6)
     (tmp_path / "study" / "study.db").unlink()
-    died = runner.run(tmp_path, trials=8, die_at="in_rebuild", die_after=3)
+    died = runner.run(tmp_path, trials=8, die_at=point, die_after=1)
     done = runner.run(tmp_path, trials=8)
 
     assert (died, done) == (-signal.SIGKILL, 0)

@@ -142,7 +142,7 @@ def test_ctrl_c_keeps_what_has_finished_and_ends_the_workers(tmp_path: Path) -> 
     interrupt = Interrupt()
 
     class Striking(Heard):
-        def finished(self, record: TrialRecord, records: object) -> None:
+        def finished(self, record: TrialRecord) -> None:
             if record.number == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 

@@ -20,14 +20,12 @@ def lines(*, is_terminal: bool) -> str:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=is_terminal, width=200)
     progress = ConsoleProgress(console, OBJECTIVES, DEFAULT)
-    records = []
     with progress.shown():
         progress.begin((), Limits(trials=3))
         for number, (config, kind) in enumerate([(DEFAULT, "ok"), (OTHER, "ok"), (OTHER, "oom")]):
             progress.trial(identity(number), config)
             progress.phase(identity(number).uid, "measure", 0.5)
-            records.append(record_of(identity(number), config, kind, "[red]too much[/red]\nmore"))  # type: ignore[arg-type]
-            progress.finished(records[-1], records)
+            progress.finished(record_of(identity(number), config, kind, "[red]too much[/red]\nmore"))  # type: ignore[arg-type]
     return stream.getvalue()
 
 

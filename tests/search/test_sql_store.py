@@ -21,6 +21,7 @@ from codesign.results.record import TrialIdentity, TrialRecord
 from codesign.search.database import Database, redacted
 from codesign.search.folder import open_study
 from codesign.search.interrupt import Interrupt
+from codesign.search.lease import running_in
 from codesign.search.limits import Limits
 from codesign.search.objective import told
 from codesign.search.pool import InlinePool
@@ -156,7 +157,7 @@ def test_a_result_after_its_lease_was_given_up_is_late_kept_and_not_told(
         assert sorted(record.uid for record in paused.refresh()) == sorted([lost.uid, good.uid])
     check_ledger(server, {lost.uid, good.uid}, 1)
     (kept,) = read_records(tmp_path / "study" / "trials" / "late")[0]
-    assert kept.uid == f"{late.uid}-{claim.key}"
+    assert kept.uid == f"{late.uid}-{claim.token}"
     assert kept.metrics == late.metrics
 
 
@@ -192,6 +193,97 @@ def test_an_index_that_somebody_deleted_is_made_again(tmp_path: Path, server: Se
     search(tmp_path, url, trials=5)
 
     check_ledger(server, {record.uid for record in result.records}, 5)
+
+
+def index_of(server: Server) -> list[tuple[object, ...]]:
+    """(number, uid of its record) of each trial in Optuna's index."""
+    return server.query(
+        "SELECT number, value_json FROM trials JOIN trial_user_attributes USING (trial_id) WHERE key = 'uid' "
+        "ORDER BY number"
+    )
+
+
+def finish(store: SqlStore, config: EngineConfig, number: int) -> TrialRecord:
+    claim = store.claim(store._points.located(config), number, 0, "")
+    assert claim is not None
+    record = record_of(claim.identity, config)
+    assert store.finish(claim, record, told(record, OBJECTIVES, []))
+    return record
+
+
+def test_an_index_that_somebody_deletes_meanwhile_is_made_again_by_the_next_trial_to_end(
+    tmp_path: Path, server: Server, url: str
+) -> None:
+    import optuna
+
+    with opened(tmp_path, url) as store:
+        first = finish(store, POINTS[0], 0)
+        storage = optuna.storages.RDBStorage(url.replace("postgresql", "postgresql+psycopg"))
+        optuna.delete_study(study_name="study", storage=storage)
+        storage.remove_session()
+        storage.engine.dispose()
+        others = [finish(store, config, number) for number, config in enumerate(POINTS[1:], 1)]
+
+    uids = [record.uid for record in (first, *others)]
+    assert index_of(server) == [(number, f'"{uid}"') for number, uid in enumerate(uids)]
+    check_ledger(server, set(uids), 3)
+
+
+def test_the_number_of_a_trial_in_the_index_is_its_place_in_the_ledger_and_late_results_leave_no_gap(
+    tmp_path: Path, server: Server, url: str
+) -> None:
+    with opened(tmp_path, url, lease_s=0.3) as paused, opened(tmp_path, url, lease_s=0.3) as other:
+        claim = paused.claim(paused._points.located(POINTS[0]), 0, 0, "")
+        assert claim is not None
+        time.sleep(0.5)
+        (lost,) = other.refresh()
+        late = record_of(claim.identity, POINTS[0])
+        assert not paused.finish(claim, late, told(late, OBJECTIVES, []))
+        told_after = [finish(other, config, number) for number, config in enumerate(POINTS[1:], 1)]
+
+    uids = [lost.uid, *(record.uid for record in told_after)]
+    assert index_of(server) == [(number, f'"{uid}"') for number, uid in enumerate(uids)]
+    places = "SELECT place - 1, json::json->'uid' FROM codesign_ledger WHERE kind = 'done' ORDER BY place"
+    assert [(number, f'"{uid}"') for number, uid in server.query(places)] == index_of(server)
+
+
+def test_each_record_is_handed_over_once_and_ours_not_at_all(tmp_path: Path, url: str) -> None:
+    (tmp_path / "b").mkdir()
+    with opened(tmp_path, url) as one, opened(tmp_path / "b", url) as other:
+        first = finish(one, POINTS[0], 0)
+        second = finish(other, POINTS[1], 1)
+
+        assert list(one.refresh()) == [second]
+        assert list(other.refresh()) == [first]
+        third = finish(one, POINTS[2], 2)
+        assert (list(one.refresh()), list(one.refresh())) == ([], [])
+        assert list(other.refresh()) == [third]
+
+
+def test_leases_in_the_folder_are_those_that_run_anywhere(tmp_path: Path, url: str) -> None:
+    def shown(folder: Path) -> list[tuple[int, str]]:
+        return [(lease.number, lease.place) for lease in running_in(folder / "study" / "leases")]
+
+    there = tmp_path / "b"
+    there.mkdir()
+    with opened(tmp_path, url, lease_s=0.4) as one, opened(there, url) as other:
+        claim = one.claim(one._points.located(POINTS[0]), 0, 0, "cores 0")
+        assert claim is not None
+        (tmp_path / "study" / "leases" / "left.json").write_text("of a search that died")
+        other.refresh()
+        assert shown(tmp_path) == shown(there) == [(0, "cores 0")]
+
+        claim = one.moved(claim, "cores 1")
+        other.refresh()
+        assert shown(tmp_path) == shown(there) == [(0, "cores 1")]
+
+        time.sleep(0.2)
+        one.refresh()
+        assert not (tmp_path / "study" / "leases" / "left.json").exists()
+
+        one.abandon(claim)
+        other.refresh()
+        assert shown(tmp_path) == shown(there) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT], ids=["restart", "crash"])

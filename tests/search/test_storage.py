@@ -1,6 +1,8 @@
 """study.db deleted, truncated, torn or in disagreement; damaged records; old leases."""
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import random
 import time
@@ -11,9 +13,13 @@ import pytest
 from codesign.results.ledger import read_records
 from codesign.results.pareto import front
 from codesign.search import lease as leases
+from codesign.search import objective
+from codesign.search.folder import open_study
+from codesign.search.folder_store import FolderStore
 from codesign.search.limits import Limits
-from tests.search.fake_measure import OBJECTIVES, FakeMeasure
-from tests.search.studies import Heard, optuna_trials, run_study, space_of
+from codesign.search.suggest import Points
+from tests.search.fake_measure import OBJECTIVES, FakeMeasure, record_of
+from tests.search.studies import Heard, inputs_of, optuna_trials, run_study, space_of
 
 TRIALS = 6
 
@@ -149,3 +155,24 @@ def test_a_file_that_is_no_lease_is_swept(tmp_path: Path, text: str) -> None:
 
     assert leases.sweep(tmp_path) == ()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_index_holds_what_ended_and_no_trial_that_runs_or_was_given_up(tmp_path: Path) -> None:
+    space = space_of(tmp_path)
+    points = Points(space, max_model_len=512)
+    with (
+        open_study(tmp_path, "study", inputs_of(space)) as folder,
+        contextlib.closing(FolderStore(folder, points=points, objectives=OBJECTIVES, say=Heard().say)) as store,
+    ):
+        claims = [store.claim(point, number, 0, "") for number, point in enumerate(itertools.islice(points.all(), 3))]
+        for claim in claims[:2]:
+            record = record_of(claim.identity, claim.point.config)
+            store.finish(claim, record, objective.told(record, OBJECTIVES, []))
+        assert [lease.number for lease in leases.running_in(folder.leases)] == [2]
+        store.abandon(claims[2])
+
+    trials = optuna_trials(tmp_path)
+    assert [(trial.number, trial.user_attrs["uid"]) for trial in trials] == [
+        (number, claim.identity.uid) for number, claim in enumerate(claims[:2])
+    ]
+    assert all(trial.state.is_finished() for trial in trials)
