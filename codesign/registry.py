@@ -9,6 +9,7 @@ hints and `--help` never load torch; a member is imported when it is used. Addin
 """
 
 import dataclasses
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,7 @@ class Family:
 
     def names(self) -> tuple[str, ...]:
         """Member names, sorted, read from the file names."""
-        folder = _ROOT.joinpath(*self.package.split("."))
-        return tuple(sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")))
+        return _names(self.package)
 
     def check(self, name: str, *, file: object = None, key: str | None = None) -> None:
         """Raises InputError with the nearest name when there is no such member. Imports nothing."""
@@ -80,6 +80,12 @@ class Family:
             return self.member(name)(**knobs)
         except (ValueError, TypeError) as error:
             raise InputError(f"{self.noun} {name!r}: {error}", file=file, key=key) from error
+
+
+@functools.cache  # a search asks thousands of times
+def _names(package: str) -> tuple[str, ...]:
+    folder = _ROOT.joinpath(*package.split("."))
+    return tuple(sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")))
 
 
 SCHEDULERS = Family("scheduler", "engine.schedulers")
