@@ -216,7 +216,7 @@ def _quality(scores: Mapping[str, Any]) -> dict[str, MetricValue]:
     found = {}
     tokens = scores["num_tokens"]
 
-    def over_sequences(name: str, per_sequence: Sequence[float]) -> MetricValue:
+    def over_sequences(name: str, per_sequence: Sequence[float], most: float = math.inf) -> MetricValue:
         low, high = mean_interval(per_sequence) or (None, None)
         value = math.fsum(v * n for v, n in zip(per_sequence, tokens, strict=True)) / sum(tokens)
         return MetricValue(
@@ -225,12 +225,12 @@ def _quality(scores: Mapping[str, Any]) -> dict[str, MetricValue]:
             statistic="mean",
             num_samples=len(per_sequence),
             low=None if low is None else max(0.0, low),
-            high=high,
+            high=None if high is None else min(most, high),
         )
 
     if "kl" in scores:
         found["kl_divergence"] = over_sequences("kl_divergence", scores["kl"])
-        found["top1_agreement"] = over_sequences("top1_agreement", scores["top1"])
+        found["top1_agreement"] = over_sequences("top1_agreement", scores["top1"], most=1.0)
     if scores["is_text"]:
         nll = over_sequences("perplexity", scores["nll"])
         found["perplexity"] = dataclasses.replace(
