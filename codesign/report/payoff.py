@@ -176,7 +176,11 @@ def summary(payoffs: Sequence[Payoff]) -> str:
 def summaries(found: Sequence[Payoff]) -> list[str]:
     """What to take away, choice by choice; those that no pair of trials settles are named together at the end."""
     groups = by_choice(found)
-    open_ones = [group for group in groups if not any(payoff.is_isolated or payoff.num_failed for payoff in group)]
+    open_ones = [
+        group
+        for group in groups
+        if not any(own.is_isolated for own in group) and not all(own.num_failed and not own.pairs for own in group)
+    ]
     if len(open_ones) < 2:
         return [summary(group) for group in groups]
     names = listed([f"{visible(group[0].key)} {group[0].name}" for group in open_ones])

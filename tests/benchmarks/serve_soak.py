@@ -1,7 +1,7 @@
 """Whether `codesign serve` holds: requests made from its own schema, then many clients of which some leave early.
 
     PYTHONPATH=. python tests/benchmarks/serve_soak.py [--cases 2000] [--clients 200] [--seconds 60]
-        [--hostile-seconds 5] [--distinct 10000] [--out FILE]
+        [--hostile-seconds 2] [--distinct 10000] [--out FILE]
 
 Fuzz: schemathesis sends `--cases` requests made from the server's OpenAPI document, valid and not; a 5xx ends it.
 Soak: `--clients` clients, each asking one request after the other for `--seconds`; a quarter of the requests is dropped
@@ -271,7 +271,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument(
-        "--hostile-seconds", type=float, default=5, help="of each of 3 turns with and without an attack"
+        "--hostile-seconds", type=float, default=2, help="of each of 8 turns with and without an attack"
     )
     parser.add_argument("--distinct", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -290,7 +290,7 @@ def main() -> int:
             outcomes = asyncio.run(soak(server, asked, args))
             print("hostile clients", file=sys.stderr, flush=True)
             harm = hostile(
-                server, json.dumps(CONFIG), seconds=args.hostile_seconds, rounds=3, num_distinct=args.distinct
+                server, json.dumps(CONFIG), seconds=args.hostile_seconds, rounds=8, num_distinct=args.distinct
             )
             server.stop()
         finally:
