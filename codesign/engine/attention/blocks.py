@@ -9,7 +9,7 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call
-from codesign.engine.attention.output import MAX_DECODED
+from codesign.engine.attention.output import MAX_DECODED, beside
 from codesign.engine.kernels import kv_attention
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.kv_attention import KVAttention, Queries
@@ -18,7 +18,10 @@ from codesign.engine.kv.paged import PagedStore
 
 
 class BlockAttention:
-    """Attributes:
+    """Args:
+        prompts: the kernel of prompts.
+
+    Attributes:
     kernel: what runs, for the record.
     is_ragged: whether sequences of any lengths can share a call that has no mask.
     """
@@ -28,6 +31,7 @@ class BlockAttention:
         codec: KVCodec,
         backend: AttentionBackend,
         *,
+        prompts: str,
         scale: float,
         head_dim: int,
         dtype: torch.dtype,
@@ -49,7 +53,7 @@ class BlockAttention:
             return
         self._fused, self.is_ragged = found, True
         stored = "paged" if codec.is_native else f"paged_{type(codec).__name__.lower()}"
-        self.kernel = f"{found.name(stored, head_dim=head_dim, dtype=dtype)}, prompts {backend.kernel}"
+        self.kernel = beside(found.name(stored, head_dim=head_dim, dtype=dtype), prompts)
 
     def __call__(self, query: Tensor, store: PagedStore, layer: int, call: Call, table: Tensor) -> Tensor:
         """[B, H_kv, M, D] for the queries of a call, as large.

@@ -53,7 +53,7 @@ class Call:
     """One backend call: neighbouring slots, equally many queries each, one row count.
 
     Attributes:
-        spans: the sequences, packed tokens consecutive, and slots too unless they are found through tables.
+        spans: the sequences, packed tokens consecutive, and slots too unless `cut` was told that any can share.
         num_rows: rows read of each: the largest of the spans.
         mask: additive in the compute dtype, [B, 1, 1, R] or [B, 1, G * Q, R] (output tokens), [n, R] (prompt chunk);
             None where every query sees every row, or where `is_causal` says which.
@@ -86,6 +86,14 @@ class Call:
     def slots(self) -> slice:
         return slice(self.spans[0].slot, self.spans[-1].slot + 1)
 
+    @functools.cached_property
+    def where(self) -> slice | Tensor:
+        """Indexes the slots in their order, whether they are neighbours or not."""
+        slots = [span.slot for span in self.spans]
+        if slots == list(range(slots[0], slots[-1] + 1)):
+            return self.slots
+        return torch.tensor(slots, device=self.device)
+
     @property
     def work(self) -> int:
         """Rows times queries."""
@@ -104,7 +112,7 @@ def cut(
     """The calls of a step, in packed order.
 
     Args:
-        has_tables: any slots can share a call, since a table says where the rows of each are.
+        has_tables: any slots can share a call, since what reads them is told where the rows of each are.
         is_ragged: output tokens are read by what takes sequences of any lengths: none is padded and no mask is needed.
     """
     runs: list[list[Span]] = []

@@ -8,6 +8,7 @@ The model never rotates and never sees a cache.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
 from codesign.engine.attention.fold import fold, unfold
 from codesign.engine.attention.output import OutputAttention
+from codesign.engine.attention.prompt import PromptAttention
 from codesign.engine.attention.ragged import attend_ragged
 from codesign.engine.attention.rope import Rope
 from codesign.engine.attention.rules import check_plan, check_runs
 from codesign.engine.batch import Batch
+from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.pieces import Pieces
 from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.kv.codec import KVCodec
@@ -123,7 +126,9 @@ class Attention:
                     device=device,
                 )
         self._is_native = codec.is_native and self.store.stream is None
-        self._attend_slots = OutputAttention(codec, backend, scale=scale, head_dim=head_dim, dtype=dtype, device=device)
+        heads: dict[str, Any] = {"scale": scale, "head_dim": head_dim, "dtype": dtype, "device": device}
+        self._attend_prompts = PromptAttention(backend, num_kv_heads=num_kv_heads, **heads)
+        self._attend_slots = OutputAttention(codec, backend, prompts=self._attend_prompts.kernel, **heads)
         self.kernel = self._attend_slots.named(
             has_weights=is_bounded and policy.evidence == "column_sums",
             has_ragged=is_bounded and policy.head_budgets == "ragged",
@@ -198,13 +203,24 @@ class Attention:
             spans.append(
                 Span(slot, starts[index], plan.query_lens[index], num_past, is_prompt, plan.is_prompt_end[index])
             )
-        calls = cut(spans, num_groups=self._num_groups, dtype=self._dtype, device=self._device)
+        calls = cut(
+            spans,
+            num_groups=self._num_groups,
+            dtype=self._dtype,
+            device=self._device,
+            has_tables=self._attend_slots.finds_slots and not isinstance(group, RaggedGroup),
+            is_ragged=self._attend_slots.is_ragged and not self._needs_masks(group),
+        )
         if group.sinks is None:
             return _GroupStep(calls, None, None)
         tokens = [(token, span.slot, plan.positions[token]) for span in spans for token in span.tokens]
         shifts = [(span.slot, plan.positions[span.start] - span.num_past) for span in spans if not span.is_prompt]
         turn = group.sinks.turn(shifts, self._cos, self._signed_sin)
         return _GroupStep(calls, group.sinks.new(tokens), turn)
+
+    def _needs_masks(self, group: LayerGroup) -> bool:
+        """Heads of different lengths that nothing reads in one call."""
+        return isinstance(group, RaggedGroup) and isinstance(self._attend_slots.native, Missing)
 
     def _reserve(self, batch: Batch, starts: tuple[int, ...]) -> tuple[Tensor | None, dict[int, Tensor]]:
         """Which packed tokens are output tokens (None: all), and layer -> the rows they go to."""
@@ -279,7 +295,7 @@ class Attention:
         else:
             out, mass = self._attend_slots(query, group, index, call, want_columns=column is not None)
         if column is not None and mass is not None:
-            column[index, call.slots, :, : call.num_queries, : call.num_rows] = mass
+            column[index, call.where, :, : call.num_queries, : call.num_rows] = mass
         return unfold(out, num_queries=call.num_queries)
 
     def _attend_prompt(
@@ -296,7 +312,7 @@ class Attention:
                 kept_rows = group.stretches(index, span.slot, call.num_rows, first=span.num_past)
                 self.store.stream.keep(layer, kept_rows)
             key, value = slot_key[:, : call.num_rows], slot_value[:, : call.num_rows]
-            return self._backend_prompt(call, query, key, value)
+            return self._attend_prompts(q, key, value, call)
         where = (layer, span.slot)
         staged = self.staged_prompts.get(where)
         if staged is None:
@@ -312,7 +328,7 @@ class Attention:
                 decay=self.policy.column_decay,
             )
             staged.add_column_sums(sums[0])
-        out = self._backend_prompt(call, query, key, value)
+        out = self._attend_prompts(q, key, value, call)
         if span.is_prompt_end:
             prompt = staged.finish(self._scale)
             num_rows = group.rows_after(call.num_rows)
@@ -322,12 +338,6 @@ class Attention:
                 self.store.stream.keep(layer, group.stretches(index, span.slot, call.num_rows))
             del self.staged_prompts[where]
         return out
-
-    def _backend_prompt(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = self.backend.attend(
-            query[None], key[None], value[None], mask=call.mask, is_causal=call.is_causal, scale=self._scale
-        )
-        return out[0].transpose(0, 1)
 
     def end(self, batch: Batch) -> None:
         """Prompt chunks commit by themselves: a prompt is never rejected."""

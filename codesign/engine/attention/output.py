@@ -25,9 +25,14 @@ MAX_DECODED = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 class OutputAttention:
-    """Attributes:
+    """Args:
+        prompts: the kernel of prompts.
+
+    Attributes:
     kernel: what runs, for the record.
     native: what reads native rows where a backend cannot do it in one call, or why there is nothing.
+    is_ragged: whether sequences of any lengths can share a call that has no mask.
+    finds_slots: whether those of any slots can.
     """
 
     def __init__(
@@ -35,16 +40,19 @@ class OutputAttention:
         codec: KVCodec,
         backend: AttentionBackend,
         *,
+        prompts: str,
         scale: float,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self._prompts = prompts
         self._codec, self._backend, self._scale = codec, backend, scale
         self._fused: KVAttention | None = None
         self._is_native_faster = False
         self._native_name = ""
-        self._is_read = backend.reads(codec, head_dim=head_dim)
+        self.finds_slots = False
+        self.is_ragged = self._is_read = backend.reads(codec, head_dim=head_dim)
         self.kernel = backend.kernel
         self.native: KVAttention | Missing = Missing("plain")
         if self._is_read:
@@ -56,18 +64,19 @@ class OutputAttention:
             if not isinstance(self.native, Missing):
                 self._native_name = self.native.name("native", head_dim=head_dim, dtype=dtype)
                 self._is_native_faster = self.native.beats_sdpa(head_dim=head_dim, dtype=dtype)
+            self.is_ragged = self.finds_slots = self._is_native_faster
             if self._is_native_faster:
-                self.kernel = f"{self._native_name}, prompts {backend.kernel}"
+                self.kernel = beside(self._native_name, prompts)
             return
         self.native = Missing("encoded rows")
         found = Missing("plain") if backend.is_plain else codec.kernel(head_dim=head_dim, device=device)
         if isinstance(found, Missing):
             self.kernel += f" over decoded slices ({found.reason})"
             return
-        self._fused = found
+        self._fused, self.is_ragged = found, True
         stored = type(codec).__name__.lower()
         name = found.name(stored, head_dim=head_dim, dtype=dtype, group_size=codec.group_size)
-        self.kernel = f"{name}, prompts {backend.kernel}"
+        self.kernel = beside(name, prompts)
 
     def named(self, *, has_weights: bool, has_ragged: bool) -> str:
         """What runs for a policy that wants weights, or whose heads differ in length."""
@@ -76,7 +85,7 @@ class OutputAttention:
             name += f" + {self._backend.column_kernel}"
         elif has_weights:
             if self._native_name and not self._is_native_faster:
-                name = f"{self._native_name}, prompts {name}"
+                name = beside(self._native_name, self._prompts)
             name += f" + column pass ({reason})" if self._codec.is_native and reason else " + column pass"
         if has_ragged:
             calls = f"{self._backend.kernel}, a call per slot and KV head ({reason})"
@@ -124,9 +133,9 @@ class OutputAttention:
             scale=self._scale,
             want_columns=want_columns,
         )
-        (key,), (value,) = group.stored(index, call.slots)
+        (key,), (value,) = group.near_key[index], group.near_value[index]
         num_heads, capacity = key.shape[1:3]
-        first = [[(slot * num_heads + head) * capacity for head in range(num_heads)] for slot in range(len(call.spans))]
+        first = [[(span.slot * num_heads + head) * capacity for head in range(num_heads)] for span in call.spans]
         kernel.native(queries, first, key, value)
         return queries.out, queries.columns
 
@@ -156,6 +165,11 @@ class OutputAttention:
                 query, key, value, num_tokens=call.num_queries, mask=mask, scale=self._scale
             )
         return self._backend.attend(query, key, value, mask=mask, is_causal=False, scale=self._scale), None
+
+
+def beside(outputs: str, prompts: str) -> str:
+    """The kernels of both, for a record."""
+    return outputs if outputs == prompts else f"{outputs}, prompts {prompts}"
 
 
 def _slices(num_slots: int, num_heads: int, num_planes: int) -> Iterator[tuple[slice, slice]]:

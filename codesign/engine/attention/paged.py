@@ -12,6 +12,7 @@ ones, and give other tokens.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.blocks import BlockAttention
 from codesign.engine.attention.calls import Call, Span, cut
 from codesign.engine.attention.fold import fold, unfold
+from codesign.engine.attention.prompt import PromptAttention
 from codesign.engine.attention.rope import Rope
 from codesign.engine.attention.rules import check_plan, check_runs
 from codesign.engine.batch import Batch
@@ -99,11 +101,13 @@ class PagedAttention:
             dtype=dtype,
             device=device,
         )
-        self._attend_blocks = BlockAttention(codec, backend, scale=scale, head_dim=head_dim, dtype=dtype, device=device)
+        heads: dict[str, Any] = {"scale": scale, "head_dim": head_dim, "dtype": dtype, "device": device}
+        self._attend_prompts = PromptAttention(backend, num_kv_heads=num_kv_heads, **heads)
+        self._attend_blocks = BlockAttention(codec, backend, prompts=self._attend_prompts.kernel, **heads)
         self.kernel = self._attend_blocks.kernel
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
         self._num_layers, self._num_kv_heads, self._num_groups = num_layers, num_kv_heads, num_heads // num_kv_heads
-        self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
+        self._max_model_len, self._max_query_len = max_model_len, max_query_len
         self._dtype, self._device = dtype, device
         self._step: _Step | None = None
 
@@ -260,10 +264,7 @@ class PagedAttention:
             key, value = self._staged(span, layer, query, key, value)
         elif span.num_past:
             (key,), (value,) = self.store.read(layer, table, call.num_rows)
-        out = self.backend.attend(
-            query[None], key[None], value[None], mask=call.mask, is_causal=call.is_causal, scale=self._scale
-        )
-        return out[0].transpose(0, 1)
+        return self._attend_prompts(q, key, value, call)
 
     def _staged(self, span: Span, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The prompt so far in native precision; encoded and written into its blocks where it ends."""

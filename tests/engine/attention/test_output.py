@@ -63,12 +63,18 @@ def attend(
     head_dim, dtype = store.head_dim, store.dtype
     spans = [Span(slot, slot * num_queries, num_queries, length, False, False) for slot, length in enumerate(lengths)]
     attention = OutputAttention(
-        store.codec, ATTENTION.create(backend), scale=head_dim**-0.5, head_dim=head_dim, dtype=dtype, device=CPU
+        store.codec,
+        ATTENTION.create(backend),
+        prompts="aten::scaled_dot_product_attention",
+        scale=head_dim**-0.5,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=CPU,
     )
     shape = (len(lengths), NUM_KV_HEADS, num_groups * num_queries, head_dim)
     query = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out, expected, every_error = torch.empty_like(query), torch.empty_like(query), [torch.zeros(())]
-    for call in cut(spans, num_groups=num_groups, dtype=dtype, device=CPU):
+    for call in cut(spans, num_groups=num_groups, dtype=dtype, device=CPU, is_ragged=attention.is_ragged):
         out[call.slots], columns = attention(query[call.slots], group, 0, call, want_columns=want_columns)
         assert (columns is not None) == want_columns
         for span in call.spans:
@@ -148,7 +154,7 @@ def test_with_a_kernel_nothing_is_decoded(codec: str, monkeypatch: pytest.Monkey
     lengths = [100, 101]
     store = filled(codec, lengths, num_queries=1, head_dim=16, dtype=torch.float32)
     attention = OutputAttention(
-        store.codec, ATTENTION.create("sdpa"), scale=0.25, head_dim=16, dtype=store.dtype, device=CPU
+        store.codec, ATTENTION.create("sdpa"), prompts="", scale=0.25, head_dim=16, dtype=store.dtype, device=CPU
     )
     spans = [Span(slot, slot, 1, length, False, False) for slot, length in enumerate(lengths)]
     (call,) = cut(spans, num_groups=1, dtype=torch.float32, device=CPU)

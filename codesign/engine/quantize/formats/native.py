@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codesign.engine.quantize import half_packed, prepacked
+from codesign.engine.quantize import blocked, half_packed, prepacked
 from codesign.engine.quantize.few_rows import FewRows
 from codesign.engine.quantize.format import WeightFormat
 from codesign.engine.quantize.inputs import InputStats
@@ -30,6 +30,8 @@ class Native(WeightFormat):
         num_unclipped_rows: int = 0,
     ) -> Linear:
         dense = weight.to(dtype)
+        if blocked.holds(dense):
+            return blocked.BlockedLinear(dense, None if bias is None else bias.to(dtype))
         if prepacked.holds(dense):
             return prepacked.PrepackedLinear(dense, None if bias is None else bias.to(dtype))
         if compute_dtype(dtype, dense.device) != dtype and half_packed.holds(dense):
