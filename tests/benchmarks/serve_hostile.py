@@ -6,7 +6,7 @@ neighbours  well-behaved clients ask one request after the other, in turns alone
             p99 end-to-end time beside it over alone is below 2
 templates   each hostile template of tests/serve/test_chat_template.py: answered within 2 s, and nothing was executed
 
-Attackers write to sockets by hand, since a client library in this process would slow those whose time is taken.
+What the attacks are: serve_attacks.py.
 """
 
 import asyncio
@@ -15,10 +15,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -27,15 +25,13 @@ from codesign.bundled import target_path
 from codesign.results.measurement import statistic
 from codesign.serve import bounds
 from codesign.serve.chat_template import ChatTemplate, TemplateFailed
+from tests.benchmarks.serve_attacks import ATTACKS, GOOD, Attack, Tally, attacking, chats
 from tests.serve.process import ServerProcess
 from tests.serve.test_chat_template import HOSTILE, MESSAGES
 
 NUM_GOOD = 4
-GOOD = {"model": "bundled", "prompt": "def read(path):", "temperature": 0, "max_tokens": 16, "ignore_eos": True}
 MAX_REFUSAL_MS, MAX_TEMPLATE_S, MAX_SLOWDOWN, MAX_GROWTH_BYTES = 50, 2, 2, 20 * 2**20
 TEMPLATE = "nested_range"  # the one that takes all of its second of processor time
-
-Attack = Callable[[ServerProcess], Awaitable[None]]
 
 
 def hostile(server: ServerProcess, config: str, *, seconds: float, rounds: int, num_distinct: int) -> dict[str, Any]:
@@ -62,7 +58,11 @@ def hostile(server: ServerProcess, config: str, *, seconds: float, rounds: int, 
         f"{len(rendered)} hostile templates are answered within {MAX_TEMPLATE_S} s and execute nothing": all(
             own["seconds"] < MAX_TEMPLATE_S and not own["wrote"] for own in rendered.values()
         ),
-        **{f"p99 of others below {MAX_SLOWDOWN}x beside {what}": own["ratio"] < 2 for what, own in beside.items()},
+        **{
+            f"p99 of others below {MAX_SLOWDOWN}x beside {what}": own["ratio"] < MAX_SLOWDOWN
+            and own["attacks"]["begun"] > 0
+            for what, own in beside.items()
+        },
     }
     return {"checks": checks, "refusals": refused, "neighbours": beside, "templates": rendered}
 
@@ -138,11 +138,12 @@ async def distinct(server: ServerProcess, numbers: range) -> None:
 async def neighbours(server: ServerProcess, attack: Attack, seconds: float, rounds: int) -> dict[str, Any]:
     """End-to-end milliseconds of well-behaved clients, alone and beside an attack in turns."""
     found: dict[str, list[float]] = {"alone": [], "beside": []}
+    tally = Tally()
     async with httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=120) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         for turn in range(2 * rounds):
             name = "beside" if turn % 2 else "alone"
-            async with attacking(attack, server) if turn % 2 else contextlib.nullcontext():
+            async with attacking(attack, server, tally) if turn % 2 else contextlib.nullcontext():
                 end = time.monotonic() + seconds
                 await asyncio.gather(*(well_behaved(client, model, end, found[name]) for _ in range(NUM_GOOD)))
     p99 = {name: statistic(values, "p99") for name, values in found.items()}
@@ -151,6 +152,7 @@ async def neighbours(server: ServerProcess, attack: Attack, seconds: float, roun
         "p99_ms": p99,
         "p50_ms": {name: statistic(values, "p50") for name, values in found.items()},
         "num_requests": {name: len(values) for name, values in found.items()},
+        "attacks": dict(tally),
     }
 
 
@@ -160,132 +162,6 @@ async def well_behaved(client: httpx.AsyncClient, model: str, end: float, times_
         answer = await client.post("/v1/completions", json={**GOOD, "model": model})
         times_ms.append((time.perf_counter() - started) * 1e3)
         assert answer.status_code == 200, answer.text
-
-
-@contextlib.asynccontextmanager
-async def attacking(attack: Attack, server: ServerProcess) -> AsyncIterator[None]:
-    task = asyncio.ensure_future(attack(server))
-    await asyncio.sleep(0.5)
-    try:
-        yield
-        assert not task.done(), f"the attack ended early: {task}"
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        await asyncio.sleep(0.5)
-
-
-async def each(period_s: float, once: Callable[[], Awaitable[None]]) -> None:
-    """Starts `once` each so many seconds, at most 64 at a time, whatever becomes of it."""
-    running: set[asyncio.Task[None]] = set()
-
-    async def quietly() -> None:
-        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-            async with asyncio.timeout(20):
-                await once()
-
-    try:
-        while True:
-            if len(running) < 64:
-                task = asyncio.create_task(quietly())
-                running.add(task)
-                task.add_done_callback(running.discard)
-            await asyncio.sleep(period_s)
-    finally:
-        for task in running:
-            task.cancel()
-
-
-@contextlib.asynccontextmanager
-async def sent(server: ServerProcess, data: bytes) -> AsyncIterator[asyncio.StreamReader]:
-    address = urlsplit(server.url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    try:
-        writer.write(data)
-        await writer.drain()
-        yield reader
-    finally:
-        writer.transport.abort()
-
-
-def http(server: ServerProcess, body: bytes, *, route: str = "/v1/completions", length: int | None = None) -> bytes:
-    address, size = urlsplit(server.url), len(body) if length is None else length
-    head = (
-        f"POST {route} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {server.key}\r\nContent-Length: {size}\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-async def flood(server: ServerProcess) -> None:
-    data = http(server, json.dumps({**GOOD, "n": bounds.CHOICES + 1}).encode())
-
-    async def once() -> None:
-        async with sent(server, data) as reader:
-            await reader.readuntil(b"\r\n")
-
-    await each(0.01, once)
-
-
-async def giant_bodies(server: ServerProcess) -> None:
-    data = http(server, b"x" * 2**20, length=2**40)
-
-    async def once() -> None:
-        async with sent(server, data) as reader:
-            await reader.read()
-
-    await each(0.1, once)
-
-
-async def trickles(server: ServerProcess) -> None:
-    data = http(server, b"{", length=1000)
-
-    async def once() -> None:
-        async with sent(server, data):
-            await asyncio.sleep(10)
-
-    await each(0.02, once)
-
-
-async def leavers(server: ServerProcess) -> None:
-    data = http(server, json.dumps({**GOOD, "max_tokens": 96, "stream": True}).encode())
-
-    async def once() -> None:
-        async with sent(server, data) as reader:
-            await reader.readuntil(b"data: ")
-
-    await each(0.1, once)
-
-
-async def slow_readers(server: ServerProcess) -> None:
-    data = http(server, json.dumps({**GOOD, "max_tokens": 96, "stream": True, "logprobs": 20}).encode())
-
-    async def once() -> None:
-        async with sent(server, data):
-            await asyncio.sleep(3)
-
-    await each(0.5, once)
-
-
-async def chats(server: ServerProcess) -> None:
-    body = {"model": "hostile", "messages": MESSAGES[:1], "max_tokens": 1}
-    data = http(server, json.dumps(body).encode(), route="/v1/chat/completions")
-
-    async def once() -> None:
-        async with sent(server, data) as reader:
-            await reader.readuntil(b"\r\n")
-
-    await each(0.5, once)
-
-
-ATTACKS: dict[str, Attack] = {
-    "100 refused requests a second": flood,
-    "10 bodies of a terabyte a second": giant_bodies,
-    "64 clients that never finish their body": trickles,
-    "10 clients a second that leave after the first token": leavers,
-    "2 clients a second that read nothing": slow_readers,
-}
 
 
 # ---- Templates ---------------------------------------------------------------------------------------------------
@@ -319,3 +195,34 @@ def templates() -> dict[str, dict[str, Any]]:
         finally:
             os.chdir(before)
     return found
+
+
+def report(harm: dict[str, Any]) -> list[str]:
+    """What `hostile` found, in lines of Markdown."""
+    refused, rendered = harm["refusals"], harm["templates"]
+    lines = [
+        f"End-to-end times of {NUM_GOOD} well-behaved clients, in turns alone and beside an attack:",
+        "",
+        "| attack | p99 alone, ms | p99 beside it, ms | ratio | p50 alone / beside | requests alone / beside | made |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for what, own in harm["neighbours"].items():
+        p99, p50, count = own["p99_ms"], own["p50_ms"], own["num_requests"]
+        made = ", ".join(f"{number} {name}" for name, number in sorted(own["attacks"].items()))
+        lines.append(
+            f"| {what} | {p99['alone']:.0f} | {p99['beside']:.0f} | {own['ratio']:.2f} | "
+            f"{p50['alone']:.0f} / {p50['beside']:.0f} | {count['alone']} / {count['beside']} | {made} |"
+        )
+    return [
+        *lines,
+        "",
+        "| one too many | refused after, ms (median of 5) |",
+        "|---|---|",
+        *(f"| {what} | {value:.1f} |" for what, value in refused["median_ms"].items()),
+        "",
+        f"Memory grew by {refused['growth_bytes'] / 2**20:.1f} MiB over these, and by "
+        f"{refused['distinct_growth_bytes'] / 2**20:.1f} MiB over the last 90 % of {refused['num_distinct']} requests "
+        "of which each said something new.",
+        f"The slowest of {len(rendered)} hostile templates was answered after "
+        f"{max(own['seconds'] for own in rendered.values()):.2f} s.",
+    ]

@@ -42,6 +42,7 @@ from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from codesign.spec.request import Request, SamplingParams
 from tests.benchmarks.serve_hostile import hostile
+from tests.benchmarks.serve_hostile import report as report_harm
 from tests.serve.fuzz import fuzz
 from tests.serve.process import ServerProcess
 
@@ -207,7 +208,7 @@ def checks(cases: Counter[tuple[str, int]], outcomes: Outcomes, num_cases: int) 
 
 
 def report(document: dict[str, Any]) -> str:
-    facts, soaked, harm = document["facts"], document["soak"], document["hostile"]
+    facts, soaked = document["facts"], document["soak"]
     machine = facts["provenance"]["machine"]
     lines = [
         "# A server under fuzzing and load",
@@ -235,26 +236,7 @@ def report(document: dict[str, Any]) -> str:
         "",
         "## Hostile clients",
         "",
-        "End-to-end times of four well-behaved clients, in turns alone and beside an attack:",
-        "",
-        "| attack | p99 alone, ms | p99 beside it, ms | ratio | p50 alone / beside | requests alone / beside |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {what} | {own['p99_ms']['alone']:.0f} | {own['p99_ms']['beside']:.0f} | {own['ratio']:.2f} | "
-            f"{own['p50_ms']['alone']:.0f} / {own['p50_ms']['beside']:.0f} | "
-            f"{own['num_requests']['alone']} / {own['num_requests']['beside']} |"
-            for what, own in harm["neighbours"].items()
-        ),
-        "",
-        "| one too many | refused after, ms (median of 5) |",
-        "|---|---|",
-        *(f"| {what} | {value:.1f} |" for what, value in harm["refusals"]["median_ms"].items()),
-        "",
-        f"Memory grew by {harm['refusals']['growth_bytes'] / 2**20:.1f} MiB over these, and by "
-        f"{harm['refusals']['distinct_growth_bytes'] / 2**20:.1f} MiB over the last 90 % of "
-        f"{harm['refusals']['num_distinct']} requests of which each said something new.",
-        f"The slowest of {len(harm['templates'])} hostile templates was answered after "
-        f"{max(own['seconds'] for own in harm['templates'].values()):.2f} s.",
+        *report_harm(document["hostile"]),
         "",
         "## Fuzzing",
         "",
