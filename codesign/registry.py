@@ -82,7 +82,7 @@ class Family:
             raise InputError(f"{self.noun} {name!r}: {error}", file=file, key=key) from error
 
 
-@functools.cache  # resolving one configuration asks 30 times
+@functools.cache  # a search asks thousands of times
 def _names(package: str) -> tuple[str, ...]:
     folder = _ROOT.joinpath(*package.split("."))
     return tuple(sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")))

@@ -138,6 +138,10 @@ def _build(model: ModelSpec, config: EngineConfig, place: torch.device, team: Te
         max_step_tokens=config.max_step_tokens,
         allocator=_allocator(model, config, getattr(attention, "num_blocks", 0)),
     )
+    blocks: dict[str, int] = {}
+    if isinstance(attention, PagedAttention):
+        block_bytes = attention.block_bytes if team is None else team.links.total(attention.block_bytes)
+        blocks = {"num_blocks": attention.num_blocks, "block_bytes": block_bytes}
     kv: dict[str, Any] = {"kv_budget_tokens": list(attention.kv_budget_tokens), "kv_place": attention.kv_place}
     if part is None or team is None:
         runner = SingleRunner(decoder, attention, place)
@@ -171,7 +175,7 @@ def _build(model: ModelSpec, config: EngineConfig, place: torch.device, team: Te
             resolved={
                 **kv,
                 "num_slots": num_slots,
-                **({"num_blocks": attention.num_blocks} if isinstance(attention, PagedAttention) else {}),
+                **blocks,
                 "dtype": config.dtype,
                 "device": str(place),
                 "num_threads": torch.get_num_threads(),

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from codesign.engine.attention.paged import PagedAttention
 from codesign.engine.attention.switched import AnyAttention
 from codesign.engine.kernels.pieces import describe
+from codesign.engine.kv.paged import BlockUse
 from codesign.engine.memory import device_memory
 from codesign.engine.models.decoder import Decoder
 from codesign.engine.quantize.linear import Linear, Workspace
@@ -238,6 +240,14 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Counters since the start and, where the cache is paged, its blocks as they are now."""
         return self.parts.scheduler.stats()
+
+    def kv_use(self) -> BlockUse | None:
+        """What the blocks of a paged cache hold at this moment, on all ranks; None where it is not paged."""
+        attention = self.parts.attention
+        if not isinstance(attention, PagedAttention):
+            return None
+        use, ranks = attention.kv_use, self.parts.resolved["block_bytes"] / attention.block_bytes
+        return dataclasses.replace(use, shared_bytes=round(use.shared_bytes * ranks))
 
     def device_busy_us(self) -> int:
         """Microseconds that the device spent inside steps since the last call, by CUDA events; 0 on a CPU."""

@@ -1,7 +1,7 @@
 """The process of one engine: takes commands, steps the engine while it has work, says one line per step.
 
-    in   {"op":"build",...}  submit  abort  score  memory  speculation  stats; the end of the channel means: close
-    out  {"event":"ready"} built  step  aborted  progress  scored  memory  speculation  stats  failed
+    in   {"op":"build",...}  submit  abort  score  memory  speculation  stats  kv_use; the end of the channel: close
+    out  {"event":"ready"} built  step  aborted  progress  scored  memory  speculation  stats  kv_use  failed
 
 It believes its parent and is not believed by it. It runs in a fork of the nursery, so it ends by `os._exit`: nothing
 that the nursery registered may run a second time.
@@ -25,6 +25,7 @@ from codesign.engine.parallel.failure import RankDied
 from codesign.measure import linux
 from codesign.measure.channel import Channel
 from codesign.measure.memory import process_memory
+from codesign.measure.samples import Samples
 from codesign.measure.taxonomy import outcome_of_exception
 from codesign.results.record import Outcome
 from codesign.spec.engine_config import EngineConfig
@@ -36,6 +37,7 @@ MAX_COMMAND_BYTES = 256 * MIB
 # Kept back from an engine that ran into its limit, so that the report of it still finds memory.
 _REPORT_BYTES = 64 * MIB
 _PROGRESS_S = 0.1
+_MOST_READINGS = 512
 
 
 class _Terminated(BaseException):
@@ -97,10 +99,12 @@ class _Child:
         self._engine: Any = None
         self._score: Callable[..., Any] | None = None
         self._device = "cpu"
+        self._has_blocks = False
         self._live: set[str] = set()
         self._aborted: set[str] = set()
         self._is_closing = False
         self._last_progress_s = 0.0
+        self._kv_use = Samples[tuple[int, ...]](_MOST_READINGS)
 
     def serve(self) -> int:
         """The exit status: 0 closed in order, 1 failed and said so."""
@@ -167,6 +171,8 @@ class _Child:
                 self._say_numbers({"event": "speculation", "stats": self._engine.speculation_stats()})
             case "stats":
                 self._say({"event": "stats", "stats": self._engine.stats()})
+            case "kv_use":
+                self._say({"event": "kv_use", "readings": self._kv_use.take()})
             case other:
                 raise AssertionError(f"unknown command {other!r}")
 
@@ -179,6 +185,7 @@ class _Child:
             device=self._device,
             num_threads=command["num_threads"],
         )
+        self._has_blocks = self._engine.kv_use() is not None
         self._say_numbers({"event": "built", "facts": self._engine.facts()})
 
     def _step(self) -> None:
@@ -189,6 +196,12 @@ class _Child:
         ]
         self._live.difference_update(request_id for request_id, _, finish_reason in tokens if finish_reason)
         self._say({"event": "step", "tokens": tokens})
+        if self._has_blocks:
+            self._kv_use.turn(self._read_kv_use)
+
+    def _read_kv_use(self) -> tuple[int, ...]:
+        use = self._engine.kv_use()
+        return use.blocks_used, use.rows_allocated, use.rows_used, use.shared_bytes
 
     def _progress(self, *_: object) -> None:
         """Handed to the quality suite: call it as often as convenient, at the latest each minute."""

@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 from codesign.measure import linux, messages
 from codesign.measure.channel import Channel, ProtocolFault, shown
+from codesign.measure.kv_use import KVUse
 from codesign.measure.memory import ProcessMemory, available_bytes, kernel_oom_kills, process_memory
 from codesign.measure.nursery import Nursery
 from codesign.measure.session import BuildFacts, TokenEvent, TrialFailed
@@ -226,6 +227,12 @@ class ChildSession:
             raise ValueError(f"{len(self._outstanding)} requests are still running")
         self._send({"op": "stats"})
         return self._checked(messages.counts, self._await("stats", self._limits.progress_s))
+
+    def kv_use(self) -> Sequence[KVUse]:
+        if self._outstanding:
+            raise ValueError(f"{len(self._outstanding)} requests are still running")
+        self._send({"op": "kv_use"})
+        return self._checked(messages.kv_use, self._await("kv_use", self._limits.progress_s))
 
     def close(self) -> None:
         """Ends the child and waits until nothing of it is left. What had to be forced is logged, not raised."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from codesign.measure.channel import ProtocolFault
+from codesign.measure.kv_use import KVUse
 from codesign.measure.session import BuildFacts
 from codesign.spec.request import FinishReason
 
@@ -59,6 +60,23 @@ def counts(message: Mapping[str, Any]) -> dict[str, int]:
     for name, value in found.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_COUNT:
             raise ProtocolFault(f"stats.{name!a} is not a count: {ascii(value)[:80]}")
+    return found
+
+
+def kv_use(message: Mapping[str, Any]) -> list[KVUse]:
+    """The readings of a `kv_use` message."""
+    readings = message.get("readings")
+    if not isinstance(readings, list) or len(readings) > _MAX_ENTRIES:
+        raise ProtocolFault(f"readings must be a list of at most {_MAX_ENTRIES} entries")
+    found = []
+    for reading in readings:
+        if not (isinstance(reading, list) and [type(item) for item in reading] == [int] * 4):
+            raise ProtocolFault(f"not a reading of a cache: {ascii(reading)[:80]}")
+        own = KVUse(*reading)
+        has_rows = 0 <= own.rows_used <= own.rows_allocated <= _MAX_COUNT
+        if not (has_rows and 0 <= own.blocks_used <= own.rows_allocated and 0 <= own.shared_bytes <= _MAX_BYTES):
+            raise ProtocolFault(f"not a reading of a cache: {ascii(reading)[:80]}")
+        found.append(own)
     return found
 
 

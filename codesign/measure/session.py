@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from codesign.measure.kv_use import KVUse
 from codesign.results.record import Outcome
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.request import Request
@@ -91,5 +92,8 @@ class Session(Endpoint, Protocol):
 
     def stats(self) -> Mapping[str, int]:
         """What the engine has counted since it was built, such as `preemptions` and `prefix_hit_tokens`."""
+
+    def kv_use(self) -> Sequence[KVUse]:
+        """Readings of a paged cache since the last call, after steps of the engine; none of another cache."""
 
     def close(self) -> None: ...

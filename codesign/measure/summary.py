@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from codesign.measure.capacity import Capacity
+from codesign.measure.counters import memory_metrics
 from codesign.measure.load import LoadResult
 from codesign.measure.percentiles import TIMES, request_values
 from codesign.results.measurement import median_interval, percentile_interval, percentile_upper, statistic
@@ -35,7 +36,8 @@ class Readings:
         bytes: part -> bytes, with `peak`.
         quality: what `measure.quality` returned, or None.
         monitor: the device monitor's reading over all blocks.
-    capacity: what the search for it found; None where it was not asked for, or found no time for one probe.
+        capacity: what the search for it found; None where it was not asked for, or found no time for one probe.
+        cache: `preemptions`, `prefix_hit_rate` and `kv_use` as in the record's `trust`, each only where it can happen.
     """
 
     blocks: tuple[LoadResult, ...]
@@ -43,6 +45,7 @@ class Readings:
     quality: Mapping[str, Any] | None
     monitor: Mapping[str, Any]
     capacity: Capacity | None = None
+    cache: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def samples(self) -> tuple[RequestSample, ...]:
@@ -67,6 +70,7 @@ def metrics(readings: Readings, profile: Profile) -> dict[str, MetricValue]:
             found[name] = _over_requests(name, values, statistics.get(name) or METRICS[name].statistic)
     found |= _rates(readings, profile)
     found |= _device(readings, profile)
+    found |= memory_metrics(readings.cache, num_requests=len(readings.samples), asked=profile.asked_metrics)
     if readings.quality is not None:
         found |= _quality(readings.quality)
     if readings.capacity is not None:
@@ -212,7 +216,7 @@ def _quality(scores: Mapping[str, Any]) -> dict[str, MetricValue]:
     found = {}
     tokens = scores["num_tokens"]
 
-    def over_sequences(name: str, per_sequence: Sequence[float]) -> MetricValue:
+    def over_sequences(name: str, per_sequence: Sequence[float], most: float = math.inf) -> MetricValue:
         low, high = mean_interval(per_sequence) or (None, None)
         value = math.fsum(v * n for v, n in zip(per_sequence, tokens, strict=True)) / sum(tokens)
         return MetricValue(
@@ -221,12 +225,12 @@ def _quality(scores: Mapping[str, Any]) -> dict[str, MetricValue]:
             statistic="mean",
             num_samples=len(per_sequence),
             low=None if low is None else max(0.0, low),
-            high=high,
+            high=None if high is None else min(most, high),
         )
 
     if "kl" in scores:
         found["kl_divergence"] = over_sequences("kl_divergence", scores["kl"])
-        found["top1_agreement"] = over_sequences("top1_agreement", scores["top1"])
+        found["top1_agreement"] = over_sequences("top1_agreement", scores["top1"], most=1.0)
     if scores["is_text"]:
         nll = over_sequences("perplexity", scores["nll"])
         found["perplexity"] = dataclasses.replace(

@@ -11,7 +11,7 @@ per (model, suite, configuration) into a cache below `~/.cache/codesign`.
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +25,7 @@ from codesign.measure.capacity import Bounds, Capacity, find_capacity
 from codesign.measure.child_session import ChildSession, Limits
 from codesign.measure.client import client_facts
 from codesign.measure.counters import memory_events
+from codesign.measure.kv_use import KVUse, kv_use
 from codesign.measure.load import Load, LoadResult, drive
 from codesign.measure.monitor import Monitor, make_probe
 from codesign.measure.nursery import Nursery
@@ -258,7 +259,7 @@ class _Trial:
                 with phases("warm_up"):
                     self._warm_up(session, size)
                 with phases("measure"):
-                    blocks, reading = self._window(session, size)
+                    blocks, reading, counted = self._window(session, size)
                     memory = session.memory()
                 if self._config.speculate.name != "none":
                     speculation = {"speculation": dict(session.speculation())}
@@ -269,7 +270,9 @@ class _Trial:
             with runner.turn.busy():
                 quality = self._quality(session, size)
             sizes = {**self._facts.bytes, "peak": memory["peak_memory_bytes"], "host_peak": memory["host_peak_bytes"]}
-            self._readings = Readings(blocks=blocks, bytes=sizes, quality=quality, monitor=reading, capacity=capacity)
+            self._readings = Readings(
+                blocks=blocks, bytes=sizes, quality=quality, monitor=reading, capacity=capacity, cache=counted
+            )
             with phases("close"):
                 session.close()
 
@@ -335,12 +338,15 @@ class _Trial:
                 f"warm-up did not settle within {rule.settle:.0%} in {len(walls)} blocks; the machine is unsteady"
             )
 
-    def _window(self, session: ChildSession, vocab_size: int) -> tuple[tuple[LoadResult, ...], dict[str, Any]]:
-        """The measured blocks and what the monitor saw; measured once more when others used the machine meanwhile."""
+    def _window(
+        self, session: ChildSession, vocab_size: int
+    ) -> tuple[tuple[LoadResult, ...], dict[str, Any], dict[str, Any]]:
+        """The measured blocks, what the monitor saw, and what became of the cache's memory; measured once more when
+        others used the machine meanwhile."""
         attempts = []
         for _ in range(2):
             session.memory()  # the device's busy time counts from here
-            before = session.stats()
+            before, _ = session.stats(), session.kv_use()  # the cache's readings count from here, too
             # Beside windows that were measured not to disturb, only work on this worker's cores is foreign.
             cores = os.sched_getaffinity(0) if self._runner.turn.may_overlap else None
             num_ranks, device = self._config.parallel.num_ranks, self._runner.profile.device
@@ -351,7 +357,8 @@ class _Trial:
             busy_us = session.memory().get("device_busy_us")
             if busy_us is not None:
                 reading["device_busy"] = busy_us / 1e6 / wall_s
-            attempts.append((blocks, reading, memory_events(before, session.stats())))
+            counted = {**memory_events(before, session.stats()), **_spread(session.kv_use())}
+            attempts.append((blocks, reading, counted))
             if not _is_disturbed(monitor.reading):
                 break
         blocks, reading, counted = min(attempts, key=lambda attempt: attempt[1].get("foreign_cpu", 0.0))
@@ -376,7 +383,7 @@ class _Trial:
                 f"{share:.0%} of the processor" if share is not None else f"GPU shared with {reading['foreign_pids']}"
             )
             self._warnings.append(f"disturbed: other processes used {what} while this was measured, twice")
-        return blocks, reading
+        return blocks, reading, counted
 
     def _blocks(self, session: ChildSession, vocab_size: int) -> tuple[LoadResult, ...]:
         rule, profile = self._rule, self._runner.profile
@@ -423,6 +430,11 @@ class _Trial:
 
 def _is_disturbed(reading: Mapping[str, Any]) -> bool:
     return reading.get("foreign_cpu", 0.0) > FOREIGN_CPU_LIMIT or bool(reading.get("foreign_pids"))
+
+
+def _spread(readings: Sequence[KVUse]) -> dict[str, Any]:
+    found = kv_use(readings)
+    return {"kv_use": found} if found else {}
 
 
 def wants_energy(profile: Profile) -> bool:

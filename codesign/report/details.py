@@ -21,6 +21,24 @@ def details(study: Study, labels: Labels) -> list[dict[str, Any]]:
     return [detail(study, record, labels, shared) for record in study.records]
 
 
+def table_of_drafts(record: TrialRecord) -> dict[str, Any]:
+    """Batch size -> how many tokens are drafted there, the smallest first; empty where that does not adapt."""
+    said = record.resolved.get("speculation")
+    table = said.get("table") if isinstance(said, Mapping) else None
+    if not isinstance(table, Mapping):
+        return {}
+    return {size: table[size] for size in sorted(table, key=lambda size: (len(size), size))}
+
+
+def drafting(record: TrialRecord) -> dict[str, Any]:
+    """What speculation came to; whatever the record says of it is shown, since a child wrote it."""
+    said = record.resolved.get("speculation")
+    if not isinstance(said, Mapping):
+        return {}
+    drafts = {f"drafts at batch size {size}": count for size, count in table_of_drafts(record).items()}
+    return drafts | {str(name).replace("_", " "): value for name, value in said.items() if name != "table"}
+
+
 def detail(study: Study, record: TrialRecord, labels: Labels, shared: Mapping[str, Any]) -> dict[str, Any]:
     config_file = f"{study.shell_path}/configs/trial-{record.number}.yaml"
     names = sorted(record.metrics, key=lambda name: (_ORDER.get(name, len(_ORDER)), name))
@@ -47,7 +65,8 @@ def detail(study: Study, record: TrialRecord, labels: Labels, shared: Mapping[st
         "bytes": {part: format_bytes(count) for part, count in record.bytes.items()},
         "phases": {phase: format_seconds(seconds) for phase, seconds in record.phases.items()},
         "kernels": dict(record.kernels),
-        "resolved": dict(record.resolved),
+        "resolved": {name: value for name, value in record.resolved.items() if name != "speculation"},
+        "speculation": drafting(record),
         "monitor": dict(record.monitor),
         "trust": trust,
         "provenance": {key: value for key, value in record.provenance.items() if key not in shared},

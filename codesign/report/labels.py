@@ -56,7 +56,9 @@ def differing(config: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str,
 
 
 def choice_name(choice: Any) -> str:
-    """`{"name": "int4", "group_size": 64}` -> `int4`; a plain value as it is."""
+    """`{"name": "int4", "group_size": 64}` -> `int4`; a plain value as it is written in YAML."""
+    if isinstance(choice, bool):
+        return str(choice).lower()
     return visible(choice.get("name", "?") if isinstance(choice, Mapping) else choice)
 
 
@@ -89,9 +91,7 @@ class Labels:
 
     def _value(self, key: str, value: Any) -> str:
         if not isinstance(value, Mapping):
-            if isinstance(value, bool):
-                return str(value).lower()  # as it is written in YAML
-            return visible("automatic" if value is None else value)
+            return choice_name("automatic" if value is None else value)
         knobs = {str(knob): setting for knob, setting in value.items() if knob != "name"}
         name = choice_name(value)
         varying = {knob: v for knob, v in knobs.items() if len(self._values.get((key, name, knob), ())) > 1}

@@ -175,6 +175,21 @@ def summary(payoffs: Sequence[Payoff]) -> str:
     return f"{name} {'; '.join([*clauses, *_other_effects(isolated)])}."
 
 
+def summaries(found: Sequence[Payoff]) -> list[str]:
+    """What to take away, choice by choice; those that no pair of trials settles are named together at the end."""
+    groups = by_choice(found)
+    open_ones = [
+        group
+        for group in groups
+        if not any(own.is_isolated for own in group) and not all(own.num_failed and not own.pairs for own in group)
+    ]
+    if len(open_ones) < 2:
+        return [summary(group) for group in groups]
+    names = listed([f"{visible(group[0].key)} {group[0].name}" for group in open_ones])
+    reason = "no two trials differ in one of them alone; the table says in what else"
+    return [summary(group) for group in groups if group not in open_ones] + [f"Not settled: {names}: {reason}."]
+
+
 def _effect_in_brackets(payoff: Payoff) -> str:
     if payoff.speed is None:
         return " (speed not measured)"

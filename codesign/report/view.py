@@ -13,7 +13,7 @@ from codesign.report.cards import cards
 from codesign.report.compare import FLOOR
 from codesign.report.details import details
 from codesign.report.figures import pareto_figure, payoff_figure
-from codesign.report.payoff import SHOWN, by_choice, payoffs, summary
+from codesign.report.payoff import SHOWN, payoffs, summaries
 from codesign.report.rows import column, failures, payoff_rows, table_rows
 from codesign.report.scatter import axes, default_axes, measured_line, scatter_data
 from codesign.report.show import listed, number, plural, spoken, visible_deep
@@ -53,7 +53,7 @@ def page_context(study: Study) -> dict[str, Any]:
         "x": x,
         "y": y,
         "num_failed": len(study.failed),
-        "payoffs": [summary(group) for group in by_choice(choices)],
+        "payoffs": summaries(choices),
         "payoff_columns": [spoken(metric) for metric in SHOWN if any(p.effect(metric) for p in choices)],
         "payoff_rows": payoff_rows(choices),
         "has_payoff_figure": payoff is not None,

@@ -105,7 +105,7 @@ class TrialRecord(TrialIdentity):
     kernels: part -> kernel that ran.
     trust: what the numbers can carry: num_blocks, warmup_steps, warmup_settled, disturbed windows,
         percentile_supported, percentiles with their bounds, late_ms of the client, what was cut of a trace, the probes
-        of the capacity.
+        of the capacity; preemptions, prefix_hit_rate and kv_use (median and most over readings) of a paged cache.
     provenance: machine, versions, profile, seed, model digest, prompt digest, commit.
     warnings: said aloud to the person, kept with the numbers.
     """

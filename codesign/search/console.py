@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from codesign.report.show import quantity
+from codesign.report.details import table_of_drafts
+from codesign.report.show import quantity, visible
 from codesign.report.study import Study
 from codesign.report.tables import labels_of
 from codesign.results.record import TrialRecord
@@ -56,6 +57,9 @@ def print_record(record: TrialRecord, console: Console) -> None:
         interval = "" if metric.low is None or metric.high is None else f"{metric.low:.4g} to {metric.high:.4g}"
         table.add_row(name, quantity(metric.value, metric.unit), metric.statistic, str(metric.num_samples), interval)
     console.print(table)
+    drafts = [f"{size} -> {count}" for size, count in table_of_drafts(record).items()]
+    if drafts:
+        console.print(Text(visible(f"drafts by batch size: {', '.join(drafts)}")))
     if record.outcome.kind != "ok":
         console.print(Text(f"{record.outcome.kind}: {record.outcome.detail}"))
     for warning in record.warnings:

@@ -116,6 +116,9 @@ def study_rules(profile: Profile) -> Callable[[EngineConfig], str | None]:
 def say_ruled_out(points: Points, say: Callable[[str], None]) -> None:
     """Says what part of the space no trial will be spent on, reason by reason."""
     looked_at, reasons = points.ruled_out()
+    if len(reasons) > 1:
+        left = looked_at - sum(reasons.values())
+        say(f"allowed: {left} of {looked_at} points; what is drawn beside them is changed until it is one of them")
     whole = "" if looked_at == points.space.size else " drawn at random"
     for reason, count in reasons.items():
         say(f"ruled out, {count} of {looked_at} points{whole}: {reason}")

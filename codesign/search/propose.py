@@ -1,11 +1,11 @@
 """Which configuration is tried next.
 
     trial 0      the unmodified configuration, always
-    then         what the sampler suggests, unless it is ruled out or was measured already; after NUM_DRAWS such draws
-                 a random one that was not; when there is none left the space is exhausted
+    then         what the sampler suggests, mended where rules exclude it, unless it was measured already; after
+                 NUM_DRAWS such draws a random one that was not; when there is none left the space is exhausted
 
-A draw that a constraint of the space rules out is told to the sampler as infeasible, so that it learns the rule; a draw
-that was measured before is dropped, because its result is known to the sampler already.
+A draw that cannot be mended is told to the sampler as infeasible, so that it learns the rule; a draw that was measured
+before is dropped, because its result is known to the sampler already.
 """
 
 import random
@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 
 from codesign.results.record import TrialRecord
 from codesign.search.advisor import Advisor
+from codesign.search.mend import mended
 from codesign.search.objective import FAILURE, Told, sentinel
 from codesign.search.sampler import derived_seed
 from codesign.search.suggest import Point, Points
@@ -43,7 +44,7 @@ def propose(
         return points.baseline()
     measured = {record.config_digest for record in records} | set(running)
     for draw in range(NUM_DRAWS):
-        point = advisor.suggest(number, draw)
+        point = mended(points, advisor.suggest(number, draw), random.Random(derived_seed(seed, number, draw)))
         if point.refusal is not None:
             values = tuple(sentinel(objective, records) for objective in objectives)
             advisor.learn(point, Told(values=values, constraints={FAILURE: 1.0}, is_sentinel=True))
@@ -62,7 +63,7 @@ def unmeasured(points: Points, measured: Collection[str], rng: random.Random) ->
         return point.refusal is None and point.config.digest not in measured
 
     for _ in range(NUM_RANDOM_DRAWS):
-        point = points.drawn(rng)
+        point = mended(points, points.drawn(rng), rng)
         if is_new(point):
             return point
     if points.space.size is None or points.space.size > MAX_LISTED:

@@ -76,7 +76,11 @@ class Points:
 
     def drawn(self, rng: random.Random) -> Point:
         """A point drawn at random, each knob on its own."""
-        return self._point(lambda name, domain: _draw(domain, rng))
+        return self.completed({}, rng)
+
+    def completed(self, params: Mapping[str, Any], rng: random.Random) -> Point:
+        """The point with these picks, in Optuna's form, as far as it has those knobs; its others drawn at random."""
+        return self._point(lambda name, domain: decode(domain, params[name]) if name in params else _draw(domain, rng))
 
     def baseline(self) -> Point:
         """The unmodified configuration."""

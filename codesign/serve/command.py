@@ -207,7 +207,9 @@ def _template(model: Path, say: Callable[[str], None]) -> ChatTemplate | str:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Named as TCP: asyncio switches Nagle's algorithm off only on such sockets, and with it whatever is written in two
+    # parts, as head and body are, waits 40 ms for a client that delays its acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))

@@ -71,6 +71,10 @@ METRICS: dict[str, Metric] = _table(
     ("peak_memory_bytes", "bytes", "minimize", "", "", "peak memory of the trial"),
     ("weights_bytes", "bytes", "minimize", "", "", "resident weights, a draft's included"),
     ("kv_bytes", "bytes", "minimize", "", "", "resident KV cache, a draft's included"),
+    ("prefix_hit_rate", "", "maximize", "", "", "share of prompt tokens found in the prefix cache"),
+    ("preemptions_per_request", "", "minimize", "", "", "how often a request lost its memory and was computed anew"),
+    ("kv_fragmentation", "", "minimize", "", "", "share of the rows in used cache blocks that hold no token"),
+    ("kv_shared_bytes", "bytes", "maximize", "", "", "what sequences save by sharing cache blocks"),
 )
 
 STATISTICS_ALLOWED = "a percentile such as p50, p99, p99.9, or mean, max"

@@ -58,10 +58,9 @@ def too_many_ranks(config: EngineConfig, hardware: Hardware) -> str | None:
         found, noun = hardware.count, "devices"
     else:
         found, noun = hardware.cores or os.cpu_count() or 1, "cores"
-    parallel = config.parallel
-    if parallel.num_ranks <= found:
+    if config.parallel.num_ranks <= found:
         return None
     return (
-        f"parallel.tensor_parallel_size {parallel.tensor_parallel_size} x pipeline_parallel_size "
-        f"{parallel.pipeline_parallel_size} needs {parallel.num_ranks} {noun}, the profile's hardware has {found}"
+        f"parallel.tensor_parallel_size x pipeline_parallel_size above {found}: each rank needs one of the profile's "
+        f"{found} {noun}"
     )

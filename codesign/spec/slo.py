@@ -55,6 +55,8 @@ class Slo(Section):
     quality: Quality = Quality()
     memory_gib: Positive | None = None
     power_w: Positive | None = None
+    min_prefix_hit_rate: Share | None = None
+    max_preemptions_per_request: NotNegative | None = None
 
     @model_validator(mode="after")
     def _statistics_are_known(self) -> Self:
@@ -82,6 +84,8 @@ class Slo(Section):
             ("quality.min_retrieval", "retrieval_accuracy", self.quality.min_retrieval, 1),
             ("memory_gib", "peak_memory_bytes", self.memory_gib, GIB),
             ("power_w", "power_w", self.power_w, 1),
+            ("min_prefix_hit_rate", "prefix_hit_rate", self.min_prefix_hit_rate, 1),
+            ("max_preemptions_per_request", "preemptions_per_request", self.max_preemptions_per_request, 1),
         )
         for key, metric, bound, scale in single:
             if bound is not None:

@@ -1,12 +1,15 @@
 """Whether `codesign serve` holds: requests made from its own schema, then many clients of which some leave early.
 
-    PYTHONPATH=. python tests/benchmarks/serve_soak.py [--cases 2000] [--clients 200] [--seconds 60] [--out FILE]
+    PYTHONPATH=. python tests/benchmarks/serve_soak.py [--cases 2000] [--clients 200] [--seconds 60]
+        [--hostile-seconds 2] [--distinct 10000] [--out FILE]
 
 Fuzz: schemathesis sends `--cases` requests made from the server's OpenAPI document, valid and not; a 5xx ends it.
 Soak: `--clients` clients, each asking one request after the other for `--seconds`; a quarter of the requests is dropped
 at a random moment. Every answer that is finished is compared with what the engine says to that request alone (greedy,
 fp32; a difference counts unless the two likeliest tokens lie within 1e-4 there). Afterwards no sequence is left in the
-server, all slots work, and memory stays where it was half-way. Writes reports/benchmarks/serve_soak.json and .md; exits
+server, all slots work, and memory stays where it was half-way.
+Hostile clients (serve_hostile.py): what is past a bound is refused quickly and leaves nothing behind, and the p99 of
+others stays below twice what it is without them. Writes reports/benchmarks/serve_soak.json and .md; exits
 1 when a check does not hold.
 """
 
@@ -38,6 +41,8 @@ from codesign.results.measurement import statistic
 from codesign.spec.engine_config import EngineConfig
 from codesign.spec.model import ModelSpec
 from codesign.spec.request import Request, SamplingParams
+from tests.benchmarks.serve_hostile import hostile
+from tests.benchmarks.serve_hostile import report as report_harm
 from tests.serve.fuzz import fuzz
 from tests.serve.process import ServerProcess
 
@@ -229,6 +234,10 @@ def report(document: dict[str, Any]) -> str:
     lines += [
         f"| resident memory half-way, at the end, at most (MiB) | {' / '.join(map(str, soaked['rss_mib']))} |",
         "",
+        "## Hostile clients",
+        "",
+        *report_harm(document["hostile"]),
+        "",
         "## Fuzzing",
         "",
         "| route | status | answers |",
@@ -243,6 +252,10 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument(
+        "--hostile-seconds", type=float, default=2, help="of each of 8 turns with and without an attack"
+    )
+    parser.add_argument("--distinct", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=REPORTS / "serve_soak.json")
     args = parser.parse_args()
@@ -257,6 +270,10 @@ def main() -> int:
             cases = fuzz(server.url, server.headers, num_cases=args.cases, seed=args.seed)
             print(f"{args.clients} clients for {args.seconds:g} s", file=sys.stderr, flush=True)
             outcomes = asyncio.run(soak(server, asked, args))
+            print("hostile clients", file=sys.stderr, flush=True)
+            harm = hostile(
+                server, json.dumps(CONFIG), seconds=args.hostile_seconds, rounds=8, num_distinct=args.distinct
+            )
             server.stop()
         finally:
             server.kill()
@@ -270,7 +287,8 @@ def main() -> int:
             "packages": {name: metadata.version(name) for name in ("fastapi", "uvicorn", "schemathesis", "httpx")},
             "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],
         },
-        "checks": checks(cases, outcomes, args.cases),
+        "checks": checks(cases, outcomes, args.cases) | harm.pop("checks"),
+        "hostile": harm,
         "fuzz": [[path, status, count] for (path, status), count in sorted(cases.items())],
         "soak": {
             "clients": args.clients,

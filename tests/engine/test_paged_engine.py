@@ -53,6 +53,8 @@ def test_a_prefix_is_computed_once_and_gives_the_logits_of_computing_it_again() 
 
     torch.testing.assert_close(engine.parts.runner.run(again), expected, rtol=0, atol=1e-5)
     assert cache(engine).kv_use.shared_bytes == 2 * cache(engine).block_bytes
+    assert engine.kv_use() == cache(engine).kv_use
+    assert tiny_engine().kv_use() is None
 
 
 def prompt(slot: int, tokens: tuple[int, ...], num_cached: int, blocks: tuple[int, ...]) -> StepPlan:

@@ -63,6 +63,9 @@ class FakeEngine:
     def stats(self) -> Mapping[str, int]:
         return {"preemptions": 3}
 
+    def kv_use(self) -> None:
+        return None
+
     def close(self) -> None:
         self.has_closed = True
 

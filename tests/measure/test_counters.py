@@ -1,6 +1,6 @@
 import pytest
 
-from codesign.measure.counters import memory_events
+from codesign.measure.counters import memory_events, memory_metrics
 from codesign.measure.session import TrialFailed
 
 BEFORE = {"preemptions": 2, "blocks": 9, "blocks_used": 4, "prompt_tokens": 100, "prefix_hit_tokens": 64}
@@ -30,3 +30,25 @@ def test_what_cannot_happen_is_absent() -> None:
 def test_counters_that_cannot_be_are_not_believed(lie: dict[str, int]) -> None:
     with pytest.raises(TrialFailed, match="protocol: counters that cannot be"):
         memory_events(BEFORE, {**BEFORE, **lie})
+
+
+def test_what_happened_becomes_metrics_per_request_and_medians_with_their_count() -> None:
+    use = {"num_samples": 40, "fragmentation": {"p50": 0.2, "max": 0.9}, "shared_bytes": {"p50": 64, "max": 96}}
+
+    found = memory_metrics(
+        {"preemptions": 3, "prefix_hit_rate": 0.5, "kv_use": use}, num_requests=12, asked=frozenset[str]()
+    )
+
+    assert {name: (value.value, value.num_samples) for name, value in found.items()} == {
+        "prefix_hit_rate": (0.5, 12),
+        "preemptions_per_request": (0.25, 12),
+        "kv_fragmentation": (0.2, 40),
+        "kv_shared_bytes": (64, 40),
+    }
+
+
+def test_a_cache_that_takes_nothing_back_and_shares_nothing_has_zeros_for_who_asks() -> None:
+    assert memory_metrics({}, num_requests=3, asked=frozenset[str]()) == {}
+    asked = memory_metrics({}, num_requests=3, asked={"preemptions_per_request", "kv_fragmentation"})
+
+    assert {name: value.value for name, value in asked.items()} == {"preemptions_per_request": 0.0}

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 
 from codesign.measure.channel import ProtocolFault
-from codesign.measure.messages import build_facts, counts, scores, sizes, step_tokens
+from codesign.measure.kv_use import KVUse
+from codesign.measure.messages import build_facts, counts, kv_use, scores, sizes, step_tokens
 
 FACTS: dict[str, Any] = {
     "resolved": {"a": [1]},
@@ -100,6 +101,27 @@ def test_counters_of_a_wrong_shape_are_a_fault(stats: object) -> None:
     assert counts({"stats": {"preemptions": 0}}) == {"preemptions": 0}
     with pytest.raises(ProtocolFault):
         counts({"stats": stats})
+
+
+@pytest.mark.parametrize(
+    "readings",
+    [
+        None,
+        [[1, 32, 33, 0]],
+        [[1, 32, -1, 0]],
+        [[33, 32, 1, 0]],
+        [[1, 32, 1, -1]],
+        [[1, 32, 1]],
+        [[1, 32, 1.0, 0]],
+        [[1, 32, True, 0]],
+        [[0, 0, 0, 2**51]],
+        [[0, 0, 0, 0]] * 1001,
+    ],
+)
+def test_readings_of_a_cache_that_cannot_be_are_a_fault(readings: object) -> None:
+    assert kv_use({"readings": [[1, 32, 5, 0]]}) == [KVUse(1, 32, 5, 0)]
+    with pytest.raises(ProtocolFault):
+        kv_use({"readings": readings})
 
 
 def test_sizes_and_scores_are_checked_too() -> None:

@@ -226,6 +226,13 @@ def test_a_careful_decision_uses_the_upper_bound_of_a_percentile() -> None:
     assert violations(data, values, slo, careful=True)["slo.ttft_ms.p95"] > 0
 
 
+def test_the_interval_of_a_share_ends_at_1() -> None:
+    quality = {"is_text": False, "num_tokens": [10] * 3, "kl": [0.0] * 3, "top1": [1.0, 1.0, 0.9], "retrieved": []}
+    found = metrics(readings([[sample()]], quality=quality), profile())["top1_agreement"]
+
+    assert found.low is not None and found.low < found.value < 1.0 == found.high
+
+
 def test_quality_is_weighted_by_tokens_and_perplexity_is_of_the_mean() -> None:
     quality = {
         "is_text": True,
@@ -239,6 +246,7 @@ def test_quality_is_weighted_by_tokens_and_perplexity_is_of_the_mean() -> None:
 
     assert found["kl_divergence"].value == pytest.approx(0.1)
     assert found["top1_agreement"].value == pytest.approx(0.8)
+    assert found["top1_agreement"].high is None, "two sequences give no interval"
     assert found["perplexity"].value == pytest.approx(math.exp(1.75))
     assert found["retrieval_accuracy"].value == pytest.approx(0.75)
     assert found["retrieval_accuracy"].num_samples == 4

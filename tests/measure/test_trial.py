@@ -292,3 +292,18 @@ def test_a_record_says_how_often_memory_ran_out_and_what_prompts_shared(runner: 
     assert not {"preemptions", "prefix_hit_rate"} & plain.trust.keys()
     assert paged.outcome.kind == "ok"
     assert paged.trust["preemptions"] == 0 and 0 <= paged.trust["prefix_hit_rate"] < 1
+    assert not {"prefix_hit_rate", "kv_fragmentation"} & plain.metrics.keys()
+    assert paged.metrics["prefix_hit_rate"].value == paged.trust["prefix_hit_rate"]
+    use = paged.trust["kv_use"]
+    assert 0 < paged.metrics["kv_fragmentation"].value == use["fragmentation"]["p50"] <= use["fragmentation"]["max"] < 1
+    assert paged.metrics["kv_fragmentation"].num_samples == use["num_samples"] >= 8
+    assert use["blocks_used"]["max"] <= paged.resolved["num_blocks"]
+
+
+def test_a_limit_on_hits_is_broken_where_there_is_no_cache(profile: Profile, folder: Path) -> None:
+    asking = dataclasses.replace(profile, slo=Slo(min_prefix_hit_rate=0.5, max_preemptions_per_request=0))
+    with TrialRunner(asking, baseline=BASELINE, cache_dir=folder / "cache") as runner:
+        record = measured(runner, 9)
+
+    assert record.violations == {"slo.min_prefix_hit_rate": 1.0, "slo.max_preemptions_per_request": 0.0}
+    assert not record.is_feasible

@@ -3,7 +3,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from codesign.report.payoff import Payoff, by_choice, payoffs, summary
+from codesign.report.payoff import Payoff, by_choice, payoffs, summaries, summary
 from codesign.report.study import Study
 from codesign.results.record import TrialRecord
 from tests.report.recorded import config, failed_record, ok_record, write_study
@@ -67,6 +67,14 @@ def test_without_an_isolated_pair_nothing_is_settled_and_the_confounder_is_named
     assert "not settled" in summary([payoff])
     assert "kv.policy" in summary([payoff])
     assert "pays" not in summary([payoff])
+
+
+def test_choices_that_nothing_settles_are_named_in_one_sentence_after_those_that_are(tmp_path: Path) -> None:
+    study = study_of(tmp_path, config(), config("int4", "h2o"), config("int8"), config("native", "h2o", batch=32))
+    settled, last = summaries(payoffs(study))
+
+    assert settled.startswith("weights int8 ")
+    assert last.startswith("Not settled: weights int4 and kv.policy h2o: no two trials differ in one of them alone")
 
 
 def test_trials_of_other_batch_sizes_are_never_partners(tmp_path: Path) -> None:

@@ -292,6 +292,13 @@ def test_a_bound_and_one_more_is_refused_in_openais_words(
     assert len(error["message"]) < 400
 
 
+def test_a_connection_that_stays_open_is_answered_at_once(client: httpx.Client) -> None:
+    """Not 40 ms later, when a client that delays its acknowledgement says that it has the first half of an answer."""
+    seconds = sorted(client.get("/health").elapsed.total_seconds() for _ in range(20))
+
+    assert seconds[3] < 0.03
+
+
 def test_requests_beyond_their_bounds_leave_no_memory_behind(server: ServerProcess, client: httpx.Client) -> None:
     most = bounds.BODY_BYTES
     bodies = [

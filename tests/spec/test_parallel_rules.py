@@ -77,4 +77,4 @@ def test_each_rank_needs_a_device_or_a_core(hardware: Hardware, most: int, noun:
         if tensor * pipeline <= most:
             assert found is None
         else:
-            assert f"needs {tensor * pipeline} {noun}, the profile's hardware has {most}" in str(found)
+            assert f"above {most}: each rank needs one of the profile's {most} {noun}" in str(found)

@@ -202,6 +202,8 @@ INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch 
         if (format == INT8 || format == FP8) {
             widen(0, stored->key_scale + first, count, rows, scratch->row_scale[0]);
             widen(0, stored->value_scale + first, count, rows, scratch->row_scale[1]);
+            _mm_prefetch(stored->key_scale + then, _MM_HINT_T0);
+            _mm_prefetch(stored->value_scale + then, _MM_HINT_T0);
         }
         if (format == INT8) {
             make_unsigned(key, rows * dim, (uint8_t *)scratch->rows[0]);

@@ -173,6 +173,7 @@
     left.append(...pairs("Limits", trial.violations));
     left.append(make("h4", "Configuration"), make("pre", trial.config));
     right.append(...pairs("Bytes by part", trial.bytes), ...pairs("Phases", trial.phases), ...pairs("Kernels", trial.kernels));
+    right.append(...pairs("Speculation", trial.speculation));
     right.append(...pairs("Resolved by the build", trial.resolved), ...pairs("Monitor", trial.monitor));
     right.append(...pairs("What the numbers rest on", trial.trust), ...pairs("Provenance", trial.provenance));
     const columns = make("div", undefined, "columns");
