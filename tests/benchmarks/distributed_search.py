@@ -6,8 +6,7 @@ throughput      a replayed grid whose device wait is a sleep of the recorded tim
                 workers, in a folder and in PostgreSQL; wanted: at least 0.9 W times that of one worker
 overhead        seconds per trial that the store itself takes (claim, finish, refresh) when it holds so many trials;
                 wanted: below 20 ms at 5,000
-interference    bytes per second of a loop that reads memory, alone and beside one on other cores: why timing windows on
-                a processor take turns
+interference    whether timing windows of two workers on this processor may overlap, and the figures behind it
 
 Writes reports/benchmarks/distributed_search.json, keeping the parts that were not asked for; exits 1 when what is
 wanted does not hold. The PostgreSQL parts need its binaries and psycopg.
@@ -20,7 +19,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +30,7 @@ from typing import Any
 import optuna
 
 from codesign.measure.provenance import code_state, machine
+from codesign.search import overlap
 from codesign.search.database import Database
 from codesign.search.folder import open_study
 from codesign.search.folder_store import FolderStore
@@ -54,21 +53,6 @@ SPACE = "max_batch_size: {low: 1, high: 64}\nmax_step_tokens: {low: 128, high: 2
 WORKERS = (1, 2, 4)
 TRIALS_PER_WORKER = 12
 RECORDED_S = 2.0  # a short trial of the bundled model on two cores
-READER = """
-import sys, time
-import numpy as np
-import os
-os.sched_setaffinity(0, [int(core) for core in sys.argv[1].split(",")])
-data = np.ones(2**25)
-data.sum()
-print("ready", flush=True)
-sys.stdin.readline()
-end_s, count = time.perf_counter() + 3.0, 0
-while time.perf_counter() < end_s:
-    data.sum()
-    count += 1
-print(count * data.nbytes / 3.0)
-"""
 
 
 @contextlib.contextmanager
@@ -168,34 +152,12 @@ def overhead(server: Server | None, trials: int) -> dict[str, Any]:
 
 
 def interference() -> dict[str, Any]:
-    """GB/s of one reader on half of the cores, alone and beside another on the other half; alternately, three times."""
+    """What a search with two workers measures at its start, each on half of the cores."""
     cores = ordered_cores()
-    halves = [cores[: len(cores) // 2], cores[len(cores) // 2 :]]
-    alone, beside = [], []
-    for _ in range(3):
-        alone += _read(halves[:1])
-        beside += _read(halves)
-    found = {
-        "cores_each": len(halves[0]),
-        "alone_gb_per_s": alone,
-        "beside_gb_per_s": beside,
-        "beside_over_alone": statistics.median(beside) / statistics.median(alone),
-    }
+    halves = [Seat(tuple(cores[: len(cores) // 2])), Seat(tuple(cores[len(cores) // 2 :]))]
+    found = {"cores_each": len(halves[0].cores), **overlap.measure(halves).to_dict()}
     print(found)
     return found
-
-
-def _read(cores: list[list[int]]) -> list[float]:
-    readers = [
-        subprocess.Popen(
-            [sys.executable, "-c", READER, ",".join(map(str, part))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for part in cores
-    ]  # fmt: skip
-    for reader in readers:
-        assert reader.stdout is not None and reader.stdout.readline() == "ready\n"
-    return [float(reader.communicate("go\n")[0]) / 1e9 for reader in readers]
 
 
 def main() -> None:
