@@ -28,6 +28,19 @@ typedef struct {
     int group_size, channels;                 /* int4 */
 } Stored;
 
+/* Where a plane's rows lie, and those of the plane after it. */
+typedef struct {
+    Place place, next;
+    int end, next_end; /* how many there are */
+} Way;
+
+/* Where to find what is computed in a while, the chunk at `row`, which may be past the end. */
+INLINE long found_ahead(const Way *way, int row) {
+    if (row < way->end) return stored_at(&way->place, row);
+    row -= (way->end + CHUNK - 1) / CHUNK * CHUNK;
+    return stored_at(&way->next, row < way->next_end ? row : 0);
+}
+
 /* Scratch of one thread. */
 typedef struct {
     _Alignas(64) float scores[CHUNK * LANES];
@@ -189,16 +202,17 @@ INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch 
 }
 
 /* Rows row .. last - 1 of a plane, all in one part. */
-INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch *scratch, long plane, Place place,
+INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch *scratch, long plane, const Way *way,
                         const Stored *stored, int row, int last) {
     int dim = call->dim, size = format == NATIVE ? 2 * dim : format == INT4 ? dim / 2 : dim;
     for (; row < last; row += CHUNK) {
         int count = last - row < CHUNK ? last - row : CHUNK, rows = (count + GROUP - 1) / GROUP * GROUP;
-        long first = stored_at(&place, row); /* after the last, what most likely comes next: the next part or plane */
-        long then = row + CHUNK < last ? stored_at(&place, row + CHUNK) : first + count;
+        /* Fetched meanwhile: the values of the next chunk and the keys of the one after it. One chunk is not enough:
+         * what misses the caches by one step waits for memory, and so does all that is asked for behind it. */
+        long first = stored_at(&way->place, row), soon = found_ahead(way, row + CHUNK), then = found_ahead(way, row + 2 * CHUNK);
         const void *key = filled_up(stored->key, first, count, rows, size, scratch->rows[0] + CHUNK * dim);
         const void *value = filled_up(stored->value, first, count, rows, size, scratch->rows[1] + CHUNK * dim);
-        const char *next_key = value, *next_value = stored->key + then * size; /* native keys are followed by values */
+        const char *next_key = stored->value + soon * size, *next_value = stored->key + then * size;
         if (format == INT8 || format == FP8) {
             widen(0, stored->key_scale + first, count, rows, scratch->row_scale[0]);
             widen(0, stored->value_scale + first, count, rows, scratch->row_scale[1]);
@@ -207,7 +221,7 @@ INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch 
         }
         if (format == INT8) {
             make_unsigned(key, rows * dim, (uint8_t *)scratch->rows[0]);
-            key = scratch->rows[0], next_key = next_value, next_value = stored->value + then * size;
+            key = scratch->rows[0];
         }
         if (format == FP8 || format == INT4) {
             const char *later[2] = {stored->key + then * size, stored->value + then * size};
@@ -232,7 +246,15 @@ INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch 
         for (int tile = 0; tile < room->num_tiles; tile++)
             attend_tile(format, call, room, scratch, plane, tile, row, rows, key, value, next_key, next_value,
                         stored->channels);
+        for (int row_bytes = rows * size; row_bytes < CHUNK * size; row_bytes += 64) { /* of a short last chunk */
+            _mm_prefetch(next_key + row_bytes, _MM_HINT_T1);
+            _mm_prefetch(next_value + row_bytes, _MM_HINT_T1);
+        }
     }
+}
+
+INLINE Place place_of(const Call *call, const Table *table, const int64_t *first, int64_t capacity, long plane) {
+    return table ? in_blocks(call, table, plane) : (Place){.first = first ? first[plane] : plane * capacity};
 }
 
 /* All planes. Rows from num_encoded [B] on, all where it is NULL, are as `rest` says. 1: no memory. */
@@ -248,19 +270,24 @@ INLINE int attend(int format, const Call *call, const Table *table, const int64_
         lacks_memory = !own;
 #pragma omp for schedule(dynamic)
         for (long item = 0; item < num_items; item++) {
-            long plane = item / room.num_parts;
-            int part = item % room.num_parts, row = part * PART, last = call->past[plane] + call->num_tokens;
+            long plane = item / room.num_parts, after = plane + 1 < num_planes ? plane + 1 : plane;
+            int part = item % room.num_parts, row = part * PART, end = call->past[plane] + call->num_tokens, last = end;
             if (row >= last || !own) continue;
             if (last > row + PART) last = row + PART;
-            Place place = table ? in_blocks(call, table, plane) : (Place){.first = first ? first[plane] : plane * capacity};
+            Way way = {.place = place_of(call, table, first, capacity, plane),
+                       .next = place_of(call, table, first, capacity, after),
+                       .end = end,
+                       .next_end = call->past[after] + call->num_tokens};
             prepare(format, call, plane, room.num_tiles, &scratch);
             start_part(&room, plane, part);
             if (format == INT4) {
                 int encoded = num_encoded[plane / call->num_heads], stop = encoded < last ? encoded : last;
-                attend_rows(INT4, call, &room, &scratch, plane, place, stored, row, stop);
-                place.first = plane * rest_capacity - encoded;
-                attend_rows(NATIVE, call, &room, &scratch, plane, place, rest, row > stop ? row : stop, last);
-            } else attend_rows(format, call, &room, &scratch, plane, place, stored, row, last);
+                way.end = encoded, way.next_end = num_encoded[after / call->num_heads];
+                attend_rows(INT4, call, &room, &scratch, plane, &way, stored, row, stop);
+                way.place.first = plane * rest_capacity - encoded, way.next.first = after * rest_capacity;
+                way.end = end, way.next_end = rest_capacity;
+                attend_rows(NATIVE, call, &room, &scratch, plane, &way, rest, row > stop ? row : stop, last);
+            } else attend_rows(format, call, &room, &scratch, plane, &way, stored, row, last);
         }
 #pragma omp for schedule(dynamic)
         for (long plane = 0; plane < num_planes; plane++)

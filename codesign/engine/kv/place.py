@@ -8,6 +8,7 @@ allocator; where it cannot, layers pass through two buffers on the device (`Laye
 import torch
 from torch import Tensor
 
+from codesign.engine.kv.huge_pages import huge_zeros
 from codesign.engine.kv.stream import Lanes
 
 
@@ -20,7 +21,7 @@ class KVPlace:
         Raises:
             Unsupported: there is no room for them, or no such memory.
         """
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device) if device.type != "cpu" else huge_zeros(shape, dtype=dtype)
 
     def memory(self, device: torch.device) -> str:
         """What `zeros` allocates, in words."""
