@@ -57,10 +57,9 @@ typedef struct {
     float *value_range[2];   /* [CHUNK, dim / channels], at least 8 channels a range */
 } Scratch;
 
-static size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 /* One piece of memory for all of them; NULL: there is none. */
-static char *scratch_of(const Call *call, int num_tiles, Scratch *scratch) {
+static char *scratch_of(const Call *call, Scratch *scratch) {
+    int num_tiles = (call->num_queries + LANES - 1) / LANES;
     size_t dim = call->dim, lanes = sizeof(float) * LANES;
     size_t sizes[] = {2 * lines(CHUNK * dim * 2),  2 * lines(CHUNK * dim * 2),    num_tiles * lines(dim / 2 * lanes),
                       lines(num_tiles * lanes),    lines(2 * num_tiles * lanes), lines(dim / 2 * lanes),
@@ -133,7 +132,7 @@ static void weigh(const Call *call, const Room *room, Scratch *scratch, long pla
     }
     uint16_t *kept = NULL;
     if (room->kept) {
-        long chunk = (plane * room->num_tiles + tile) * room->num_chunks + row / CHUNK;
+        long chunk = (long)tile * room->num_chunks + row / CHUNK;
         kept = room->kept + chunk * CHUNK * LANES;
         _mm256_storeu_ps(room->chunk_base + chunk * LANES, base);
     }
@@ -147,7 +146,7 @@ INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch 
     int dim = call->dim, num = num_in(call, tile), size = format == INT8 ? dim : 2 * dim;
     __m256 scale = _mm256_set1_ps(call->scale * 1.44269504f), start = _mm256_setzero_ps();
     const uint32_t *query = scratch->query + (long)tile * dim / 2 * LANES;
-    Found *found = found_of(room, plane, tile, row / PART);
+    Found *found = found_of(room, tile, row / PART);
     if (format == INT4) {
         const float *wide = scratch->wide + (long)tile * dim * LANES;
         start = fold_ranges(dim, wide, scratch->key_range[0], scratch->key_range[1], scratch->folded);
@@ -260,50 +259,47 @@ INLINE Place place_of(const Call *call, const Table *table, const int64_t *first
 /* All planes. Rows from num_encoded [B] on, all where it is NULL, are as `rest` says. 1: no memory. */
 INLINE int attend(int format, const Call *call, const Table *table, const int64_t *first, const Stored *stored,
                   int64_t capacity, const int32_t *num_encoded, const Stored *rest, int64_t rest_capacity) {
-    Room room;
-    int lacks_memory = !make_room(call, &room);
-    long num_planes = (long)call->num_slots * call->num_heads, num_items = num_planes * room.num_parts;
-#pragma omp parallel num_threads(call->num_threads) reduction(| : lacks_memory) if (!lacks_memory)
-    if (!lacks_memory) {
+    Rooms rooms;
+    int lacks_memory = !make_rooms(call, &rooms);
+    if (lacks_memory) return 1;
+    long num_planes = (long)call->num_slots * call->num_heads, num_parts = (call->num_rows + PART - 1) / PART, begun = 0;
+#pragma omp parallel num_threads(call->num_threads) reduction(| : lacks_memory)
+    {
         Scratch scratch;
-        char *own = scratch_of(call, room.num_tiles, &scratch);
+        char *own = scratch_of(call, &scratch);
         lacks_memory = !own;
-#pragma omp for schedule(dynamic)
-        for (long item = 0; item < num_items; item++) {
-            long plane = item / room.num_parts, after = plane + 1 < num_planes ? plane + 1 : plane;
-            int part = item % room.num_parts, row = part * PART, end = call->past[plane] + call->num_tokens, last = end;
-            if (row >= last || !own) continue;
+        for (long item = 0; own;) {
+#pragma omp atomic capture
+            item = begun++;
+            if (item >= num_planes * num_parts) break;
+            long plane = item / num_parts, after = plane + 1 < num_planes ? plane + 1 : plane;
+            int part = item % num_parts, row = part * PART, end = call->past[plane] + call->num_tokens, last = end;
+            if (row >= last) continue;
             if (last > row + PART) last = row + PART;
+            Room *room = enter(&rooms, plane);
             Way way = {.place = place_of(call, table, first, capacity, plane),
                        .next = place_of(call, table, first, capacity, after),
                        .end = end,
                        .next_end = call->past[after] + call->num_tokens};
-            prepare(format, call, plane, room.num_tiles, &scratch);
-            start_part(&room, plane, part);
+            prepare(format, call, plane, room->num_tiles, &scratch);
+            start_part(room, part);
             if (format == INT4) {
                 int encoded = num_encoded[plane / call->num_heads], stop = encoded < last ? encoded : last;
                 way.end = encoded, way.next_end = num_encoded[after / call->num_heads];
-                attend_rows(INT4, call, &room, &scratch, plane, &way, stored, row, stop);
+                attend_rows(INT4, call, room, &scratch, plane, &way, stored, row, stop);
                 way.place.first = plane * rest_capacity - encoded, way.next.first = after * rest_capacity;
                 way.end = end, way.next_end = rest_capacity;
-                attend_rows(NATIVE, call, &room, &scratch, plane, &way, rest, row > stop ? row : stop, last);
-            } else attend_rows(format, call, &room, &scratch, plane, &way, stored, row, last);
-        }
-#pragma omp for schedule(dynamic)
-        for (long plane = 0; plane < num_planes; plane++)
-            for (int tile = 0; tile < room.num_tiles && own; tile++)
-                merge(call, &room, format == INT8, plane, tile, (call->past[plane] + call->num_tokens + PART - 1) / PART);
-        if (call->columns) {
-#pragma omp for schedule(dynamic)
-            for (long item = 0; item < num_items; item++) {
-                int row = item % room.num_parts * PART;
-                add_columns(call, &room, item / room.num_parts, row,
-                            row + PART < call->num_rows ? row + PART : call->num_rows);
-            }
+                attend_rows(NATIVE, call, room, &scratch, plane, &way, rest, row > stop ? row : stop, last);
+            } else attend_rows(format, call, room, &scratch, plane, &way, stored, row, last);
+            if (!is_last(&rooms, plane)) continue;
+            for (int tile = 0; tile < room->num_tiles; tile++)
+                merge(call, room, format == INT8, plane, tile, (end + PART - 1) / PART);
+            if (call->columns) add_columns(call, room, plane);
+            leave(&rooms, room);
         }
         free(own);
     }
-    give_back(&room);
+    free(rooms.memory);
     return lacks_memory;
 }
 

@@ -9,48 +9,95 @@ typedef struct {
     float out[];
 } Found;
 
-/* Memory of one call. Weights are kept only where columns are asked for: those of a chunk are 2^(base_of_chunk - base)
+/* Memory of one plane. Weights are kept only where columns are asked for: those of a chunk are 2^(base_of_chunk - base)
  * times what is kept. */
 typedef struct {
     int num_tiles, num_parts, num_chunks; /* of the longest plane */
     int num_vectors;
     size_t found_bytes; /* of one Found */
-    char *found;                          /* [planes, tiles, parts] */
-    uint16_t *kept;                       /* [planes, tiles, chunks CHUNK, LANES] */
-    float *chunk_base;                    /* [planes, tiles, chunks, LANES] */
+    char *found;        /* [tiles, parts] */
+    uint16_t *kept;     /* [tiles, chunks CHUNK, LANES] */
+    float *chunk_base;  /* [tiles, chunks, LANES] */
 } Room;
 
-static Found *found_of(const Room *room, long plane, int tile, int part) {
-    return (Found *)(room->found + ((plane * room->num_tiles + tile) * room->num_parts + part) * room->found_bytes);
+/* Rooms of a call. Parts are begun in order, so that besides the planes that the threads are at only one can be half
+ * done: a room more than there are threads is enough. Few rooms, used again and again, stay in the caches, where those
+ * of all planes would be read from memory and written to it beside the rows. */
+typedef struct {
+    int num_free;
+    Room **free;     /* [num_threads + 1] */
+    Room **of_plane; /* [planes], NULL before its first part */
+    int *num_left;   /* [planes] parts that are not done */
+    char *memory;
+} Rooms;
+
+static Found *found_of(const Room *room, int tile, int part) {
+    return (Found *)(room->found + (long)(tile * room->num_parts + part) * room->found_bytes);
 }
 
-static int make_room(const Call *call, Room *room) {
-    long num_planes = (long)call->num_slots * call->num_heads;
-    room->num_tiles = (call->num_queries + LANES - 1) / LANES;
-    room->num_parts = (call->num_rows + PART - 1) / PART;
-    room->num_chunks = (call->num_rows + CHUNK - 1) / CHUNK;
-    room->num_vectors = (call->dim + 63) / 64 * 4;
-    room->found_bytes = sizeof(Found) + sizeof(float) * LANES * 16 * room->num_vectors;
-    room->found = aligned_alloc(64, num_planes * room->num_tiles * room->num_parts * room->found_bytes);
-    room->kept = NULL, room->chunk_base = NULL;
-    if (!room->found) return 0;
-    if (!call->columns) return 1;
-    long num_kept = num_planes * room->num_tiles * room->num_chunks * LANES;
-    room->chunk_base = malloc(num_kept * sizeof(float));
-    room->kept = malloc(num_kept * CHUNK * sizeof(uint16_t));
-    return room->chunk_base && room->kept;
+static size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* 0: no memory. */
+static int make_rooms(const Call *call, Rooms *rooms) {
+    long num_planes = (long)call->num_slots * call->num_heads, num_rooms = call->num_threads + 1;
+    Room room = {.num_tiles = (call->num_queries + LANES - 1) / LANES,
+                 .num_parts = (call->num_rows + PART - 1) / PART,
+                 .num_chunks = (call->num_rows + CHUNK - 1) / CHUNK,
+                 .num_vectors = (call->dim + 63) / 64 * 4};
+    room.found_bytes = sizeof(Found) + sizeof(float) * LANES * 16 * room.num_vectors;
+    long num_kept = call->columns ? (long)room.num_tiles * room.num_chunks * LANES : 0;
+    size_t found = lines(room.num_tiles * room.num_parts * room.found_bytes), bases = lines(num_kept * sizeof(float));
+    size_t kept = lines(num_kept * CHUNK * sizeof(uint16_t)), own = lines(sizeof(Room)) + found + bases + kept;
+    size_t pointers = lines(num_planes * sizeof(Room *)), counts = lines(num_planes * sizeof(int));
+    char *next = rooms->memory = aligned_alloc(64, lines(num_rooms * sizeof(Room *)) + pointers + counts + num_rooms * own);
+    if (!next) return 0;
+    rooms->free = (Room **)next, next += lines(num_rooms * sizeof(Room *));
+    rooms->of_plane = (Room **)next, next += pointers;
+    rooms->num_left = (int *)next, next += counts;
+    for (rooms->num_free = 0; rooms->num_free < num_rooms; rooms->num_free++, next += own) {
+        Room *each = rooms->free[rooms->num_free] = (Room *)next;
+        *each = room, each->found = next + lines(sizeof(Room));
+        if (call->columns) each->chunk_base = (float *)(each->found + found), each->kept = (uint16_t *)(each->found + found + bases);
+    }
+    for (long plane = 0; plane < num_planes; plane++) {
+        rooms->of_plane[plane] = NULL;
+        rooms->num_left[plane] = (call->past[plane] + call->num_tokens + PART - 1) / PART;
+    }
+    return 1;
 }
 
-static void give_back(Room *room) { free(room->found), free(room->kept), free(room->chunk_base); }
+/* The room of a plane of which a part begins. */
+static Room *enter(Rooms *rooms, long plane) {
+    Room *room;
+#pragma omp critical(kv_attention_rooms)
+    {
+        if (!rooms->of_plane[plane]) rooms->of_plane[plane] = rooms->free[--rooms->num_free];
+        room = rooms->of_plane[plane];
+    }
+    return room;
+}
+
+/* Whether the part that ends was the last one of its plane: then it is the caller who finishes it. */
+static int is_last(Rooms *rooms, long plane) {
+    int num_left;
+#pragma omp critical(kv_attention_rooms)
+    num_left = --rooms->num_left[plane];
+    return num_left == 0;
+}
+
+static void leave(Rooms *rooms, Room *room) {
+#pragma omp critical(kv_attention_rooms)
+    rooms->free[rooms->num_free++] = room;
+}
 
 static int num_in(const Call *call, int tile) {
     int rest = call->num_queries - tile * LANES;
     return rest < LANES ? rest : LANES;
 }
 
-static void start_part(const Room *room, long plane, int part) {
+static void start_part(const Room *room, int part) {
     for (int tile = 0; tile < room->num_tiles; tile++) {
-        Found *found = found_of(room, plane, tile, part);
+        Found *found = found_of(room, tile, part);
         memset(found, 0, room->found_bytes);
         for (int i = 0; i < LANES; i++) found->base[i] = -INFINITY;
     }
@@ -58,13 +105,13 @@ static void start_part(const Room *room, long plane, int part) {
 
 /* Puts the parts of one tile together in the first of them and writes its outputs, normalised. */
 static void merge(const Call *call, const Room *room, int is_int8, long plane, int tile, int num_parts) {
-    Found *all = found_of(room, plane, tile, 0);
+    Found *all = found_of(room, tile, 0);
     for (int m = 0; m < num_in(call, tile); m++) {
         float *out = call->out + (plane * call->num_queries + tile * LANES + m) * call->dim;
         float base = -INFINITY, sum = 0;
-        for (int part = 0; part < num_parts; part++) base = fmaxf(base, found_of(room, plane, tile, part)->base[m]);
+        for (int part = 0; part < num_parts; part++) base = fmaxf(base, found_of(room, tile, part)->base[m]);
         for (int part = 0; part < num_parts; part++) {
-            const Found *found = found_of(room, plane, tile, part);
+            const Found *found = found_of(room, tile, part);
             float factor = exp2f(found->base[m] - base);
             sum += factor * found->sum[m];
             for (int v = 0; v < room->num_vectors; v++) {
@@ -85,17 +132,16 @@ static void merge(const Call *call, const Room *room, int is_int8, long plane, i
     }
 }
 
-/* Columns of rows row .. last - 1 of a plane. */
-static void add_columns(const Call *call, const Room *room, long plane, int row, int last) {
+/* Columns of the rows of a plane. */
+static void add_columns(const Call *call, const Room *room, long plane) {
     float *column = call->columns + plane * call->num_tokens * call->num_rows;
     int seen = call->past[plane] + call->num_tokens, num_rows = call->num_rows;
-    for (int token = 0; token < call->num_tokens; token++)
-        memset(column + (long)token * num_rows + row, 0, sizeof(float) * (last - row));
+    memset(column, 0, sizeof(float) * call->num_tokens * num_rows);
     for (int tile = 0; tile < room->num_tiles; tile++) {
-        const Found *all = found_of(room, plane, tile, 0);
+        const Found *all = found_of(room, tile, 0);
         int num = call->num_queries - tile * LANES < LANES ? call->num_queries - tile * LANES : LANES;
-        for (int first = row; first < last && first < seen; first += CHUNK) {
-            long chunk = (plane * room->num_tiles + tile) * room->num_chunks + first / CHUNK;
+        for (int first = 0; first < seen; first += CHUNK) {
+            long chunk = (long)tile * room->num_chunks + first / CHUNK;
             __m256 below = _mm256_sub_ps(_mm256_loadu_ps(room->chunk_base + chunk * LANES), _mm256_loadu_ps(all->base));
             __m256 part = _mm256_set1_ps((float)call->num_tokens / call->num_queries);
             __m256 share = _mm256_div_ps(_mm256_mul_ps(lower(exp2_of(twice(below))), part), _mm256_loadu_ps(all->sum));
