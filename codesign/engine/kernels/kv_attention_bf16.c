@@ -34,10 +34,10 @@ typedef struct {
     int end, next_end; /* how many there are */
 } Way;
 
-/* Where to find what is computed in a while, the chunk at `row`, which may be past the end. */
+/* Where to find what is computed in a while, the group at `row`, which may be past the end. */
 INLINE long found_ahead(const Way *way, int row) {
     if (row < way->end) return stored_at(&way->place, row);
-    row -= (way->end + CHUNK - 1) / CHUNK * CHUNK;
+    row -= (way->end + GROUP - 1) / GROUP * GROUP;
     return stored_at(&way->next, row < way->next_end ? row : 0);
 }
 
@@ -141,8 +141,8 @@ static void weigh(const Call *call, const Room *room, Scratch *scratch, long pla
 
 /* One chunk of rows for one tile: `key` and `value` as they are stored (int8) or as bf16, the next ones to be fetched. */
 INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch *scratch, long plane, int tile, int row,
-                        int rows, const void *key, const void *value, const char *next_key, const char *next_value,
-                        int channels) {
+                        int rows, const void *key, const void *value, const char *const *next_key,
+                        const char *const *next_value, int channels) {
     int dim = call->dim, num = num_in(call, tile), size = format == INT8 ? dim : 2 * dim;
     __m256 scale = _mm256_set1_ps(call->scale * 1.44269504f), start = _mm256_setzero_ps();
     const uint32_t *query = scratch->query + (long)tile * dim / 2 * LANES;
@@ -154,7 +154,7 @@ INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch 
     }
     if (format == INT8) scale = _mm256_mul_ps(scale, _mm256_loadu_ps(scratch->query_steps + tile * LANES));
     for (int first = 0; first < rows; first += GROUP) {
-        const char *own = (const char *)key + (long)first * size, *later = next_key + (long)first * size;
+        const char *own = (const char *)key + (long)first * size, *later = next_key[first / GROUP];
         float *scores = scratch->scores + first * LANES;
         if (format == INT8)
             score_codes(dim, (const uint8_t *)own, scratch->row_scale[0] + first, query,
@@ -170,9 +170,11 @@ INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch 
     if (format == INT8) {
         weight_digits(scratch->scores, rows, _mm256_loadu_ps(scratch->largest), scratch->row_scale[1], scratch->pairs,
                       scratch->steps);
-        for (int d = 0; d < dim; d += 64)
+        for (int d = 0; d < dim; d += 64) {
+            const char *ahead[] = {next_value[0] + d, next_value[1] + d};
             add_codes_of(num, dim, (const uint8_t *)value + d, dim - d < 64 ? 0xFFFFFFFF : ~0ull, rows, scratch->pairs,
-                         scratch->steps, (const uint8_t *)next_value + d, found->out + d * LANES);
+                         scratch->steps, ahead, found->out + d * LANES);
+        }
         return;
     }
     if (format == INT4) {
@@ -189,15 +191,17 @@ INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch 
             }
             const uint32_t *own_pairs[2] = {pairs[0], pairs[1]};
             const float *own_start[2] = {start[0], start[1]};
-            add_nibbles_of(num, dim, (const uint8_t *)value + d, (const uint8_t *)next_value + d, rows, own_pairs,
-                           own_start, found->out + d * LANES, found->out + (half + d) * LANES);
+            const char *ahead[] = {next_value[0] + d, next_value[1] + d};
+            add_nibbles_of(num, dim, (const uint8_t *)value + d, ahead, rows, own_pairs, own_start,
+                           found->out + d * LANES, found->out + (half + d) * LANES);
         }
         return;
     }
     pair_up(scratch->scores, rows, format == FP8 ? scratch->row_scale[1] : NULL, scratch->pairs);
-    for (int d = 0; d < dim; d += 32)
-        add_values_of(num, dim, (const uint16_t *)value + d, (const uint16_t *)next_value + d, rows, scratch->pairs,
-                      found->out + d * LANES);
+    for (int d = 0; d < dim; d += 32) {
+        const char *ahead[] = {next_value[0] + 2 * d, next_value[1] + 2 * d};
+        add_values_of(num, dim, (const uint16_t *)value + d, ahead, rows, scratch->pairs, found->out + d * LANES);
+    }
 }
 
 /* Rows row .. last - 1 of a plane, all in one part. */
@@ -206,49 +210,54 @@ INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch 
     int dim = call->dim, size = format == NATIVE ? 2 * dim : format == INT4 ? dim / 2 : dim;
     for (; row < last; row += CHUNK) {
         int count = last - row < CHUNK ? last - row : CHUNK, rows = (count + GROUP - 1) / GROUP * GROUP;
-        /* Fetched meanwhile: the values of the next chunk and the keys of the one after it. One chunk is not enough:
-         * what misses the caches by one step waits for memory, and so does all that is asked for behind it. */
-        long first = stored_at(&way->place, row), soon = found_ahead(way, row + CHUNK), then = found_ahead(way, row + 2 * CHUNK);
+        /* Fetched meanwhile, a group of rows for each that is computed: the values of the next chunk, and the keys of the
+         * one after it. From one chunk ahead, or all of it at once, memory would not be done in time. */
+        long first = stored_at(&way->place, row), soon[2], then[2];
+        for (int i = 0; i < 2; i++) {
+            soon[i] = found_ahead(way, row + CHUNK + i * GROUP);
+            then[i] = found_ahead(way, row + 2 * CHUNK + i * GROUP);
+        }
         const void *key = filled_up(stored->key, first, count, rows, size, scratch->rows[0] + CHUNK * dim);
         const void *value = filled_up(stored->value, first, count, rows, size, scratch->rows[1] + CHUNK * dim);
-        const char *next_key = stored->value + soon * size, *next_value = stored->key + then * size;
+        const char *next_key[2], *next_value[2];
+        for (int i = 0; i < 2; i++) next_key[i] = stored->value + soon[i] * size, next_value[i] = stored->key + then[i] * size;
         if (format == INT8 || format == FP8) {
             widen(0, stored->key_scale + first, count, rows, scratch->row_scale[0]);
             widen(0, stored->value_scale + first, count, rows, scratch->row_scale[1]);
-            _mm_prefetch(stored->key_scale + then, _MM_HINT_T0);
-            _mm_prefetch(stored->value_scale + then, _MM_HINT_T0);
+            _mm_prefetch(stored->key_scale + then[0], _MM_HINT_T0);
+            _mm_prefetch(stored->value_scale + then[0], _MM_HINT_T0);
         }
         if (format == INT8) {
             make_unsigned(key, rows * dim, (uint8_t *)scratch->rows[0]);
             key = scratch->rows[0];
         }
         if (format == FP8 || format == INT4) {
-            const char *later[2] = {stored->key + then * size, stored->value + then * size};
+            const char *later[2] = {stored->key + then[0] * size, stored->value + then[0] * size};
             const void *codes[2] = {key, value};
             for (int i = 0; i < 2; i++) {
                 if (format == INT4 && i == 0)
                     decode_int4(codes[0], (const uint8_t *)later[0], rows, dim, scratch->rows[0]);
                 if (format == FP8) decode_fp8(codes[i], (const uint8_t *)later[i], rows * dim, scratch->rows[i]);
             }
-            key = next_key = (const char *)scratch->rows[0], next_value = later[1];
-            if (format == FP8) value = next_value = (const char *)scratch->rows[1];
+            key = scratch->rows[0];
+            if (format == FP8) value = scratch->rows[1];
+            for (int i = 0; i < 2; i++) { /* what is decoded by then need not be fetched */
+                next_key[i] = key;
+                next_value[i] = format == FP8 ? value : stored->value + then[i] * size;
+            }
         }
         if (format == INT4) {
             int num_ranges = dim / stored->channels;
-            long group = first / stored->group_size * dim, later = then / stored->group_size * dim;
+            long group = first / stored->group_size * dim, later = then[0] / stored->group_size * dim;
             widen_ranges(stored->key_scale + group, stored->key_low + group, dim, stored->key_scale + later,
                          stored->key_low + later, scratch->key_range);
             widen_ranges(stored->value_scale + first * num_ranges, stored->value_low + first * num_ranges,
-                         rows * num_ranges, stored->value_scale + then * num_ranges,
-                         stored->value_low + then * num_ranges, scratch->value_range);
+                         rows * num_ranges, stored->value_scale + then[0] * num_ranges,
+                         stored->value_low + then[0] * num_ranges, scratch->value_range);
         }
         for (int tile = 0; tile < room->num_tiles; tile++)
             attend_tile(format, call, room, scratch, plane, tile, row, rows, key, value, next_key, next_value,
                         stored->channels);
-        for (int row_bytes = rows * size; row_bytes < CHUNK * size; row_bytes += 64) { /* of a short last chunk */
-            _mm_prefetch(next_key + row_bytes, _MM_HINT_T1);
-            _mm_prefetch(next_value + row_bytes, _MM_HINT_T1);
-        }
     }
 }
 

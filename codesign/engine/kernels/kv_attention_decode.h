@@ -38,7 +38,7 @@ static void decode_int4(const uint8_t *codes, const uint8_t *later, int rows, in
 
 /* add_values of int4 codes [rows, dim / 2], 32 channels of the low halves and 32 of the high ones, each with pairs and a
  * start of its own: outputs out and out_high, for in_order to put in order. */
-INLINE void add_nibbles(int num, int dim, const uint8_t *codes, const uint8_t *later, int rows,
+INLINE void add_nibbles(int num, int dim, const uint8_t *codes, const char *const *later, int rows,
                         const uint32_t *const *pairs, const float *const *start, float *out, float *out_high) {
     for (int pass = 0; pass < 2; pass++) {
         float *own[2] = {out + pass * LANES * 16, out_high + pass * LANES * 16};
@@ -50,7 +50,7 @@ INLINE void add_nibbles(int num, int dim, const uint8_t *codes, const uint8_t *l
             const uint8_t *row = codes + r * dim / 2;
             __m256i one = _mm256_shuffle_epi32(_mm256_loadu_si256((const __m256i *)row), 0xD8);
             __m256i two = _mm256_shuffle_epi32(_mm256_loadu_si256((const __m256i *)(row + dim / 2)), 0xD8);
-            _mm_prefetch(later + r * dim / 2 + pass * dim / 2, _MM_HINT_T1);
+            _mm_prefetch(later[r / GROUP] + (r % GROUP + pass) * dim / 2, _MM_HINT_T1);
             __m512i both = _mm512_cvtepu8_epi16(pass ? _mm256_unpackhi_epi8(one, two) : _mm256_unpacklo_epi8(one, two));
             __m512bh low = (__m512bh)from_nibbles(both), high = (__m512bh)from_nibbles(_mm512_srli_epi16(both, 4));
             for (int m = 0; m < num; m++) {
@@ -69,7 +69,7 @@ INLINE void add_nibbles(int num, int dim, const uint8_t *codes, const uint8_t *l
         add_nibbles(N, dim, codes, later, rows, pairs, start, out, out_high); \
         break;
 
-static void add_nibbles_of(int num, int dim, const uint8_t *codes, const uint8_t *later, int rows,
+static void add_nibbles_of(int num, int dim, const uint8_t *codes, const char *const *later, int rows,
                            const uint32_t *const *pairs, const float *const *start, float *out, float *out_high) {
     switch (num) {
         ADD_NIBBLES(1) ADD_NIBBLES(2) ADD_NIBBLES(3) ADD_NIBBLES(4)

@@ -113,14 +113,14 @@ static void weight_digits(const float *weights, int rows, __m256 largest, const 
 /* Adds steps (digits of weights) (codes [rows, dim]) to out [4][LANES][16], 64 channels or those that `mask` has; lane
  * i of vector v is channel i / 4 * 16 + v * 4 + i % 4, so that swap_quarters puts them in order. */
 INLINE void add_codes(int num, int dim, const uint8_t *codes, __mmask64 mask, int rows, const uint32_t *digits,
-                      const float *steps, const uint8_t *later, float *out) {
+                      const float *steps, const char *const *later, float *out) {
     for (int v = 0; v < 4; v++) {
         __m512i high[LANES], low[LANES];
         for (int m = 0; m < num; m++) high[m] = low[m] = _mm512_setzero_si512();
         for (int r = 0; r < rows; r += 4) {
             __m512i row[4];
             for (int i = 0; i < 4; i++) row[i] = _mm512_maskz_loadu_epi8(mask, codes + (r + i) * dim);
-            _mm_prefetch(later + (r + v) * dim, _MM_HINT_T1);
+            _mm_prefetch(later[r / GROUP] + (r % GROUP + v) * dim, _MM_HINT_T1);
             __m512i one = v < 2 ? _mm512_unpacklo_epi8(row[0], row[1]) : _mm512_unpackhi_epi8(row[0], row[1]);
             __m512i two = v < 2 ? _mm512_unpacklo_epi8(row[2], row[3]) : _mm512_unpackhi_epi8(row[2], row[3]);
             __m512i four = v % 2 ? _mm512_unpackhi_epi16(one, two) : _mm512_unpacklo_epi16(one, two);
@@ -144,7 +144,7 @@ INLINE void add_codes(int num, int dim, const uint8_t *codes, __mmask64 mask, in
         break;
 
 static void add_codes_of(int num, int dim, const uint8_t *codes, __mmask64 mask, int rows, const uint32_t *digits,
-                         const float *steps, const uint8_t *later, float *out) {
+                         const float *steps, const char *const *later, float *out) {
     switch (num) {
         ADD_CODES(1) ADD_CODES(2) ADD_CODES(3) ADD_CODES(4) ADD_CODES(5) ADD_CODES(6) ADD_CODES(7) ADD_CODES(8)
     }

@@ -28,7 +28,7 @@ INLINE void score_any(int dim, const uint16_t *key, const uint32_t *query, __m25
     for (int r = 0; r < GROUP; r++) dot[r] = start;
     for (int i = 0; i < dim / 2; i++) {
         __m256bh part = (__m256bh)_mm256_loadu_si256((const __m256i *)(query + LANES * i));
-        _mm_prefetch(later + 32 * i, _MM_HINT_T1);
+        _mm_prefetch(later + i % GROUP * dim + i / GROUP * 32, _MM_HINT_T1); /* a line of each row, then the next */
         for (int r = 0; r < GROUP; r++) dot[r] = _mm256_dpbf16_ps(dot[r], part, two_channels(key + r * dim + 2 * i));
     }
     for (int r = 0; r < GROUP; r++) _mm256_storeu_ps(scores + LANES * r, _mm256_mul_ps(dot[r], scale));
@@ -161,22 +161,24 @@ INLINE void pair_up(const float *weights, int rows, const float *row_scale, uint
 }
 
 /* Adds (pairs of weights) (values [rows, dim]) to out [2][LANES][16], 32 channels; in_order says what
- * lies in the vectors. `later` is fetched meanwhile. */
-INLINE void add_values(int num, int dim, const uint16_t *value, const uint16_t *later, int rows, const uint32_t *pairs,
-                       float *out) {
+ * lies in the vectors. `later`, for each GROUP of rows, is fetched meanwhile. */
+INLINE void add_values(int num, int dim, const uint16_t *value, const char *const *later, int rows,
+                       const uint32_t *pairs, float *out) {
     vec sum[LANES][2];
     for (int m = 0; m < num; m++)
         for (int half = 0; half < 2; half++) sum[m][half] = _mm512_loadu_ps(out + (half * LANES + m) * 16);
-    for (int r = 0; r < rows; r += 2, value += 2 * dim, later += 2 * dim, pairs += LANES) {
+    const char *ahead = later[0];
+    for (int r = 0; r < rows; r += 2, value += 2 * dim, pairs += LANES) {
         __m512i one = _mm512_loadu_si512(value), two = _mm512_loadu_si512(value + dim);
         __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), high = (__m512bh)_mm512_unpackhi_epi16(one, two);
-        _mm_prefetch(later, _MM_HINT_T1);
-        _mm_prefetch(later + dim, _MM_HINT_T1);
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        _mm_prefetch(ahead + 2 * dim, _MM_HINT_T1);
         for (int m = 0; m < num; m++) {
             __m512bh weight = (__m512bh)_mm512_set1_epi32((int)pairs[m]);
             sum[m][0] = _mm512_dpbf16_ps(sum[m][0], weight, low);
             sum[m][1] = _mm512_dpbf16_ps(sum[m][1], weight, high);
         }
+        ahead = r == GROUP - 2 ? later[1] : ahead + 4 * dim;
     }
     for (int m = 0; m < num; m++)
         for (int half = 0; half < 2; half++) _mm512_storeu_ps(out + (half * LANES + m) * 16, sum[m][half]);
@@ -197,7 +199,7 @@ INLINE void in_order(vec *four) {
         add_values(N, dim, value, later, rows, pairs, out); \
         break;
 
-static void add_values_of(int num, int dim, const uint16_t *value, const uint16_t *later, int rows,
+static void add_values_of(int num, int dim, const uint16_t *value, const char *const *later, int rows,
                           const uint32_t *pairs, float *out) {
     switch (num) {
         ADD_VALUES(1) ADD_VALUES(2) ADD_VALUES(3) ADD_VALUES(4) ADD_VALUES(5) ADD_VALUES(6) ADD_VALUES(7) ADD_VALUES(8)
