@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from codesign.engine.kv.codec import KVCodec, Parts
+from codesign.engine.kv.place import ON_DEVICE
 from codesign.engine.kv.tables import BlockTables, num_blocks_of
 from codesign.engine.step import BLOCK_TOKENS, StepPlan
 
@@ -68,7 +69,7 @@ class PagedStore:
         like = codec.encode(torch.zeros(1, head_dim, dtype=dtype, device=device))
         shape = (num_layers, num_blocks, num_kv_heads, BLOCK_TOKENS)
         self._key, self._value = (
-            tuple(torch.zeros(*shape, part.shape[1], dtype=part.dtype, device=device) for part in like)
+            tuple(ON_DEVICE.zeros(*shape, part.shape[1], dtype=part.dtype, device=device) for part in like)
             for _ in ("key", "value")
         )
         max_blocks = num_blocks_of(max_model_len)

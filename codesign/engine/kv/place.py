@@ -19,9 +19,11 @@ class KVPlace:
         """Rows for an engine that computes on `device`; their memory is given back with the tensor.
 
         Raises:
-            Unsupported: there is no room for them, or no such memory.
+            MemoryError, Unsupported: there is no room for them, or no such memory.
         """
-        return torch.zeros(shape, dtype=dtype, device=device) if device.type != "cpu" else huge_zeros(shape, dtype=dtype)
+        return (
+            torch.zeros(shape, dtype=dtype, device=device) if device.type != "cpu" else huge_zeros(shape, dtype=dtype)
+        )
 
     def memory(self, device: torch.device) -> str:
         """What `zeros` allocates, in words."""
