@@ -159,7 +159,9 @@ INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch 
         if (format == INT8)
             score_codes(dim, (const uint8_t *)own, scratch->row_scale[0] + first, query,
                         scratch->query_start + tile * 2 * LANES, scale, (const uint8_t *)later, scores);
-        else score_group(dim, (const uint16_t *)own, query, start, scale, (const uint16_t *)later, scores);
+        else
+            score_group(dim, (const uint16_t *)own, query, start, scale, later,
+                        format == NATIVE ? next_value[first / GROUP] : own, scores);
     }
     if (format == FP8)
         for (int r = 0; r < rows; r++) {
@@ -199,7 +201,8 @@ INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch 
     }
     pair_up(scratch->scores, rows, format == FP8 ? scratch->row_scale[1] : NULL, scratch->pairs);
     for (int d = 0; d < dim; d += 32) {
-        const char *ahead[] = {next_value[0] + 2 * d, next_value[1] + 2 * d};
+        int line = d / 64 * 128; /* each of them twice, since some are lost */
+        const char *ahead[] = {next_value[0] + line, next_value[1] + line};
         add_values_of(num, dim, (const uint16_t *)value + d, ahead, rows, scratch->pairs, found->out + d * LANES);
     }
 }

@@ -20,25 +20,29 @@ INLINE __m256bh two_channels(const uint16_t *row) {
     return (__m256bh)_mm256_set1_epi32(two);
 }
 
-/* scores [GROUP][LANES] = scale (start + q k) of keys [GROUP, dim] and a query [dim / 2][LANES] of pairs; `later` is
- * fetched meanwhile, as many bytes as the keys have. */
+/* scores [GROUP][LANES] = scale (start + q k) of keys [GROUP, dim] and a query [dim / 2][LANES] of pairs. Meanwhile
+ * `later` is fetched, as many bytes as the keys have, one of the 64-byte lines of each row after the other, and every
+ * second one of `much_later`. The lines between are fetched with the values, which take less time: what is asked for
+ * faster than memory answers is lost. */
 INLINE void score_any(int dim, const uint16_t *key, const uint32_t *query, __m256 start, __m256 scale,
-                      const uint16_t *later, float *scores) {
+                      const char *later, const char *much_later, float *scores) {
     __m256 dot[GROUP];
     for (int r = 0; r < GROUP; r++) dot[r] = start;
     for (int i = 0; i < dim / 2; i++) {
         __m256bh part = (__m256bh)_mm256_loadu_si256((const __m256i *)(query + LANES * i));
-        _mm_prefetch(later + i % GROUP * dim + i / GROUP * 32, _MM_HINT_T1); /* a line of each row, then the next */
+        int line = i % GROUP * dim * 2 + i / GROUP * 64;
+        _mm_prefetch(later + line, _MM_HINT_T1);
+        if (i / GROUP % 2) _mm_prefetch(much_later + line, _MM_HINT_T1);
         for (int r = 0; r < GROUP; r++) dot[r] = _mm256_dpbf16_ps(dot[r], part, two_channels(key + r * dim + 2 * i));
     }
     for (int r = 0; r < GROUP; r++) _mm256_storeu_ps(scores + LANES * r, _mm256_mul_ps(dot[r], scale));
 }
 
 static void score_group(int dim, const uint16_t *key, const uint32_t *query, __m256 start, __m256 scale,
-                        const uint16_t *later, float *scores) {
-    if (dim == 64) score_any(64, key, query, start, scale, later, scores);
-    else if (dim == 128) score_any(128, key, query, start, scale, later, scores);
-    else score_any(dim, key, query, start, scale, later, scores);
+                        const char *later, const char *much_later, float *scores) {
+    if (dim == 64) score_any(64, key, query, start, scale, later, much_later, scores);
+    else if (dim == 128) score_any(128, key, query, start, scale, later, much_later, scores);
+    else score_any(dim, key, query, start, scale, later, much_later, scores);
 }
 
 /* 2^x for x <= 0, relative error 1e-7; a NaN stays one. 2^x = 2^n (1 + r P(r)), P fitted on [-1/2, 1/2]. */
@@ -161,7 +165,7 @@ INLINE void pair_up(const float *weights, int rows, const float *row_scale, uint
 }
 
 /* Adds (pairs of weights) (values [rows, dim]) to out [2][LANES][16], 32 channels; in_order says what
- * lies in the vectors. `later`, for each GROUP of rows, is fetched meanwhile. */
+ * lies in the vectors. `later`, a line of each row of each GROUP, is fetched meanwhile. */
 INLINE void add_values(int num, int dim, const uint16_t *value, const char *const *later, int rows,
                        const uint32_t *pairs, float *out) {
     vec sum[LANES][2];
