@@ -213,8 +213,8 @@ INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch 
     int dim = call->dim, size = format == NATIVE ? 2 * dim : format == INT4 ? dim / 2 : dim;
     for (; row < last; row += CHUNK) {
         int count = last - row < CHUNK ? last - row : CHUNK, rows = (count + GROUP - 1) / GROUP * GROUP;
-        /* Fetched meanwhile, a group of rows for each that is computed: the values of the next chunk, and the keys of the
-         * one after it. From one chunk ahead, or all of it at once, memory would not be done in time. */
+        /* Fetched meanwhile, a group of rows for each that is computed: the values of the next chunk and the keys of the
+         * one after it. What is asked for later, or all at once, does not come in time. */
         long first = stored_at(&way->place, row), soon[2], then[2];
         for (int i = 0; i < 2; i++) {
             soon[i] = found_ahead(way, row + CHUNK + i * GROUP);
@@ -223,7 +223,10 @@ INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch 
         const void *key = filled_up(stored->key, first, count, rows, size, scratch->rows[0] + CHUNK * dim);
         const void *value = filled_up(stored->value, first, count, rows, size, scratch->rows[1] + CHUNK * dim);
         const char *next_key[2], *next_value[2];
-        for (int i = 0; i < 2; i++) next_key[i] = stored->value + soon[i] * size, next_value[i] = stored->key + then[i] * size;
+        for (int i = 0; i < 2; i++) {
+            next_key[i] = stored->value + soon[i] * size;
+            next_value[i] = stored->key + then[i] * size;
+        }
         if (format == INT8 || format == FP8) {
             widen(0, stored->key_scale + first, count, rows, scratch->row_scale[0]);
             widen(0, stored->value_scale + first, count, rows, scratch->row_scale[1]);
@@ -272,9 +275,10 @@ INLINE Place place_of(const Call *call, const Table *table, const int64_t *first
 INLINE int attend(int format, const Call *call, const Table *table, const int64_t *first, const Stored *stored,
                   int64_t capacity, const int32_t *num_encoded, const Stored *rest, int64_t rest_capacity) {
     Rooms rooms;
-    int lacks_memory = !make_rooms(call, &rooms);
-    if (lacks_memory) return 1;
-    long num_planes = (long)call->num_slots * call->num_heads, num_parts = (call->num_rows + PART - 1) / PART, begun = 0;
+    int lacks_memory = 0;
+    if (!make_rooms(call, &rooms)) return 1;
+    long num_planes = (long)call->num_slots * call->num_heads, begun = 0;
+    long num_parts = (call->num_rows + PART - 1) / PART;
 #pragma omp parallel num_threads(call->num_threads) reduction(| : lacks_memory)
     {
         Scratch scratch;

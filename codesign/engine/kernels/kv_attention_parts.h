@@ -49,15 +49,18 @@ static int make_rooms(const Call *call, Rooms *rooms) {
     size_t found = lines(room.num_tiles * room.num_parts * room.found_bytes), bases = lines(num_kept * sizeof(float));
     size_t kept = lines(num_kept * CHUNK * sizeof(uint16_t)), own = lines(sizeof(Room)) + found + bases + kept;
     size_t pointers = lines(num_planes * sizeof(Room *)), counts = lines(num_planes * sizeof(int));
-    char *next = rooms->memory = aligned_alloc(64, lines(num_rooms * sizeof(Room *)) + pointers + counts + num_rooms * own);
+    size_t listed = lines(num_rooms * sizeof(Room *)), total = listed + pointers + counts + num_rooms * own;
+    char *next = rooms->memory = aligned_alloc(64, total);
     if (!next) return 0;
-    rooms->free = (Room **)next, next += lines(num_rooms * sizeof(Room *));
+    rooms->free = (Room **)next, next += listed;
     rooms->of_plane = (Room **)next, next += pointers;
     rooms->num_left = (int *)next, next += counts;
     for (rooms->num_free = 0; rooms->num_free < num_rooms; rooms->num_free++, next += own) {
         Room *each = rooms->free[rooms->num_free] = (Room *)next;
         *each = room, each->found = next + lines(sizeof(Room));
-        if (call->columns) each->chunk_base = (float *)(each->found + found), each->kept = (uint16_t *)(each->found + found + bases);
+        if (!call->columns) continue;
+        each->chunk_base = (float *)(each->found + found);
+        each->kept = (uint16_t *)(each->found + found + bases);
     }
     for (long plane = 0; plane < num_planes; plane++) {
         rooms->of_plane[plane] = NULL;

@@ -235,6 +235,33 @@ def test_threads_change_no_bit_of_long_rows(codec: str) -> None:
     assert torch.equal(*outs)
 
 
+def test_neither_threads_nor_neighbours_change_a_bit_however_planes_share_rooms() -> None:
+    """More planes than rooms, of one part and of several, in two tiles of queries, with their weights."""
+    lengths, before, found = [2500, 40, 1100, 7, 1021, 3000], torch.get_num_threads(), []
+    shape = (2, len(lengths), NUM_KV_HEADS, 3003, 64)
+    key, value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    query = torch.randn(len(lengths), NUM_KV_HEADS, 12, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def attend(own: slice) -> tuple[Tensor, Tensor]:
+        given = {"num_tokens": 3, "num_rows": 3003, "scale": 0.125, "want_columns": True}
+        queries = Queries(query[own], lengths[own], **given)  # type: ignore[arg-type]
+        kernel().native(queries, key[own], value[own])
+        assert queries.columns is not None
+        return queries.out, queries.columns
+
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            found.append(attend(slice(None)))
+    finally:
+        torch.set_num_threads(before)
+    alone = [attend(slice(index, index + 1)) for index in range(len(lengths))]
+
+    for kind in range(2):
+        together = torch.cat([own[kind] for own in alone])
+        assert all(torch.equal(own[kind], together) for own in found)
+
+
 @pytest.mark.parametrize("part", ["key", "value"])
 @pytest.mark.parametrize("codec", ["int8", "fp8"])
 def test_a_row_that_was_nan_when_it_was_encoded_gives_nan(codec: str, part: str) -> None:
