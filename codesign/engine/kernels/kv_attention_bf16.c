@@ -40,6 +40,7 @@ typedef struct {
     int32_t *query_start;    /* [tiles, 2, LANES] */
     uint32_t *folded;        /* [dim / 2, LANES] */
     float *wide;             /* [tiles, dim, LANES] queries */
+    float *wide_rows;        /* [LANES, dim] */
     float *key_range[2];     /* [dim] steps and middles of a group */
     float *value_range[2];   /* [CHUNK, dim / channels], at least 8 channels a range */
 } Scratch;
@@ -52,33 +53,42 @@ static char *scratch_of(const Call *call, int num_tiles, Scratch *scratch) {
     size_t sizes[] = {2 * lines(CHUNK * dim * 2),  2 * lines(CHUNK * dim * 2),    num_tiles * lines(dim / 2 * lanes),
                       lines(num_tiles * lanes),    lines(2 * num_tiles * lanes), lines(dim / 2 * lanes),
                       num_tiles * lines(dim * lanes), lines(dim * 4),            lines(dim * 4),
-                      lines(CHUNK * dim / 8 * 4),  lines(CHUNK * dim / 8 * 4)};
-    void *parts[11];
+                      lines(CHUNK * dim / 8 * 4),  lines(CHUNK * dim / 8 * 4),  lines(dim * lanes)};
+    void *parts[12];
     size_t total = 0;
-    for (int i = 0; i < 11; i++) total += sizes[i];
+    for (int i = 0; i < 12; i++) total += sizes[i];
     char *own = aligned_alloc(64, total), *next = own;
-    for (int i = 0; i < 11; next += sizes[i++]) parts[i] = next;
+    for (int i = 0; i < 12; next += sizes[i++]) parts[i] = next;
     scratch->rows[0] = parts[0], scratch->rows[1] = parts[1], scratch->query = parts[2];
     scratch->query_steps = parts[3], scratch->query_start = parts[4], scratch->folded = parts[5];
     scratch->wide = parts[6], scratch->key_range[0] = parts[7], scratch->key_range[1] = parts[8];
-    scratch->value_range[0] = parts[9], scratch->value_range[1] = parts[10];
+    scratch->value_range[0] = parts[9], scratch->value_range[1] = parts[10], scratch->wide_rows = parts[11];
     return own;
 }
 
 /* The queries of a plane as the rows of `format` want them. */
-static void prepare(int format, const Call *call, long plane, int num_tiles, Scratch *scratch) {
+static void prepare(int format, const Call *call, long plane, Scratch *scratch) {
     int dim = call->dim;
-    for (int tile = 0; tile < num_tiles; tile++) {
-        const float *query = call->query + (plane * call->num_queries + tile * LANES) * dim;
+    for (int tile = 0; tile < tiles_of(call, plane); tile++) {
         uint32_t *own = scratch->query + (long)tile * dim / 2 * LANES;
-        int num = num_in(call, tile);
-        if (format == INT8) {
-            query_digits(num, dim, query, own, scratch->query_steps + tile * LANES, scratch->query_start + tile * 2 * LANES);
+        float *wide = scratch->wide + (long)tile * dim * LANES;
+        int num = num_in(call, plane, tile);
+        const void *rows[LANES];
+        for (int m = 0; m < num; m++) rows[m] = (const uint16_t *)call->query + query_at(call, plane, tile * LANES + m);
+        if (format == NATIVE || format == FP8) { /* pairs as they are */
+            turn(num, dim / 2, rows, (float *)own);
             continue;
         }
-        float *wide = scratch->wide + (long)tile * dim * LANES;
-        turn(num, dim, query, wide);
-        for (int d = 0; d < dim; d += 2)
+        for (int m = 0; m < num; m++) {
+            for (int d = 0; d < dim; d += 16)
+                _mm512_storeu_ps(scratch->wide_rows + m * dim + d, from_bf16((const uint16_t *)rows[m] + d));
+            rows[m] = scratch->wide_rows + m * dim;
+        }
+        if (format == INT8)
+            query_digits(num, dim, scratch->wide_rows, own, scratch->query_steps + tile * LANES,
+                         scratch->query_start + tile * 2 * LANES);
+        else turn(num, dim, rows, wide);
+        for (int d = 0; d < dim && format == INT4; d += 2)
             _mm256_storeu_si256((__m256i *)(own + d / 2 * LANES), paired(_mm512_loadu_ps(wide + d * LANES)));
     }
 }
@@ -99,7 +109,7 @@ static void weigh(const Call *call, const Room *room, Scratch *scratch, long pla
     int last = call->past[plane] + 1 - row; /* rows from here on are not seen by token 0 */
     if (rows > last) {
         int seen[LANES];
-        for (int i = 0; i < LANES; i++) seen[i] = last + (tile * LANES + i) % call->num_tokens;
+        for (int i = 0; i < LANES; i++) seen[i] = last + (tile * LANES + i) % tokens_of(call, plane);
         hide(scratch->scores, rows, _mm256_loadu_si256((const __m256i *)seen));
     }
     __m256 old = _mm256_loadu_ps(found->base), largest = largest_of(scratch->scores, rows);
@@ -120,7 +130,7 @@ static void weigh(const Call *call, const Room *room, Scratch *scratch, long pla
     }
     uint16_t *kept = NULL;
     if (room->kept) {
-        long chunk = (plane * room->num_tiles + tile) * room->num_chunks + row / CHUNK;
+        long chunk = number_of(call, room, plane, tile) * room->num_chunks + row / CHUNK;
         kept = room->kept + chunk * CHUNK * LANES;
         _mm256_storeu_ps(room->chunk_base + chunk * LANES, base);
     }
@@ -131,10 +141,10 @@ static void weigh(const Call *call, const Room *room, Scratch *scratch, long pla
 INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch *scratch, long plane, int tile, int row,
                         int rows, const void *key, const void *value, const char *next_key, const char *next_value,
                         int channels) {
-    int dim = call->dim, num = num_in(call, tile), size = format == INT8 ? dim : 2 * dim;
+    int dim = call->dim, num = num_in(call, plane, tile), size = format == INT8 ? dim : 2 * dim;
     __m256 scale = _mm256_set1_ps(call->scale * 1.44269504f), start = _mm256_setzero_ps();
     const uint32_t *query = scratch->query + (long)tile * dim / 2 * LANES;
-    Found *found = found_of(room, plane, tile, row / PART);
+    Found *found = found_of(call, room, plane, tile, row / PART);
     if (format == INT4) {
         const float *wide = scratch->wide + (long)tile * dim * LANES;
         start = fold_ranges(dim, wide, scratch->key_range[0], scratch->key_range[1], scratch->folded);
@@ -229,7 +239,7 @@ INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch 
                          rows * num_ranges, stored->value_scale + then * num_ranges,
                          stored->value_low + then * num_ranges, scratch->value_range);
         }
-        for (int tile = 0; tile < room->num_tiles; tile++)
+        for (int tile = 0; tile < tiles_of(call, plane); tile++)
             attend_tile(format, call, room, scratch, plane, tile, row, rows, key, value, next_key, next_value,
                         stored->channels);
     }
@@ -241,20 +251,21 @@ INLINE int attend(int format, const Call *call, const Table *table, const int64_
     Room room;
     int lacks_memory = !make_room(call, &room);
     long num_planes = (long)call->num_slots * call->num_heads, num_items = num_planes * room.num_parts;
+    int most_tiles = (call->num_groups * call->num_tokens + LANES - 1) / LANES;
 #pragma omp parallel num_threads(call->num_threads) reduction(| : lacks_memory) if (!lacks_memory)
     if (!lacks_memory) {
         Scratch scratch;
-        char *own = scratch_of(call, room.num_tiles, &scratch);
+        char *own = scratch_of(call, most_tiles, &scratch);
         lacks_memory = !own;
 #pragma omp for schedule(dynamic)
-        for (long item = 0; item < num_items; item++) {
+        for (long item = num_items - 1; item >= 0; item--) { /* prompts, the longest pieces, come last in a step */
             long plane = item / room.num_parts;
-            int part = item % room.num_parts, row = part * PART, last = call->past[plane] + call->num_tokens;
+            int part = item % room.num_parts, row = part * PART, last = call->past[plane] + tokens_of(call, plane);
             if (row >= last || !own) continue;
             if (last > row + PART) last = row + PART;
             Place place = table ? in_blocks(call, table, plane) : (Place){.first = first ? first[plane] : plane * capacity};
-            prepare(format, call, plane, room.num_tiles, &scratch);
-            start_part(&room, plane, part);
+            prepare(format, call, plane, &scratch);
+            start_part(call, &room, plane, part);
             if (format == INT4) {
                 int encoded = num_encoded[plane / call->num_heads], stop = encoded < last ? encoded : last;
                 attend_rows(INT4, call, &room, &scratch, plane, place, stored, row, stop);
@@ -264,8 +275,9 @@ INLINE int attend(int format, const Call *call, const Table *table, const int64_
         }
 #pragma omp for schedule(dynamic)
         for (long plane = 0; plane < num_planes; plane++)
-            for (int tile = 0; tile < room.num_tiles && own; tile++)
-                merge(call, &room, format == INT8, plane, tile, (call->past[plane] + call->num_tokens + PART - 1) / PART);
+            for (int tile = 0; tile < tiles_of(call, plane) && own; tile++)
+                merge(call, &room, format == INT8, plane, tile,
+                      (call->past[plane] + tokens_of(call, plane) + PART - 1) / PART);
         if (call->columns) {
 #pragma omp for schedule(dynamic)
             for (long item = 0; item < num_items; item++) {
