@@ -19,7 +19,7 @@ from torch import Tensor
 
 from codesign.engine.kernels.kv_attention import Queries
 
-_PIECE = 64  # tokens
+_PIECE = 32  # tokens
 _AT_ONCE = 512  # tokens in one call, so that its memory grows with the rows alone
 
 
@@ -80,15 +80,16 @@ def attend(
     """
     out = torch.empty_like(query)
     for number, own in enumerate(calls):
+        is_all = len(calls) == 1
         queries = Queries(
-            query[own.tokens],
+            query if is_all else query[own.tokens],
             own.past,
             num_kv_heads=num_kv_heads,
             num_tokens=own.num_tokens,
             num_rows=own.num_rows,
             scale=scale,
             want_columns=False,
-            out=out[own.tokens],
+            out=out if is_all else out[own.tokens],
         )
         run(queries, number)
     return out

@@ -34,7 +34,7 @@ def test_pieces_are_every_token_once_in_order_and_few_enough_at_once(sequences: 
     start = 0
     for call in calls:
         assert call.tokens == slice(start, start := start + sum(call.num_tokens))
-        assert max(call.num_tokens) <= 64
+        assert max(call.num_tokens) <= 32
         assert sum(call.num_tokens) <= 512
         assert call.num_rows == max(past + own for past, own in zip(call.past, call.num_tokens, strict=True))
         for index, past, own in zip(call.of, call.past, call.num_tokens, strict=True):
