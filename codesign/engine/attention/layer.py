@@ -247,7 +247,7 @@ class Attention:
 
     def _packed(self, group: LayerGroup, batch: Batch, spans: Sequence[Span]) -> _Packed:
         calls = packed.pieces([(span.num_past, span.num_queries) for span in spans])
-        slots = torch.tensor([span.slot for span in spans for _ in span.tokens])
+        slots = torch.tensor([span.slot for span in spans for _ in span.tokens], dtype=torch.int64)
         first = [row_starts(group.first_rows(spans[index].slot for index in own.of)) for own in calls]
         return _Packed(calls, tuple(first), group.rows(slots, batch.positions))
 

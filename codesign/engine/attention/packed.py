@@ -44,10 +44,10 @@ class Pieces:
 
 def pieces(sequences: Sequence[tuple[int, int]]) -> tuple[Pieces, ...]:
     """Sequences as (rows before its tokens, tokens), packed one after the other, as few calls as may be."""
-    calls: list[list[tuple[int, int, int]]] = [[]]
-    taken = 0
+    calls: list[list[tuple[int, int, int]]] = []
+    taken = _AT_ONCE
     for piece in _cut(sequences):
-        if calls[-1] and taken + piece[2] > _AT_ONCE:
+        if taken + piece[2] > _AT_ONCE:
             calls.append([])
             taken = 0
         calls[-1].append(piece)

@@ -94,7 +94,7 @@ class DecoderLayer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [N, H, D], k and v [N, H_kv, D], with qk-norm where the model has it."""
-        heads = self.qkv(x).view(len(x), -1, self._head_dim)
+        heads = self.qkv(x).view(len(x), sum(self._heads), self._head_dim)
         q, k, v = heads.split_with_sizes(self._heads, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.pieces.norm_heads(q, k, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)

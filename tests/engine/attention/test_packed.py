@@ -13,6 +13,7 @@ from codesign.engine.engine import Engine
 from codesign.engine.kernels import kv_attention
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.kv_attention import KVAttention, Queries, row_starts
+from codesign.engine.step import StepPlan
 from codesign.spec.request import Request
 from tests.engine.driving import generate, request, tiny_engine
 
@@ -44,6 +45,10 @@ def test_pieces_are_every_token_once_in_order_and_few_enough_at_once(sequences: 
         assert [past for past, _ in own] == edges[:-1]
         assert edges[-1] == num_past + num_tokens
         assert max(count for _, count in own) - min(count for _, count in own) <= 1
+
+
+def test_a_step_without_tokens_is_no_call() -> None:
+    assert packed.pieces([]) == ()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, sequences: list[tuple[int, int]], slots: list[int]) -> Tensor:
@@ -99,6 +104,16 @@ LAYOUTS = {"dense": {}, "paged": {"layout": "paged"}}
 
 def engine(**config: object) -> Engine:
     return tiny_engine(shape=HEADS, dtype="bf16", **config)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_that_only_frees_is_run(layout: str) -> None:
+    built = engine(kv=LAYOUTS[layout])
+    generate(built, request("a", 40, 3))
+
+    logits = built.parts.runner.run(StepPlan(frees=(0,)))
+
+    assert logits.shape[0] == 0
 
 
 def requests() -> list[Request]:
