@@ -60,7 +60,7 @@ class _Packed:
     rows: of each layer, where all keys and values of the step go.
     """
 
-    calls: tuple[packed.Pieces, ...]
+    calls: tuple[packed.PackedCall, ...]
     first: tuple[Any, ...]
     rows: Sequence[Tensor]
 
@@ -246,7 +246,7 @@ class Attention:
         return has_kernel and not group.is_staged and group.recent is None
 
     def _packed(self, group: LayerGroup, batch: Batch, spans: Sequence[Span]) -> _Packed:
-        calls = packed.pieces([(span.num_past, span.num_queries) for span in spans])
+        calls = packed.cut([(span.num_past, span.num_queries) for span in spans])
         slots = torch.tensor([span.slot for span in spans for _ in span.tokens], dtype=torch.int64)
         first = [row_starts(group.first_rows(spans[index].slot for index in own.of)) for own in calls]
         return _Packed(calls, tuple(first), group.rows(slots, batch.positions))

@@ -24,8 +24,8 @@ _AT_ONCE = 512  # tokens in one call, so that its memory grows with the rows alo
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
-    """What goes into one call.
+class PackedCall:
+    """Pieces of sequences that go into one call.
 
     Attributes:
         tokens: of the packed ones.
@@ -42,11 +42,11 @@ class Pieces:
     num_rows: int
 
 
-def pieces(sequences: Sequence[tuple[int, int]]) -> tuple[Pieces, ...]:
+def cut(sequences: Sequence[tuple[int, int]]) -> tuple[PackedCall, ...]:
     """Sequences as (rows before its tokens, tokens), packed one after the other, as few calls as may be."""
     calls: list[list[tuple[int, int, int]]] = []
     taken = _AT_ONCE
-    for piece in _cut(sequences):
+    for piece in _pieces(sequences):
         if taken + piece[2] > _AT_ONCE:
             calls.append([])
             taken = 0
@@ -56,12 +56,12 @@ def pieces(sequences: Sequence[tuple[int, int]]) -> tuple[Pieces, ...]:
     for own in calls:
         of, past, num_tokens = zip(*own, strict=True)
         tokens = slice(start, start + sum(num_tokens))
-        found.append(Pieces(tokens, of, past, num_tokens, max(map(sum, zip(past, num_tokens, strict=True)))))
+        found.append(PackedCall(tokens, of, past, num_tokens, max(map(sum, zip(past, num_tokens, strict=True)))))
         start = tokens.stop
     return tuple(found)
 
 
-def _cut(sequences: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+def _pieces(sequences: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
     """(sequence, rows before, tokens) of pieces that are as even as can be."""
     for index, (num_past, num_tokens) in enumerate(sequences):
         count = -(-num_tokens // _PIECE)
@@ -71,7 +71,7 @@ def _cut(sequences: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]
 
 
 def attend(
-    query: Tensor, calls: Sequence[Pieces], run: Callable[[Queries, int], None], *, num_kv_heads: int, scale: float
+    query: Tensor, calls: Sequence[PackedCall], run: Callable[[Queries, int], None], *, num_kv_heads: int, scale: float
 ) -> Tensor:
     """[N, H, D] for the packed query [N, H, D].
 

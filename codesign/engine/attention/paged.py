@@ -51,7 +51,7 @@ class _Step:
     written: Tensor | None
     rows: Tensor
     has_prompts: bool
-    packed: tuple[tuple[packed.Pieces, Tensor], ...]
+    packed: tuple[tuple[packed.PackedCall, Tensor], ...]
     calls: tuple[tuple[Call, Tensor], ...]
     admitted: dict[int, Tensor]
 
@@ -176,10 +176,10 @@ class PagedAttention:
             is_staged = self._is_staged(span) and not span.is_prompt_end
             store.reserve(span.slot, span.num_queries, is_pending=not span.is_prompt, is_staged=is_staged)
         written, rows = self._written(batch, spans)
-        whole: tuple[packed.Pieces, ...] = ()
+        whole: tuple[packed.PackedCall, ...] = ()
         calls: tuple[Call, ...] = ()
         if self._attend_blocks.packed is not None:
-            whole = packed.pieces([(span.num_past, span.num_queries) for span in spans])
+            whole = packed.cut([(span.num_past, span.num_queries) for span in spans])
         else:
             calls = cut(
                 spans,

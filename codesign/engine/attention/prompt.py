@@ -55,7 +55,7 @@ class PromptAttention:
             )
             return out[0].transpose(0, 1)
         key, value = _rows_together(key), _rows_together(value)
-        kernel, calls = self._compiled, packed.pieces([(key.shape[1] - len(query), len(query))])
+        kernel, calls = self._compiled, packed.cut([(key.shape[1] - len(query), len(query))])
         apart = key.stride(0) // key.shape[2]
         assert apart == value.stride(0) // value.shape[2]
 

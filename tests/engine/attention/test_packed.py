@@ -29,7 +29,7 @@ def kernel() -> KVAttention:
 
 @given(st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 1500)), min_size=1, max_size=12))
 def test_pieces_are_every_token_once_in_order_and_few_enough_at_once(sequences: list[tuple[int, int]]) -> None:
-    calls = packed.pieces(sequences)
+    calls = packed.cut(sequences)
 
     found: list[list[tuple[int, int]]] = [[] for _ in sequences]
     start = 0
@@ -48,12 +48,12 @@ def test_pieces_are_every_token_once_in_order_and_few_enough_at_once(sequences: 
 
 
 def test_a_step_without_tokens_is_no_call() -> None:
-    assert packed.pieces([]) == ()
+    assert packed.cut([]) == ()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, sequences: list[tuple[int, int]], slots: list[int]) -> Tensor:
     """[N, H, D] over rows [S, H_kv, C, D]."""
-    calls, found = packed.pieces(sequences), kernel()
+    calls, found = packed.cut(sequences), kernel()
 
     def run(queries: Queries, number: int) -> None:
         starts = [(slots[index] * NUM_KV_HEADS + head) * CAPACITY for index in calls[number].of for head in (0, 1)]
