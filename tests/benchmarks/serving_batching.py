@@ -4,6 +4,7 @@ import itertools
 import random
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from codesign.engine.attention.paged import PagedAttention
@@ -151,28 +152,33 @@ def prefix(setting: Setting) -> dict[str, Any]:
     }
     warm(engines, setting)
     for share, wanted in ((0.0, 0.99), (0.5, 1.7), (0.9, 4.0)):
-        walls = turn_about(
-            list(engines),
-            setting.rounds + 2 * (share == 0),  # a difference of one percent wants more rounds
-            lambda name, index, share=share: (
-                run(  # type: ignore[misc]
-                    engines[name], shared_prompts(count, prompt_tokens, share, setting.vocab_size, f"{share} {index}")
-                ).wall_s
-            ),
-        )
+        walls: dict[str, list[float]] = {name: [] for name in engines}
+        for index in range(setting.rounds + 4 * (share == 0)):  # a difference of one percent wants more rounds
+            asked = shared_prompts(count, prompt_tokens, share, setting.vocab_size, f"{share} {index}")
+            for name, wall_s in prompt_by_prompt(engines, asked).items():
+                walls[name].append(wall_s)
         gain = ratio(walls["off"], walls["on"])
         setting.say(f"prefix {share:.0%} shared: {gain['median']:.2f} x")
         parts[f"{share:.0%}"] = {"wall_s": walls, "gain": gain}
         bars.append(bar(f"prefix cache on over off, {share:.0%} of the tokens shared", gain, wanted))
     return {
         "what": f"{count} prompts of {prompt_tokens} tokens, one output token each, the shared beginning in the cache "
-        "from the first of them on",
+        "from the first of them on; each prompt with and without the cache before the next one",
         "shares": parts,
         "memory_at_90%": memory_use(
             engines["on"], shared_prompts(count, prompt_tokens, 0.9, setting.vocab_size, "memory", output_tokens=8)
         ),
         "bars": bars,
     }
+
+
+def prompt_by_prompt(engines: Mapping[str, Engine], requests: list[Request]) -> dict[str, float]:
+    """Seconds of each engine for all requests. A machine that slows down meanwhile slows all engines."""
+    walls = dict.fromkeys(engines, 0.0)
+    for index, own in enumerate(requests):
+        for name in engines if index % 2 == 0 else reversed(list(engines)):
+            walls[name] += run(engines[name], [own]).wall_s
+    return walls
 
 
 def memory_use(engine: Engine, requests: list[Request]) -> dict[str, float | int]:

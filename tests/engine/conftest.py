@@ -1,6 +1,6 @@
 """Tiny models run faster on one thread than on two, and a test run beside other work should not ask for every core.
 
-Every test draws the same numbers in every run: a bound that one draw in a thousand breaks would fail for nobody's fault.
+Every test draws the same numbers in every run: what one draw in a thousand breaks would fail by nobody's fault.
 """
 
 from collections.abc import Iterator

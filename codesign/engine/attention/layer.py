@@ -8,14 +8,15 @@ The model never rotates and never sees a cache.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from codesign.engine.attention import packed
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call, Span, cut
-from codesign.engine.attention.fold import fold, unfold
 from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.prompt import PromptAttention
 from codesign.engine.attention.ragged import attend_ragged
@@ -23,6 +24,7 @@ from codesign.engine.attention.rope import Rope
 from codesign.engine.attention.rules import check_plan, check_runs
 from codesign.engine.batch import Batch
 from codesign.engine.kernels.compiled import Missing
+from codesign.engine.kernels.kv_attention import Queries, row_starts
 from codesign.engine.kernels.pieces import Pieces
 from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.kv.codec import KVCodec
@@ -34,16 +36,33 @@ from codesign.engine.kv.recent import RecentQueries
 from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.kv.store import DenseStore
-from codesign.engine.step import StepPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class _GroupStep:
-    """What one layer group does in this step."""
+    """What one layer group does in this step.
 
-    calls: tuple[Call, ...]
-    new_sinks: NewSinks | None
-    turn: Turn | None
+    Attributes:
+    calls: of its backend; empty where the step is packed.
+    packed: the kernel's calls for the tokens of the whole step, prompts too.
+    """
+
+    calls: tuple[Call, ...] = ()
+    new_sinks: NewSinks | None = None
+    turn: Turn | None = None
+    packed: "_Packed | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """Attributes:
+    first: of each call, where the rows of its pieces begin.
+    rows: of each layer, where all keys and values of the step go.
+    """
+
+    calls: tuple[packed.PackedCall, ...]
+    first: tuple[Any, ...]
+    rows: Sequence[Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +145,9 @@ class Attention:
                     device=device,
                 )
         self._is_native = codec.is_native and self.store.stream is None
-        heads: dict[str, Any] = {"scale": scale, "head_dim": head_dim, "dtype": dtype, "device": device}
-        self._attend_prompts = PromptAttention(backend, num_kv_heads=num_kv_heads, **heads)
+        heads: dict[str, Any] = {"num_kv_heads": num_kv_heads, "scale": scale, "head_dim": head_dim}
+        heads |= {"dtype": dtype, "device": device}
+        self._attend_prompts = PromptAttention(backend, **heads)
         self._attend_slots = OutputAttention(codec, backend, prompts=self._attend_prompts.kernel, **heads)
         self.kernel = self._attend_slots.named(
             has_weights=is_bounded and policy.evidence == "column_sums",
@@ -183,8 +203,8 @@ class Attention:
             max_model_len=self._max_model_len,
             max_query_len=self._max_query_len,
         )
-        groups = tuple(self._group_step(group, plan, starts) for group in self.store.groups)
         output_tokens, rows = self._reserve(batch, starts)
+        groups = tuple(self._group_step(group, batch, starts) for group in self.store.groups)
         self.store.fetch(plan.slots, plan.is_prompt)
         slots_positions = None
         if rows and any(group.recent is not None for group in self.store.groups):
@@ -195,14 +215,16 @@ class Attention:
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
         self._step = _Step(cos[:, None], signed_sin[:, None], output_tokens, rows, slots_positions, groups)
 
-    def _group_step(self, group: LayerGroup, plan: StepPlan, starts: tuple[int, ...]) -> _GroupStep:
-        spans: list[Span] = []
+    def _group_step(self, group: LayerGroup, batch: Batch, starts: tuple[int, ...]) -> _GroupStep:
+        plan, spans = batch.plan, list[Span]()
         for index, slot in enumerate(plan.slots):
             is_prompt, num_tokens = plan.is_prompt[index], self.store.num_tokens[slot]
             num_past = num_tokens if is_prompt else group.rows_after(num_tokens)
             spans.append(
                 Span(slot, starts[index], plan.query_lens[index], num_past, is_prompt, plan.is_prompt_end[index])
             )
+        if self._is_packed(group):
+            return _GroupStep(packed=self._packed(group, batch, spans))
         calls = cut(
             spans,
             num_groups=self._num_groups,
@@ -212,11 +234,22 @@ class Attention:
             is_ragged=self._attend_slots.is_ragged and not self._needs_masks(group),
         )
         if group.sinks is None:
-            return _GroupStep(calls, None, None)
+            return _GroupStep(calls)
         tokens = [(token, span.slot, plan.positions[token]) for span in spans for token in span.tokens]
         shifts = [(span.slot, plan.positions[span.start] - span.num_past) for span in spans if not span.is_prompt]
         turn = group.sinks.turn(shifts, self._cos, self._signed_sin)
         return _GroupStep(calls, group.sinks.new(tokens), turn)
+
+    def _is_packed(self, group: LayerGroup) -> bool:
+        """Whether one kernel reads its rows as they lie for every token of a step."""
+        has_kernel = self._attend_slots.packed is not None and self.store.stream is None
+        return has_kernel and not group.is_staged and group.recent is None
+
+    def _packed(self, group: LayerGroup, batch: Batch, spans: Sequence[Span]) -> _Packed:
+        calls = packed.cut([(span.num_past, span.num_queries) for span in spans])
+        slots = torch.tensor([span.slot for span in spans for _ in span.tokens], dtype=torch.int64)
+        first = [row_starts(group.first_rows(spans[index].slot for index in own.of)) for own in calls]
+        return _Packed(calls, tuple(first), group.rows(slots, batch.positions))
 
     def _needs_masks(self, group: LayerGroup) -> bool:
         """Heads of different lengths that nothing reads in one call."""
@@ -257,6 +290,8 @@ class Attention:
                 group.sinks.store(index, part.new_sinks, k)
             if part.turn is not None:
                 group.sinks.apply(index, part.turn)
+        if part.packed is not None:
+            return self._attend_packed(part.packed, group, index, q, k, v, step)
         tokens = step.output_tokens
         if step.rows and tokens is None and self._is_native:
             q = self._pieces.rotate_into(
@@ -279,6 +314,23 @@ class Attention:
             out[own] = self._attend(call, layer, group, index, q[own], k[own], v[own])
         return out
 
+    def _attend_packed(
+        self, own: _Packed, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, step: _Step
+    ) -> Tensor:
+        kernel, ((key,), (value,)) = self._attend_slots.packed, (group.near_key[index], group.near_value[index])
+        assert kernel is not None
+        q = self._pieces.rotate_into(
+            *(q, k, v, step.cos, step.signed_sin),
+            key=self.store.key[0],
+            value=self.store.value[0],
+            rows=own.rows[index],
+        )
+
+        def run(queries: Queries, number: int) -> None:
+            kernel.native(queries, key, value, own.first[number])
+
+        return packed.attend(q, own.calls, run, num_kv_heads=self._num_kv_heads, scale=self._scale)
+
     def _attend(self, call: Call, layer: int, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[n, H, D] of the tokens of one call."""
         if call.is_prompt:
@@ -286,16 +338,14 @@ class Attention:
         return self._attend_output(call, group, index, q)
 
     def _attend_output(self, call: Call, group: LayerGroup, index: int, q: Tensor) -> Tensor:
-        """Output tokens: query groups folded into rows, B slots in one call, straight from the cache."""
-        query = fold(q, num_queries=call.num_queries, num_kv_heads=self._num_kv_heads)
+        """Output tokens: B slots in one call, straight from the cache."""
         if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
-            kernel, mass = self._attend_slots.native, None
-            out = attend_ragged(kernel, self.backend, group, index, call, query, scale=self._scale)
-        else:
-            out, mass = self._attend_slots(query, group, index, call, want_columns=group.column is not None)
+            where = self._attend_slots.native, self.backend, group, index, call
+            return attend_ragged(*where, q, num_kv_heads=self._num_kv_heads, scale=self._scale)
+        out, mass = self._attend_slots(q, group, index, call, want_columns=group.column is not None)
         if mass is not None:
             group.note(index, call.where, mass)
-        return unfold(out, num_queries=call.num_queries)
+        return out
 
     def _attend_prompt(
         self, call: Call, layer: int, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor

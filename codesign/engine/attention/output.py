@@ -1,4 +1,4 @@
-"""OutputAttention: output tokens over what the slots hold. B slots in one call, query groups folded into rows.
+"""OutputAttention: output tokens over what the slots hold. B slots in one call.
 
 A backend may read what is stored by itself. Otherwise rows that are stored as they are read are views: the compiled
 kernel reads them where it is faster than the backend, and where their weights are wanted, which fused backends do not
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call
+from codesign.engine.attention.fold import fold, unfold
 from codesign.engine.kernels import kv_attention
 from codesign.engine.kernels.compiled import Missing
-from codesign.engine.kernels.kv_attention import KVAttention, Queries
+from codesign.engine.kernels.kv_attention import KVAttention, Queries, row_starts
 from codesign.engine.kv.codec import KVCodec
 from codesign.engine.kv.group import LayerGroup
 
@@ -31,6 +32,7 @@ class OutputAttention:
     Attributes:
     kernel: what runs, for the record.
     native: what reads native rows where a backend cannot do it in one call, or why there is nothing.
+    packed: what reads native rows for the tokens of a whole step, prompts too, or None.
     is_ragged: whether sequences of any lengths can share a call that has no mask.
     finds_slots: whether those of any slots can.
     """
@@ -41,16 +43,18 @@ class OutputAttention:
         backend: AttentionBackend,
         *,
         prompts: str,
+        num_kv_heads: int,
         scale: float,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._prompts = prompts
-        self._codec, self._backend, self._scale = codec, backend, scale
+        self._codec, self._backend, self._num_kv_heads, self._scale = codec, backend, num_kv_heads, scale
         self._fused: KVAttention | None = None
         self._is_native_faster = False
         self._native_name = ""
+        self.packed: KVAttention | None = None
         self.finds_slots = False
         self.is_ragged = self._is_read = backend.reads(codec, head_dim=head_dim)
         self.kernel = backend.kernel
@@ -64,6 +68,8 @@ class OutputAttention:
             if not isinstance(self.native, Missing):
                 self._native_name = self.native.name("native", head_dim=head_dim, dtype=dtype)
                 self._is_native_faster = self.native.beats_sdpa(head_dim=head_dim, dtype=dtype)
+                if self.native.is_bf16("native", head_dim=head_dim, dtype=dtype):
+                    self.packed = self.native
             self.is_ragged = self.finds_slots = self._is_native_faster
             if self._is_native_faster:
                 self.kernel = beside(self._native_name, prompts)
@@ -93,55 +99,51 @@ class OutputAttention:
         return name
 
     def __call__(
-        self, query: Tensor, group: LayerGroup, index: int, call: Call, *, want_columns: bool
+        self, q: Tensor, group: LayerGroup, index: int, call: Call, *, want_columns: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, H_kv, M, D] for the queries of a call, as large.
+        """[n, H, D] for the packed queries of a call, as large.
 
         If wanted also [B, H_kv, Q, R] fp32: the weight that each row received from each token, mean of the query group.
         """
-        if self._is_read:
-            return self._backend.attend_stored(
-                query, self._codec, group, index, call, scale=self._scale, want_columns=want_columns
-            )
-        if self._codec.is_native:
-            if isinstance(self.native, KVAttention) and (want_columns or self._is_native_faster):
-                return self._over_native(self.native, query, group, index, call, want_columns)
-            where = (call.slots, slice(None), slice(call.num_rows))
-            key, value = group.near_key[index][0][where], group.near_value[index][0][where]
-            return self._over_rows(query, key, value, call, call.mask, want_columns)
-        if self._fused is None:
-            return self._over_slices(query, group, index, call, want_columns)
+        kernel = self._fused
+        if isinstance(self.native, KVAttention) and (want_columns or self._is_native_faster):
+            kernel = self.native
+        if kernel is None:
+            query = fold(q, num_queries=call.num_queries, num_kv_heads=self._num_kv_heads)
+            out, columns = self._over_folded(query, group, index, call, want_columns)
+            return unfold(out, num_queries=call.num_queries), columns
         queries = Queries(
-            query,
+            q,
             [span.num_past for span in call.spans],
+            num_kv_heads=self._num_kv_heads,
             num_tokens=call.num_queries,
             num_rows=call.num_rows,
             scale=self._scale,
             want_columns=want_columns,
         )
-        self._codec.attend(self._fused, queries, group, index, call.slots)
-        return queries.out, queries.columns
-
-    def _over_native(
-        self, kernel: KVAttention, query: Tensor, group: LayerGroup, index: int, call: Call, want_columns: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        queries = Queries(
-            query,
-            [span.num_past for span in call.spans],
-            num_tokens=call.num_queries,
-            num_rows=call.num_rows,
-            scale=self._scale,
-            want_columns=want_columns,
-        )
-        if isinstance(call.where, slice):
+        if not self._codec.is_native:
+            self._codec.attend(kernel, queries, group, index, call.slots)
+        elif isinstance(call.where, slice):
             (key,), (value,) = group.stored(index, call.slots)
             kernel.native(queries, key, value)
         else:
             (key,), (value,) = group.near_key[index], group.near_value[index]
-            num_heads, capacity = key.shape[1:3]
-            first = [[(span.slot * num_heads + head) * capacity for head in range(num_heads)] for span in call.spans]
-            kernel.native(queries, key, value, first)
+            kernel.native(queries, key, value, row_starts(group.first_rows(span.slot for span in call.spans)))
         return queries.out, queries.columns
+
+    def _over_folded(
+        self, query: Tensor, group: LayerGroup, index: int, call: Call, want_columns: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, H_kv, M, D] for query groups folded into rows."""
+        if self._is_read:
+            return self._backend.attend_stored(
+                query, self._codec, group, index, call, scale=self._scale, want_columns=want_columns
+            )
+        if not self._codec.is_native:
+            return self._over_slices(query, group, index, call, want_columns)
+        where = (call.slots, slice(None), slice(call.num_rows))
+        key, value = group.near_key[index][0][where], group.near_value[index][0][where]
+        return self._over_rows(query, key, value, call, call.mask, want_columns)
 
     def _over_slices(
         self, query: Tensor, group: LayerGroup, index: int, call: Call, want_columns: bool

@@ -4,10 +4,10 @@
     call     new rows are written into blocks; output tokens read them through the table
     end      what was a prompt chunk now counts
 
-A prompt chunk looks at its own rows as they are, and at those before it copied together once per layer. A codec that
-rounds sees a prompt only at its end: until then it is staged in native precision, as in every cache here. Blocks of
-such a codec are never given as cached: a prompt that began with them would see rounded rows where alone it sees native
-ones, and give other tokens.
+Where one kernel reads blocks for all tokens of a step, prompts too, it does. Otherwise a prompt chunk looks at its
+own rows as they are, and at those before it copied together once per layer. A codec that rounds sees a prompt only at
+its end: until then it is staged in native precision, as in every cache here. Blocks of such a codec are never given as
+cached: a prompt that began with them would see rounded rows where alone it sees native ones, and give other tokens.
 """
 
 import dataclasses
@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codesign.engine.attention import packed
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.blocks import BlockAttention
 from codesign.engine.attention.calls import Call, Span, cut
-from codesign.engine.attention.fold import fold, unfold
 from codesign.engine.attention.prompt import PromptAttention
 from codesign.engine.attention.rope import Rope
 from codesign.engine.attention.rules import check_plan, check_runs
 from codesign.engine.batch import Batch
+from codesign.engine.kernels.kv_attention import Queries
 from codesign.engine.kernels.pieces import Pieces
 from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.kv.codec import KVCodec
@@ -40,7 +41,8 @@ class _Step:
     """Attributes:
     written: packed tokens whose rows go into blocks now; None means all of them.
     rows: [n * H_kv] where those go.
-    calls: with the blocks [B, H_kv, n] of the sequences of each.
+    packed: the calls of the whole step and the blocks [B, H_kv, n] of their pieces, where one kernel does all of it.
+    calls: else, with the blocks of the sequences of each.
     admitted: slot -> rows of its whole prompt, where that is staged and ends now.
     """
 
@@ -49,6 +51,7 @@ class _Step:
     written: Tensor | None
     rows: Tensor
     has_prompts: bool
+    packed: tuple[tuple[packed.PackedCall, Tensor], ...]
     calls: tuple[tuple[Call, Tensor], ...]
     admitted: dict[int, Tensor]
 
@@ -101,12 +104,13 @@ class PagedAttention:
             dtype=dtype,
             device=device,
         )
-        heads: dict[str, Any] = {"scale": scale, "head_dim": head_dim, "dtype": dtype, "device": device}
-        self._attend_prompts = PromptAttention(backend, num_kv_heads=num_kv_heads, **heads)
+        heads: dict[str, Any] = {"num_kv_heads": num_kv_heads, "scale": scale, "head_dim": head_dim}
+        heads |= {"dtype": dtype, "device": device}
+        self._attend_prompts = PromptAttention(backend, **heads)
         self._attend_blocks = BlockAttention(codec, backend, prompts=self._attend_prompts.kernel, **heads)
         self.kernel = self._attend_blocks.kernel
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
-        self._num_layers, self._num_kv_heads, self._num_groups = num_layers, num_kv_heads, num_heads // num_kv_heads
+        self._num_layers, self._num_groups, self._scale = num_layers, num_heads // num_kv_heads, scale
         self._max_model_len, self._max_query_len = max_model_len, max_query_len
         self._dtype, self._device = dtype, device
         self._step: _Step | None = None
@@ -172,15 +176,19 @@ class PagedAttention:
             is_staged = self._is_staged(span) and not span.is_prompt_end
             store.reserve(span.slot, span.num_queries, is_pending=not span.is_prompt, is_staged=is_staged)
         written, rows = self._written(batch, spans)
-        calls = cut(
-            spans,
-            num_groups=self._num_groups,
-            dtype=self._dtype,
-            device=self._device,
-            has_tables=True,
-            is_ragged=self._attend_blocks.is_ragged,
-        )
-        tables = [store.table_of([span.slot for span in call.spans], call.num_rows) for call in calls]
+        whole: tuple[packed.PackedCall, ...] = ()
+        calls: tuple[Call, ...] = ()
+        if self._attend_blocks.packed is not None:
+            whole = packed.cut([(span.num_past, span.num_queries) for span in spans])
+        else:
+            calls = cut(
+                spans,
+                num_groups=self._num_groups,
+                dtype=self._dtype,
+                device=self._device,
+                has_tables=True,
+                is_ragged=self._attend_blocks.is_ragged,
+            )
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
         self._step = _Step(
             cos=cos[:, None],
@@ -188,9 +196,13 @@ class PagedAttention:
             written=written,
             rows=rows,
             has_prompts=any(plan.is_prompt),
-            calls=tuple(zip(calls, tables, strict=True)),
+            packed=tuple((own, self._table([spans[index] for index in own.of], own.num_rows)) for own in whole),
+            calls=tuple((call, self._table(call.spans, call.num_rows)) for call in calls),
             admitted=admitted,
         )
+
+    def _table(self, spans: Sequence[Span], num_rows: int) -> Tensor:
+        return self.store.table_of([span.slot for span in spans], num_rows)
 
     def _spans(self, plan: StepPlan) -> list[Span]:
         starts = plan.query_starts
@@ -229,7 +241,7 @@ class PagedAttention:
         """[N, H, D] from q [N, H, D] and k, v [N, H_kv, D], packed as in the batch, before RoPE."""
         step = self._step
         assert step is not None, "begin(batch) comes first"
-        if self.codec.is_native and not step.has_prompts:
+        if step.packed or (self.codec.is_native and not step.has_prompts):
             (key,), (value,) = self.store.parts(layer)
             q = self._pieces.rotate_into(
                 *(q, k, v, step.cos, step.signed_sin),
@@ -242,6 +254,8 @@ class PagedAttention:
             if len(step.rows):
                 tokens = step.written
                 self.store.write(layer, step.rows, *((k, v) if tokens is None else (k[tokens], v[tokens])))
+        if step.packed:
+            return self._attend_packed(layer, q)
         if len(step.calls) == 1:
             return self._attend(*step.calls[0], layer, q, k, v)
         out = q.new_empty(q.shape)
@@ -250,12 +264,21 @@ class PagedAttention:
             out[own] = self._attend(call, table, layer, q[own], k[own], v[own])
         return out
 
+    def _attend_packed(self, layer: int, q: Tensor) -> Tensor:
+        step, kernel, ((key,), (value,)) = self._step, self._attend_blocks.packed, self.store.parts(layer)
+        assert step is not None and kernel is not None
+
+        def run(queries: Queries, number: int) -> None:
+            kernel.paged(queries, step.packed[number][1], key, value)
+
+        calls = [call for call, _ in step.packed]
+        return packed.attend(q, calls, run, num_kv_heads=key.shape[1], scale=self._scale)
+
     def _attend(self, call: Call, table: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[n, H, D] of the tokens of one call."""
         if call.is_prompt:
             return self._attend_prompt(call, table, layer, q, k, v)
-        query = fold(q, num_queries=call.num_queries, num_kv_heads=self._num_kv_heads)
-        return unfold(self._attend_blocks(query, self.store, layer, call, table), num_queries=call.num_queries)
+        return self._attend_blocks(q, self.store, layer, call, table)
 
     def _attend_prompt(self, call: Call, table: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (span,) = call.spans

@@ -10,24 +10,26 @@ from torch.nn.functional import pad
 
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call
+from codesign.engine.attention.fold import fold, unfold
 from codesign.engine.kernels.compiled import Missing
-from codesign.engine.kernels.kv_attention import KVAttention, Queries
+from codesign.engine.kernels.kv_attention import KVAttention, Queries, row_starts
 from codesign.engine.kv.ragged import RaggedGroup
 
 
-def _at_once(kernel: KVAttention, group: RaggedGroup, index: int, call: Call, query: Tensor, scale: float) -> Tensor:
+def _at_once(kernel: KVAttention, group: RaggedGroup, index: int, call: Call, q: Tensor, scale: float) -> Tensor:
     (key,), (value,) = group.stored(index, call.slots)
     num_slot_rows = key.shape[1] * key.shape[2]
     places = [group.heads(index, span.slot, span.num_past) for span in call.spans]
     queries = Queries(
-        query,
+        q,
         [tuple(num_past for _, num_past in own) for own in places],
+        num_kv_heads=key.shape[1],
         num_tokens=call.num_queries,
         num_rows=call.num_rows,
         scale=scale,
         want_columns=False,
     )
-    first = [[slot * num_slot_rows + start for start, _ in own] for slot, own in enumerate(places)]
+    first = row_starts(slot * num_slot_rows + start for slot, own in enumerate(places) for start, _ in own)
     kernel.native(queries, key, value, first)
     return queries.out
 
@@ -38,13 +40,15 @@ def attend_ragged(
     group: RaggedGroup,
     index: int,
     call: Call,
-    query: Tensor,
+    q: Tensor,
     *,
+    num_kv_heads: int,
     scale: float,
 ) -> Tensor:
-    """[B, H_kv, G * Q, D] from a query of that shape: output tokens, query groups folded into rows."""
+    """[n, H, D] for the packed queries of output tokens, as large."""
     if not isinstance(kernel, Missing):
-        return _at_once(kernel, group, index, call, query, scale)
+        return _at_once(kernel, group, index, call, q, scale)
+    query = fold(q, num_queries=call.num_queries, num_kv_heads=num_kv_heads)
     out = torch.empty_like(query)
     for batch, span in enumerate(call.spans):
         for head, (first, num_past) in enumerate(group.heads(index, span.slot, span.num_past)):
@@ -56,4 +60,4 @@ def attend_ragged(
                 mask = pad(among_pending, (num_past, 0))[None, None]
             one = query[batch : batch + 1, head : head + 1]
             out[batch, head] = backend.attend(one, key, value, mask=mask, is_causal=False, scale=scale)[0, 0]
-    return out
+    return unfold(out, num_queries=call.num_queries)

@@ -43,30 +43,29 @@ class DenseMatmul:
 
         In bf16 it is rounded from the sum of two halves of the inputs, each of which is what fp32 would give for it.
         """
-        call = _Call(x, num_out, dtype, pairs=blocks.shape[1])
-        own_bias = None if bias is None else pointer(bias)
-        self.library.dense_matmul(pointer(call.x), pointer(blocks), own_bias, *call.rest)
-        return call.y
+        x, num_rows = x.contiguous(), x.shape[0]
+        y, scratch = _results(num_rows, num_out, dtype, pairs=blocks.shape[1])
+        where = (y.data_ptr(), None) if dtype == torch.bfloat16 else (None, y.data_ptr())
+        own_bias = None if bias is None else bias.data_ptr()
+        weights = blocks.data_ptr(), own_bias
+        self.library.dense_matmul(x.data_ptr(), *weights, *where, scratch.data_ptr(), num_rows, x.shape[1], num_out)
+        return y
 
     def multiply_int8(self, x: Tensor, codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
         """[M, out] of `dtype`, bf16 or fp32, from x [M, in] bf16, codes [out, in] and scale [out] fp32; in a multiple
         of 16. A code is exact in bf16: sums are scaled, not weights."""
-        call = _Call(x, codes.shape[0], dtype, pairs=self.library.dense_pairs(codes.shape[1]))
-        if self.library.dense_int8(pointer(call.x), pointer(codes), pointer(scale), *call.rest):
-            raise MemoryError(f"no memory to widen {codes.shape[1]} inputs")
-        return call.y
+        x, (num_rows, num_in), num_out = x.contiguous(), x.shape, codes.shape[0]
+        y, scratch = _results(num_rows, num_out, dtype, pairs=self.library.dense_pairs(num_in))
+        where = (y.data_ptr(), None) if dtype == torch.bfloat16 else (None, y.data_ptr())
+        weights = codes.data_ptr(), scale.data_ptr()
+        if self.library.dense_int8(x.data_ptr(), *weights, *where, scratch.data_ptr(), num_rows, num_in, num_out):
+            raise MemoryError(f"no memory to widen {num_in} inputs")
+        return y
 
 
-class _Call:
-    """What both products take besides their weights."""
-
-    def __init__(self, x: Tensor, num_out: int, dtype: torch.dtype, *, pairs: int) -> None:
-        self.x = x.contiguous()
-        num_rows, num_in = x.shape
-        self.y = torch.empty(num_rows, num_out, dtype=dtype)
-        self._scratch = torch.empty(num_rows, pairs, dtype=torch.int32)
-        where = (pointer(self.y), None) if dtype == torch.bfloat16 else (None, pointer(self.y))
-        self.rest = (*where, pointer(self._scratch), num_rows, num_in, num_out)
+def _results(num_rows: int, num_out: int, dtype: torch.dtype, *, pairs: int) -> tuple[Tensor, Tensor]:
+    """What a product fills: its results, and x as the kernel wants it."""
+    return torch.empty(num_rows, num_out, dtype=dtype), torch.empty(num_rows, pairs, dtype=torch.int32)
 
 
 @functools.cache
@@ -78,4 +77,8 @@ def load() -> DenseMatmul | Missing:
     if not (is_avx512 and torch.cpu._is_avx512_bf16_supported()):
         return Missing("no AVX-512 BF16 instructions")
     library = compiled.load("dense_matmul")
-    return library if isinstance(library, Missing) else DenseMatmul(library)
+    if isinstance(library, Missing):
+        return library
+    for name in ("dense_matmul", "dense_int8"):
+        getattr(library, name).argtypes = (*[ctypes.c_void_p] * 6, *[ctypes.c_int] * 3)  # so that plain numbers will do
+    return DenseMatmul(library)

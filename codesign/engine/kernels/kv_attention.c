@@ -124,13 +124,14 @@ typedef struct {
     int num_queries, num_tokens, past, dim; /* query m is token m % num_tokens and sees rows up to past + that */
     long num_rows;                          /* stride of scores, a multiple of 8 */
     float scale;
-    const float *query;                /* [num_queries, dim] */
+    const float *query;                /* [num_queries, dim], copied together */
     float *key, *value;                /* [BLOCK, dim] */
     float *weight;                     /* [num_queries, BLOCK] */
     float *largest, *sum;              /* [num_queries] */
     float *scores;                     /* [num_queries, num_rows] or NULL */
-    void *room;                        /* of all those above but the query */
-    float *out, *columns;              /* [num_queries, dim]; [num_tokens, call->num_rows] or NULL */
+    float *out;                        /* [num_queries, dim] */
+    void *room;                        /* of all those above */
+    float *columns;                    /* [num_tokens, call->num_rows] or NULL */
 } Plane;
 
 /* Scores of rows first .. first + count - 1, whose keys have been decoded; -inf for what a query does not see. */
@@ -205,41 +206,47 @@ INLINE void attend_rows(Plane *plane, int dtype, const char *key, const char *va
     }
 }
 
-/* What its queries ask, with room of its own; without room `out` is NULL. */
+/* What its queries ask, with room of its own; without memory `room` is NULL. */
 INLINE Plane start(const Call *call, long index) {
-    int num_queries = call->num_queries, dim = call->dim;
+    int num_tokens = tokens_of(call, index), num_queries = call->num_groups * num_tokens, dim = call->dim;
     long num_rows = (call->num_rows + 7L) / 8 * 8;
     long num_scores = call->columns ? num_queries * num_rows : 0;
-    float *room = malloc(sizeof(float) * (num_scores + BLOCK * (2L * dim + num_queries) + 2 * num_queries));
-    float *key = room + num_scores;
+    long num_values = (long)num_queries * dim;
+    float *room = malloc(sizeof(float) * (num_scores + BLOCK * (2L * dim + num_queries) + 2 * num_queries + 2 * num_values));
+    float *key = room + num_scores, *largest = key + BLOCK * (2 * dim + num_queries);
+    float *query = largest + 2 * num_queries;
     Plane plane = {
         .num_queries = num_queries,
-        .num_tokens = call->num_tokens,
+        .num_tokens = num_tokens,
         .past = call->past[index],
         .dim = dim,
         .num_rows = num_rows,
         .scale = call->scale,
-        .query = call->query + index * num_queries * dim,
+        .query = query,
         .key = key,
         .value = key + BLOCK * dim,
         .weight = key + 2 * BLOCK * dim,
-        .largest = key + BLOCK * (2 * dim + num_queries),
-        .sum = key + BLOCK * (2 * dim + num_queries) + num_queries,
+        .largest = largest,
+        .sum = largest + num_queries,
         .scores = call->columns ? room : NULL,
-        .out = room ? call->out + index * num_queries * dim : NULL,
-        .columns = call->columns ? call->columns + index * call->num_tokens * call->num_rows : NULL,
+        .out = query + num_values,
+        .columns = call->columns ? call->columns + index * num_tokens * call->num_rows : NULL,
         .room = room,
     };
     if (!room) return plane;
-    memset(plane.out, 0, sizeof(float) * num_queries * dim);
+    for (int m = 0; m < num_queries; m++)
+        memcpy(query + (long)m * dim, (const float *)call->query + query_at(call, index, m), sizeof(float) * dim);
+    memset(plane.out, 0, sizeof(float) * num_values);
     for (int m = 0; m < num_queries; m++) plane.largest[m] = -INFINITY, plane.sum[m] = 0;
     for (long i = 0; i < num_scores; i++) plane.scores[i] = -INFINITY;
     return plane;
 }
 
-INLINE void finish(const Call *call, Plane *plane) {
-    for (int m = 0; m < plane->num_queries; m++)
-        for (int d = 0; d < plane->dim; d++) plane->out[(long)m * plane->dim + d] /= plane->sum[m];
+INLINE void finish(const Call *call, long index, Plane *plane) {
+    for (int m = 0; m < plane->num_queries; m++) {
+        float *out = (float *)call->out + query_at(call, index, m);
+        for (int d = 0; d < plane->dim; d++) out[d] = plane->out[(long)m * plane->dim + d] / plane->sum[m];
+    }
     if (plane->columns) memset(plane->columns, 0, sizeof(float) * plane->num_tokens * call->num_rows);
     for (int m = 0; plane->columns && m < plane->num_queries; m++) {
         float *column = plane->columns + (long)(m % plane->num_tokens) * call->num_rows;
@@ -261,7 +268,7 @@ INLINE int rows_of(int format, const Call *call, const Table *table, const uint8
 #pragma omp parallel for schedule(dynamic) num_threads(call->num_threads) reduction(| : lacks_memory)
     for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
         Plane plane = start(call, index);
-        if (!plane.out) {
+        if (!plane.room) {
             lacks_memory = 1;
             continue;
         }
@@ -275,7 +282,7 @@ INLINE int rows_of(int format, const Call *call, const Table *table, const uint8
             decode_rows(format, value + first * plane.dim, value_scale + first, count, plane.dim, plane.value);
             add_block(&plane, count);
         }
-        finish(call, &plane);
+        finish(call, index, &plane);
     }
     return lacks_memory;
 }
@@ -306,7 +313,7 @@ int attend_int4(const Call *call, const int32_t *encoded, const uint8_t *key_cod
 #pragma omp parallel for schedule(dynamic) num_threads(call->num_threads) reduction(| : lacks_memory)
     for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
         Plane plane = start(call, index);
-        if (!plane.out) {
+        if (!plane.room) {
             lacks_memory = 1;
             continue;
         }
@@ -324,7 +331,7 @@ int attend_int4(const Call *call, const int32_t *encoded, const uint8_t *key_cod
         }
         Place place = {.first = index * num_rows - num_encoded};
         attend_rows(&plane, dtype, key, value, place, num_encoded, last);
-        finish(call, &plane);
+        finish(call, index, &plane);
     }
     return lacks_memory;
 }
@@ -337,13 +344,13 @@ int attend_native(const Call *call, const Table *table, const int64_t *first, co
 #pragma omp parallel for schedule(dynamic) num_threads(call->num_threads) reduction(| : lacks_memory)
     for (long index = 0; index < (long)call->num_slots * call->num_heads; index++) {
         Plane plane = start(call, index);
-        if (!plane.out) {
+        if (!plane.room) {
             lacks_memory = 1;
             continue;
         }
         Place place = table ? in_blocks(call, table, index) : (Place){.first = first ? first[index] : index * capacity};
         attend_rows(&plane, dtype, key, value, place, 0, plane.past + plane.num_tokens);
-        finish(call, &plane);
+        finish(call, index, &plane);
     }
     return lacks_memory;
 }

@@ -6,7 +6,8 @@ For native rows it does what fused attention does not: it shows the weights, and
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "past", "out", "columns")),
-        *((name, ctypes.c_int32) for name in ("num_slots", "num_heads", "num_queries", "num_tokens", "dim")),
+        *((name, ctypes.c_void_p) for name in ("query", "past", "starts", "out", "columns")),
+        *((name, ctypes.c_int32) for name in ("num_slots", "num_heads", "num_groups", "num_tokens", "dim")),
         *((name, ctypes.c_int32) for name in ("num_rows", "num_threads")),
         ("scale", ctypes.c_float),
     )
@@ -36,14 +37,17 @@ class Queries:
     """Queries of one call, with room for what they find.
 
     Args:
-        query: [B, H_kv, M, D], M = query group x num_tokens, tokens last; D a multiple of 8.
+        query: [N, H, D], the tokens of B sequences packed one after the other; D a multiple of 8.
+        num_tokens: [B] of each sequence, or of all alike.
         past: [B] rows that every query of a sequence sees, or [B, H_kv] where heads differ; its token t also sees the
             t + 1 rows after them.
-        num_rows: R, at least max(past) + num_tokens.
+        num_rows: R, at least past + num_tokens of each sequence.
         scale: of the softmax.
-        want_columns: whether `columns` will be asked for.
+        want_columns: whether `columns` will be asked for; then sequences have equally many tokens.
+        out: where they find it; contiguous.
 
     Attributes:
+        out: [N, H, D] in the dtype of the query.
         columns: [B, H_kv, num_tokens, R] fp32 softmax weights, mean of the query group; 0 for rows that are not seen.
     """
 
@@ -52,38 +56,47 @@ class Queries:
         query: Tensor,
         past: Sequence[int] | Sequence[tuple[int, ...]],
         *,
-        num_tokens: int,
+        num_kv_heads: int,
+        num_tokens: int | Sequence[int],
         num_rows: int,
         scale: float,
         want_columns: bool,
+        out: Tensor | None = None,
     ) -> None:
-        num_slots, num_heads, num_queries, dim = query.shape
-        self.dtype = query.dtype
-        self._query = query.float().contiguous()
-        self._past = _past(tuple(past), num_heads)
-        self._out = torch.empty_like(self._query)
+        _, num_heads, dim = query.shape
+        num_slots = len(past)
+        counts = (num_tokens,) * num_slots if isinstance(num_tokens, int) else tuple(num_tokens)
+        assert sum(counts) == len(query), "as many queries as the sequences have tokens"
+        self.query = query.contiguous()
+        self.out = torch.empty_like(self.query) if out is None else out
+        self._past, self._starts = _past(tuple(past), num_kv_heads), _starts(counts)
         self.columns: Tensor | None = None
         if want_columns:
-            self.columns = self._query.new_empty(num_slots, num_heads, num_tokens, num_rows)
+            assert len(set(counts)) == 1
+            self.columns = query.new_empty(num_slots, num_kv_heads, counts[0], num_rows, dtype=torch.float32)
         self.struct = _Call(
-            query=self._query.data_ptr(),
             past=ctypes.addressof(self._past),
-            out=self._out.data_ptr(),
+            starts=ctypes.addressof(self._starts),
             columns=None if self.columns is None else self.columns.data_ptr(),
             num_slots=num_slots,
-            num_heads=num_heads,
-            num_queries=num_queries,
-            num_tokens=num_tokens,
+            num_heads=num_kv_heads,
+            num_groups=num_heads // num_kv_heads,
+            num_tokens=max(counts),
             dim=dim,
             num_rows=num_rows,
             num_threads=torch.get_num_threads(),
             scale=scale,
         )
 
-    @property
-    def out(self) -> Tensor:
-        """[B, H_kv, M, D] in the dtype of the query."""
-        return self._out.to(self.dtype)
+    def attend(self, function: Callable[..., int], *args: object, is_bf16: bool) -> None:
+        """Runs a C function, which takes bf16 or else fp32."""
+        query = self.query if is_bf16 else self.query.float()
+        out = self.out if query.dtype == self.out.dtype else torch.empty_like(query)
+        self.struct.query, self.struct.out = query.data_ptr(), out.data_ptr()
+        if function(ctypes.byref(self.struct), *args):
+            raise MemoryError(f"no memory for attention over {self.struct.num_rows} rows")
+        if out is not self.out:
+            self.out.copy_(out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +145,12 @@ class KVAttention:
         self._run(name, queries, _blocks(table), *map(pointer, (*key, *value)), ctypes.c_int64(key[0].shape[2]))
 
     def native(
-        self, queries: Queries, key: Tensor, value: Tensor, first: Sequence[Sequence[int]] | None = None
+        self, queries: Queries, key: Tensor, value: Tensor, first: ctypes.Array[ctypes.c_int64] | None = None
     ) -> None:
-        """Rows [B, H_kv, C, D] as they are; or a sequence's KV head begins at row first [B, H_kv] of them all."""
-        starts = None if first is None else _numbers(ctypes.c_int64, [start for own in first for start in own])
+        """Rows [B, H_kv, C, D] as they are; or a sequence's KV head begins at row first [B, H_kv] (`row_starts`) of
+        them all."""
         rows, capacity = (pointer(key), pointer(value)), ctypes.c_int64(0 if first else key.shape[2])
-        self._run("native", queries, None, starts, *rows, capacity, _DTYPES[key.dtype])
+        self._run("native", queries, None, first, *rows, capacity, _DTYPES[key.dtype])
 
     def paged(self, queries: Queries, table: Tensor, key: Tensor, value: Tensor) -> None:
         """Native rows in blocks of 32, each with the rows of every KV head.
@@ -183,11 +196,10 @@ class KVAttention:
         )
 
     def _run(self, name: str, queries: Queries, *args: object, group_size: int = 0) -> None:
-        is_bf16 = self.is_bf16(name, head_dim=queries.struct.dim, dtype=queries.dtype, group_size=group_size)
+        is_bf16 = self.is_bf16(name, head_dim=queries.struct.dim, dtype=queries.query.dtype, group_size=group_size)
         library = self.bf16 if is_bf16 else self.library
         by = [ctypes.byref(arg) if isinstance(arg, _Table) else arg for arg in args]
-        if getattr(library, f"attend_{name}")(ctypes.byref(queries.struct), *by):
-            raise MemoryError(f"no memory for attention over {queries.struct.num_rows} rows")
+        queries.attend(getattr(library, f"attend_{name}"), *by, is_bf16=is_bf16)
 
 
 @functools.lru_cache(maxsize=32)
@@ -195,6 +207,17 @@ def _past(past: tuple[int, ...] | tuple[tuple[int, ...], ...], num_heads: int) -
     """[B, H_kv] for C; kept, since every layer of a step asks for the same."""
     every = [count for own in past for count in ([own] * num_heads if isinstance(own, int) else own)]
     return _numbers(ctypes.c_int32, every)
+
+
+def row_starts(first: Iterable[int]) -> ctypes.Array[ctypes.c_int64]:
+    """[B, H_kv] first rows for `KVAttention.native`, from as many numbers."""
+    return _numbers(ctypes.c_int64, list(first))
+
+
+@functools.lru_cache(maxsize=32)
+def _starts(counts: tuple[int, ...]) -> ctypes.Array[Any]:
+    """[B + 1] for C."""
+    return _numbers(ctypes.c_int32, list(itertools.accumulate(counts, initial=0)))
 
 
 def _numbers(kind: type[ctypes.c_int32] | type[ctypes.c_int64], numbers: Sequence[int]) -> ctypes.Array[Any]:
@@ -226,12 +249,12 @@ def load() -> KVAttention | Missing:
     found = KVAttention(library, _load_bf16())
     code = (torch.arange(2 * 3 * 40 * 16) * 37 % 251 - 125).to(torch.int8).view(2, 3, 40, 16)
     scale = (torch.arange(2 * 3 * 40) % 7 + 1).view(2, 3, 40, 1).to(torch.bfloat16) / 512
-    query = (torch.arange(2 * 3 * 2 * 16.0) % 11 - 5).view(2, 3, 2, 16)
-    queries = Queries(query, [39, 39], num_tokens=1, num_rows=40, scale=0.25, want_columns=False)
+    query = (torch.arange(2 * 3 * 2 * 16.0) % 11 - 5).view(2, 6, 16)
+    queries = Queries(query, [39, 39], num_kv_heads=3, num_tokens=1, num_rows=40, scale=0.25, want_columns=False)
     found.rows("int8", queries, (code, scale), (code, scale))
     row = code.double() * scale.double()
-    expected = (query.double() @ row.mT * 0.25).softmax(dim=-1) @ row
-    if not torch.allclose(queries.out.double(), expected, rtol=1e-5, atol=1e-5):
+    expected = (query.view(2, 3, 2, 16).double() @ row.mT * 0.25).softmax(dim=-1) @ row
+    if not torch.allclose(queries.out.double().view_as(expected), expected, rtol=1e-5, atol=1e-5):
         return Missing("the compiled kernel attends wrongly on this machine")
     return found
 

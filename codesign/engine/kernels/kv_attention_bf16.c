@@ -28,7 +28,7 @@ typedef struct {
     int group_size, channels;                 /* int4 */
 } Stored;
 
-/* Where a plane's rows lie, and those of the plane after it. */
+/* Where a plane's rows lie, and those of the plane that is computed after it. */
 typedef struct {
     Place place, next;
     int end, next_end; /* how many there are */
@@ -53,44 +53,54 @@ typedef struct {
     int32_t *query_start;    /* [tiles, 2, LANES] */
     uint32_t *folded;        /* [dim / 2, LANES] */
     float *wide;             /* [tiles, dim, LANES] queries */
+    float *wide_rows;        /* [LANES, dim] */
     float *key_range[2];     /* [dim] steps and middles of a group */
     float *value_range[2];   /* [CHUNK, dim / channels], at least 8 channels a range */
 } Scratch;
 
 /* One piece of memory for all of them; NULL: there is none. */
 static char *scratch_of(const Call *call, Scratch *scratch) {
-    int num_tiles = (call->num_queries + LANES - 1) / LANES;
+    int num_tiles = (call->num_groups * call->num_tokens + LANES - 1) / LANES; /* of the largest plane */
     size_t dim = call->dim, lanes = sizeof(float) * LANES;
     size_t sizes[] = {2 * lines(CHUNK * dim * 2),  2 * lines(CHUNK * dim * 2),    num_tiles * lines(dim / 2 * lanes),
                       lines(num_tiles * lanes),    lines(2 * num_tiles * lanes), lines(dim / 2 * lanes),
                       num_tiles * lines(dim * lanes), lines(dim * 4),            lines(dim * 4),
-                      lines(CHUNK * dim / 8 * 4),  lines(CHUNK * dim / 8 * 4)};
-    void *parts[11];
+                      lines(CHUNK * dim / 8 * 4),  lines(CHUNK * dim / 8 * 4),  lines(dim * lanes)};
+    void *parts[12];
     size_t total = 0;
-    for (int i = 0; i < 11; i++) total += sizes[i];
+    for (int i = 0; i < 12; i++) total += sizes[i];
     char *own = aligned_alloc(64, total), *next = own;
-    for (int i = 0; i < 11; next += sizes[i++]) parts[i] = next;
+    for (int i = 0; i < 12; next += sizes[i++]) parts[i] = next;
     scratch->rows[0] = parts[0], scratch->rows[1] = parts[1], scratch->query = parts[2];
     scratch->query_steps = parts[3], scratch->query_start = parts[4], scratch->folded = parts[5];
     scratch->wide = parts[6], scratch->key_range[0] = parts[7], scratch->key_range[1] = parts[8];
-    scratch->value_range[0] = parts[9], scratch->value_range[1] = parts[10];
+    scratch->value_range[0] = parts[9], scratch->value_range[1] = parts[10], scratch->wide_rows = parts[11];
     return own;
 }
 
 /* The queries of a plane as the rows of `format` want them. */
-static void prepare(int format, const Call *call, long plane, int num_tiles, Scratch *scratch) {
+static void prepare(int format, const Call *call, long plane, Scratch *scratch) {
     int dim = call->dim;
-    for (int tile = 0; tile < num_tiles; tile++) {
-        const float *query = call->query + (plane * call->num_queries + tile * LANES) * dim;
+    for (int tile = 0; tile < tiles_of(call, plane); tile++) {
         uint32_t *own = scratch->query + (long)tile * dim / 2 * LANES;
-        int num = num_in(call, tile);
-        if (format == INT8) {
-            query_digits(num, dim, query, own, scratch->query_steps + tile * LANES, scratch->query_start + tile * 2 * LANES);
+        float *wide = scratch->wide + (long)tile * dim * LANES;
+        int num = num_in(call, plane, tile);
+        const void *rows[LANES];
+        for (int m = 0; m < num; m++) rows[m] = (const uint16_t *)call->query + query_at(call, plane, tile * LANES + m);
+        if (format == NATIVE || format == FP8) { /* pairs as they are */
+            turn(num, dim / 2, rows, (float *)own);
             continue;
         }
-        float *wide = scratch->wide + (long)tile * dim * LANES;
-        turn(num, dim, query, wide);
-        for (int d = 0; d < dim; d += 2)
+        for (int m = 0; m < num; m++) {
+            for (int d = 0; d < dim; d += 16)
+                _mm512_storeu_ps(scratch->wide_rows + m * dim + d, from_bf16((const uint16_t *)rows[m] + d));
+            rows[m] = scratch->wide_rows + m * dim;
+        }
+        if (format == INT8)
+            query_digits(num, dim, scratch->wide_rows, own, scratch->query_steps + tile * LANES,
+                         scratch->query_start + tile * 2 * LANES);
+        else turn(num, dim, rows, wide);
+        for (int d = 0; d < dim && format == INT4; d += 2)
             _mm256_storeu_si256((__m256i *)(own + d / 2 * LANES), paired(_mm512_loadu_ps(wide + d * LANES)));
     }
 }
@@ -111,7 +121,7 @@ static void weigh(const Call *call, const Room *room, Scratch *scratch, long pla
     int last = call->past[plane] + 1 - row; /* rows from here on are not seen by token 0 */
     if (rows > last) {
         int seen[LANES];
-        for (int i = 0; i < LANES; i++) seen[i] = last + (tile * LANES + i) % call->num_tokens;
+        for (int i = 0; i < LANES; i++) seen[i] = last + (tile * LANES + i) % tokens_of(call, plane);
         hide(scratch->scores, rows, _mm256_loadu_si256((const __m256i *)seen));
     }
     __m256 old = _mm256_loadu_ps(found->base), largest = largest_of(scratch->scores, rows);
@@ -143,7 +153,7 @@ static void weigh(const Call *call, const Room *room, Scratch *scratch, long pla
 INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch *scratch, long plane, int tile, int row,
                         int rows, const void *key, const void *value, const char *const *next_key,
                         const char *const *next_value, int channels) {
-    int dim = call->dim, num = num_in(call, tile), size = format == INT8 ? dim : 2 * dim;
+    int dim = call->dim, num = num_in(call, plane, tile), size = format == INT8 ? dim : 2 * dim;
     __m256 scale = _mm256_set1_ps(call->scale * 1.44269504f), start = _mm256_setzero_ps();
     const uint32_t *query = scratch->query + (long)tile * dim / 2 * LANES;
     Found *found = found_of(room, tile, row / PART);
@@ -261,7 +271,7 @@ INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch 
                          rows * num_ranges, stored->value_scale + then[0] * num_ranges,
                          stored->value_low + then[0] * num_ranges, scratch->value_range);
         }
-        for (int tile = 0; tile < room->num_tiles; tile++)
+        for (int tile = 0; tile < tiles_of(call, plane); tile++)
             attend_tile(format, call, room, scratch, plane, tile, row, rows, key, value, next_key, next_value,
                         stored->channels);
     }
@@ -288,17 +298,18 @@ INLINE int attend(int format, const Call *call, const Table *table, const int64_
 #pragma omp atomic capture
             item = begun++;
             if (item >= num_planes * num_parts) break;
-            long plane = item / num_parts, after = plane + 1 < num_planes ? plane + 1 : plane;
-            int part = item % num_parts, row = part * PART, end = call->past[plane] + call->num_tokens, last = end;
+            long plane = num_planes - 1 - item / num_parts; /* prompts, the longest pieces, come last in a step */
+            long after = plane ? plane - 1 : 0;
+            int part = item % num_parts, row = part * PART, end = call->past[plane] + tokens_of(call, plane), last = end;
             if (row >= last) continue;
             if (last > row + PART) last = row + PART;
             Room *room = enter(&rooms, plane);
             Way way = {.place = place_of(call, table, first, capacity, plane),
                        .next = place_of(call, table, first, capacity, after),
                        .end = end,
-                       .next_end = call->past[after] + call->num_tokens};
-            prepare(format, call, plane, room->num_tiles, &scratch);
-            start_part(room, part);
+                       .next_end = call->past[after] + tokens_of(call, after)};
+            prepare(format, call, plane, &scratch);
+            start_part(call, room, plane, part);
             if (format == INT4) {
                 int encoded = num_encoded[plane / call->num_heads], stop = encoded < last ? encoded : last;
                 way.end = encoded, way.next_end = num_encoded[after / call->num_heads];
@@ -308,7 +319,7 @@ INLINE int attend(int format, const Call *call, const Table *table, const int64_
                 attend_rows(NATIVE, call, room, &scratch, plane, &way, rest, row > stop ? row : stop, last);
             } else attend_rows(format, call, room, &scratch, plane, &way, stored, row, last);
             if (!is_last(&rooms, plane)) continue;
-            for (int tile = 0; tile < room->num_tiles; tile++)
+            for (int tile = 0; tile < tiles_of(call, plane); tile++)
                 merge(call, room, format == INT8, plane, tile, (end + PART - 1) / PART);
             if (call->columns) add_columns(call, room, plane);
             leave(&rooms, room);

@@ -12,7 +12,7 @@ typedef struct {
 /* Memory of one plane. Weights are kept only where columns are asked for: those of a chunk are 2^(base_of_chunk - base)
  * times what is kept. */
 typedef struct {
-    int num_tiles, num_parts, num_chunks; /* of the longest plane */
+    int num_tiles, num_parts, num_chunks; /* of the largest plane */
     int num_vectors;
     size_t found_bytes; /* of one Found */
     char *found;        /* [tiles, parts] */
@@ -31,6 +31,11 @@ typedef struct {
     char *memory;
 } Rooms;
 
+/* Tiles of the queries of a plane. */
+static int tiles_of(const Call *call, long plane) {
+    return (call->num_groups * tokens_of(call, plane) + LANES - 1) / LANES;
+}
+
 static Found *found_of(const Room *room, int tile, int part) {
     return (Found *)(room->found + (long)(tile * room->num_parts + part) * room->found_bytes);
 }
@@ -40,13 +45,14 @@ static size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 /* 0: no memory. */
 static int make_rooms(const Call *call, Rooms *rooms) {
     long num_planes = (long)call->num_slots * call->num_heads, num_rooms = call->num_threads + 1;
-    Room room = {.num_tiles = (call->num_queries + LANES - 1) / LANES,
+    if (num_rooms > num_planes) num_rooms = num_planes;
+    Room room = {.num_tiles = (call->num_groups * call->num_tokens + LANES - 1) / LANES,
                  .num_parts = (call->num_rows + PART - 1) / PART,
                  .num_chunks = (call->num_rows + CHUNK - 1) / CHUNK,
                  .num_vectors = (call->dim + 63) / 64 * 4};
     room.found_bytes = sizeof(Found) + sizeof(float) * LANES * 16 * room.num_vectors;
     long num_kept = call->columns ? (long)room.num_tiles * room.num_chunks * LANES : 0;
-    size_t found = lines(room.num_tiles * room.num_parts * room.found_bytes), bases = lines(num_kept * sizeof(float));
+    size_t found = lines((long)room.num_tiles * room.num_parts * room.found_bytes), bases = lines(num_kept * sizeof(float));
     size_t kept = lines(num_kept * CHUNK * sizeof(uint16_t)), own = lines(sizeof(Room)) + found + bases + kept;
     size_t pointers = lines(num_planes * sizeof(Room *)), counts = lines(num_planes * sizeof(int));
     size_t listed = lines(num_rooms * sizeof(Room *)), total = listed + pointers + counts + num_rooms * own;
@@ -64,7 +70,7 @@ static int make_rooms(const Call *call, Rooms *rooms) {
     }
     for (long plane = 0; plane < num_planes; plane++) {
         rooms->of_plane[plane] = NULL;
-        rooms->num_left[plane] = (call->past[plane] + call->num_tokens + PART - 1) / PART;
+        rooms->num_left[plane] = (call->past[plane] + tokens_of(call, plane) + PART - 1) / PART;
     }
     return 1;
 }
@@ -93,13 +99,13 @@ static void leave(Rooms *rooms, Room *room) {
     rooms->free[rooms->num_free++] = room;
 }
 
-static int num_in(const Call *call, int tile) {
-    int rest = call->num_queries - tile * LANES;
+static int num_in(const Call *call, long plane, int tile) {
+    int rest = call->num_groups * tokens_of(call, plane) - tile * LANES;
     return rest < LANES ? rest : LANES;
 }
 
-static void start_part(const Room *room, int part) {
-    for (int tile = 0; tile < room->num_tiles; tile++) {
+static void start_part(const Call *call, const Room *room, long plane, int part) {
+    for (int tile = 0; tile < tiles_of(call, plane); tile++) {
         Found *found = found_of(room, tile, part);
         memset(found, 0, room->found_bytes);
         for (int i = 0; i < LANES; i++) found->base[i] = -INFINITY;
@@ -109,8 +115,8 @@ static void start_part(const Room *room, int part) {
 /* Puts the parts of one tile together in the first of them and writes its outputs, normalised. */
 static void merge(const Call *call, const Room *room, int is_int8, long plane, int tile, int num_parts) {
     Found *all = found_of(room, tile, 0);
-    for (int m = 0; m < num_in(call, tile); m++) {
-        float *out = call->out + (plane * call->num_queries + tile * LANES + m) * call->dim;
+    for (int m = 0; m < num_in(call, plane, tile); m++) {
+        uint16_t *out = (uint16_t *)call->out + query_at(call, plane, tile * LANES + m);
         float base = -INFINITY, sum = 0;
         for (int part = 0; part < num_parts; part++) base = fmaxf(base, found_of(room, tile, part)->base[m]);
         for (int part = 0; part < num_parts; part++) {
@@ -129,7 +135,8 @@ static void merge(const Call *call, const Room *room, int is_int8, long plane, i
                 four[i] = _mm512_div_ps(_mm512_loadu_ps(all->out + ((v + i) * LANES + m) * 16), _mm512_set1_ps(sum));
             if (is_int8) swap_quarters(four);
             else in_order(four);
-            for (int i = 0; i < 4 && 16 * (v + i) < call->dim; i++) _mm512_storeu_ps(out + 16 * (v + i), four[i]);
+            for (int i = 0; i < 4 && 16 * (v + i) < call->dim; i++)
+                _mm256_storeu_si256((__m256i *)(out + 16 * (v + i)), (__m256i)_mm512_cvtneps_pbh(four[i]));
         }
         all->base[m] = base, all->sum[m] = sum;
     }
@@ -140,13 +147,13 @@ static void add_columns(const Call *call, const Room *room, long plane) {
     float *column = call->columns + plane * call->num_tokens * call->num_rows;
     int seen = call->past[plane] + call->num_tokens, num_rows = call->num_rows;
     memset(column, 0, sizeof(float) * call->num_tokens * num_rows);
-    for (int tile = 0; tile < room->num_tiles; tile++) {
+    for (int tile = 0; tile < tiles_of(call, plane); tile++) {
         const Found *all = found_of(room, tile, 0);
-        int num = call->num_queries - tile * LANES < LANES ? call->num_queries - tile * LANES : LANES;
+        int num = num_in(call, plane, tile);
         for (int first = 0; first < seen; first += CHUNK) {
             long chunk = (long)tile * room->num_chunks + first / CHUNK;
             __m256 below = _mm256_sub_ps(_mm256_loadu_ps(room->chunk_base + chunk * LANES), _mm256_loadu_ps(all->base));
-            __m256 part = _mm256_set1_ps((float)call->num_tokens / call->num_queries);
+            __m256 part = _mm256_set1_ps(1.0f / call->num_groups);
             __m256 share = _mm256_div_ps(_mm256_mul_ps(lower(exp2_of(twice(below))), part), _mm256_loadu_ps(all->sum));
             for (int token = 0; token < call->num_tokens; token++) {
                 __mmask8 own = 0;

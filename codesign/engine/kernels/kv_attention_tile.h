@@ -57,6 +57,10 @@ INLINE vec exp2_of(vec x) {
     return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), n);
 }
 
+INLINE vec from_bf16(const uint16_t *bits) {
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)bits)), 16);
+}
+
 INLINE vec twice(__m256 lanes) { return _mm512_insertf32x8(_mm512_castps256_ps512(lanes), lanes, 1); }
 INLINE __m256 upper(vec both) { return _mm512_extractf32x8_ps(both, 1); }
 INLINE __m256 lower(vec both) { return _mm512_castps512_ps256(both); }
@@ -72,11 +76,11 @@ INLINE void swap_quarters(vec *four) {
     four[2] = _mm512_shuffle_f32x4(high[0], high[1], 0x88), four[3] = _mm512_shuffle_f32x4(high[0], high[1], 0xDD);
 }
 
-/* rows [num][dim] -> columns [dim][LANES], 0 for rows that lack; dim a multiple of 16. */
-static void turn(int num, int dim, const float *rows, float *columns) {
+/* rows [num][dim] -> columns [dim][LANES], 0 for rows that lack; dim a multiple of 16. What a lane holds does not matter. */
+static void turn(int num, int dim, const void *const *rows, float *columns) {
     for (int d = 0; d < dim; d += 16, columns += 16 * LANES) {
         vec own[LANES], pairs[LANES], fours[2][4];
-        for (int m = 0; m < LANES; m++) own[m] = _mm512_maskz_loadu_ps(m < num ? 0xFFFF : 0, rows + m * dim + d);
+        for (int m = 0; m < LANES; m++) own[m] = m < num ? _mm512_loadu_ps((const float *)rows[m] + d) : _mm512_setzero_ps();
         for (int m = 0; m < LANES; m += 2) {
             pairs[m] = _mm512_unpacklo_ps(own[m], own[m + 1]);
             pairs[m + 1] = _mm512_unpackhi_ps(own[m], own[m + 1]);

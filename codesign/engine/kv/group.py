@@ -1,6 +1,6 @@
 """LayerGroup: the layers of a store that keep equally many rows, as views [L, S, H_kv, C] of its tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -104,6 +104,15 @@ class LayerGroup:
         near = self.near_key[index], self.near_value[index]
         key, value = (tuple(part[slots] for part in parts) for parts in near)
         return key, value
+
+    def first_rows(self, slots: Iterable[int]) -> list[int]:
+        """[B * H_kv] where the rows of each of these slots' KV heads begin among those of a layer."""
+        num_heads, capacity = self.near_key[0][0].shape[1:3]
+        return [(slot * num_heads + head) * capacity for slot in slots for head in range(num_heads)]
+
+    def rows(self, slots: Tensor, positions: Tensor) -> Sequence[Tensor]:
+        """[N * H_kv] rows of each layer for `write`, of slots and positions [N], where every row is kept."""
+        return (self.row_start[:, slots] + positions[:, None]).flatten(1).unbind(0)
 
     def encoded_tokens(self, slots: slice) -> list[int]:
         """How many tokens of each of these slots lie in groups."""

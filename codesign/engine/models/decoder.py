@@ -68,7 +68,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_norm, self.qkv, self.q_norm, self.k_norm, self.output = input_norm, qkv, q_norm, k_norm, output
         self.mlp_norm, self.gate_up, self.down = mlp_norm, gate_up, down
-        self._num_heads, self._num_kv_heads, self._head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        self._heads, self._head_dim = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), shape.head_dim
 
     def forward(self, x: Tensor, layer: int, attention: AttentionFn, batch: Batch) -> Tensor:
         """The residual stream after the layer."""
@@ -94,8 +94,8 @@ class DecoderLayer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [N, H, D], k and v [N, H_kv, D], with qk-norm where the model has it."""
-        heads = self.qkv(x).unflatten(-1, (-1, self._head_dim))
-        q, k, v = heads.split((self._num_heads, self._num_kv_heads, self._num_kv_heads), dim=1)
+        heads = self.qkv(x).view(len(x), sum(self._heads), self._head_dim)
+        q, k, v = heads.split_with_sizes(self._heads, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.pieces.norm_heads(q, k, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         return q, k, v

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from codesign.engine.attention import output
 from codesign.engine.attention.calls import Span, cut
+from codesign.engine.attention.fold import fold, unfold
 from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.rope import Rope
 from codesign.engine.kernels import kv_attention
@@ -66,6 +67,7 @@ def attend(
         store.codec,
         ATTENTION.create(backend),
         prompts="aten::scaled_dot_product_attention",
+        num_kv_heads=NUM_KV_HEADS,
         scale=head_dim**-0.5,
         head_dim=head_dim,
         dtype=dtype,
@@ -75,7 +77,9 @@ def attend(
     query = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out, expected, every_error = torch.empty_like(query), torch.empty_like(query), [torch.zeros(())]
     for call in cut(spans, num_groups=num_groups, dtype=dtype, device=CPU, is_ragged=attention.is_ragged):
-        out[call.slots], columns = attention(query[call.slots], group, 0, call, want_columns=want_columns)
+        packed = unfold(query[call.slots], num_queries=num_queries)
+        found, columns = attention(packed, group, 0, call, want_columns=want_columns)
+        out[call.slots] = fold(found, num_queries=num_queries, num_kv_heads=NUM_KV_HEADS)
         assert (columns is not None) == want_columns
         for span in call.spans:
             slots = slice(span.slot, span.slot + 1)
@@ -154,12 +158,19 @@ def test_with_a_kernel_nothing_is_decoded(codec: str, monkeypatch: pytest.Monkey
     lengths = [100, 101]
     store = filled(codec, lengths, num_queries=1, head_dim=16, dtype=torch.float32)
     attention = OutputAttention(
-        store.codec, ATTENTION.create("sdpa"), prompts="", scale=0.25, head_dim=16, dtype=store.dtype, device=CPU
+        store.codec,
+        ATTENTION.create("sdpa"),
+        prompts="",
+        num_kv_heads=NUM_KV_HEADS,
+        scale=0.25,
+        head_dim=16,
+        dtype=store.dtype,
+        device=CPU,
     )
     spans = [Span(slot, slot, 1, length, False, False) for slot, length in enumerate(lengths)]
     (call,) = cut(spans, num_groups=1, dtype=torch.float32, device=CPU)
     monkeypatch.delattr(LayerGroup, "read")
-    out, _ = attention(torch.ones(2, NUM_KV_HEADS, 1, 16), store.groups[0], 0, call, want_columns=False)
+    out, _ = attention(torch.ones(2, NUM_KV_HEADS, 16), store.groups[0], 0, call, want_columns=False)
 
     assert out.isfinite().all()
 

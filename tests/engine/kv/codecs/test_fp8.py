@@ -56,8 +56,8 @@ def test_the_kernel_reads_every_finite_code_as_torch_does(dtype: torch.dtype) ->
     codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
     value = codes[:, None, None, None].expand(-1, 1, 1, 32).contiguous()
     scale = torch.ones(len(codes), 1, 1, 1, dtype=torch.bfloat16)
-    query = torch.zeros(len(codes), 1, 1, 32, dtype=dtype)
-    queries = Queries(query, [0] * len(codes), num_tokens=1, num_rows=1, scale=1.0, want_columns=False)
+    query, past = torch.zeros(len(codes), 1, 32, dtype=dtype), [0] * len(codes)
+    queries = Queries(query, past, num_kv_heads=1, num_tokens=1, num_rows=1, scale=1.0, want_columns=False)
     kernel.rows("fp8", queries, (value, scale), (value, scale))
 
     out = queries.out.view(len(codes), 32).float()
