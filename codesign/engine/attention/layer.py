@@ -70,14 +70,14 @@ class _Step:
     """Attributes:
     output_tokens: which packed tokens are output tokens; None means all of them.
     rows: layer -> where those go.
-    slots_positions: of each of those, two tensors, for a policy that looks at recent queries.
+    recent_rows: where the queries of those go, for a policy that looks at recent ones.
     """
 
     cos: Tensor
     signed_sin: Tensor
     output_tokens: Tensor | None
     rows: dict[int, Tensor]
-    slots_positions: tuple[Tensor, Tensor] | None
+    recent_rows: Tensor | None
     groups: tuple[_GroupStep, ...]
 
 
@@ -131,8 +131,8 @@ class Attention:
             place=place,
         )
         is_bounded = any(group.is_bounded for group in self.store.groups)
-        if is_bounded and policy.needs_keys:
-            for group in self.store.groups:
+        if policy.needs_keys:
+            for group in (own for own in self.store.groups if own.is_bounded):
                 group.recent = RecentQueries(
                     len(group.layers),
                     num_slots,
@@ -206,14 +206,15 @@ class Attention:
         output_tokens, rows = self._reserve(batch, starts)
         groups = tuple(self._group_step(group, batch, starts) for group in self.store.groups)
         self.store.fetch(plan.slots, plan.is_prompt)
-        slots_positions = None
-        if rows and any(group.recent is not None for group in self.store.groups):
+        recent_rows = None
+        recent = next((group.recent for group in self.store.groups if group.recent is not None), None)
+        if rows and recent is not None:
             facts = zip(plan.slots, plan.query_lens, strict=True)
             token_slots = torch.tensor([own for own, length in facts for _ in range(length)], device=self._device)
             output = slice(None) if output_tokens is None else output_tokens
-            slots_positions = token_slots[output], batch.positions[output]
+            recent_rows = recent.rows(token_slots[output], batch.positions[output])
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
-        self._step = _Step(cos[:, None], signed_sin[:, None], output_tokens, rows, slots_positions, groups)
+        self._step = _Step(cos[:, None], signed_sin[:, None], output_tokens, rows, recent_rows, groups)
 
     def _group_step(self, group: LayerGroup, batch: Batch, starts: tuple[int, ...]) -> _GroupStep:
         plan, spans = batch.plan, list[Span]()
@@ -304,8 +305,8 @@ class Attention:
             q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
             if step.rows:
                 self.store.write(layer, step.rows[layer], *((k, v) if tokens is None else (k[tokens], v[tokens])))
-        if step.rows and group.recent is not None and step.slots_positions is not None:
-            group.recent.write(index, *step.slots_positions, q if tokens is None else q[tokens])
+        if group.recent is not None and step.recent_rows is not None:
+            group.recent.write(index, step.recent_rows, q if tokens is None else q[tokens])
         if len(part.calls) == 1:
             return self._attend(part.calls[0], layer, group, index, q, k, v)
         out = q.new_empty(q.shape)

@@ -180,7 +180,7 @@ class LayerGroup:
             assert prompt.window_query is not None
             seen = prompt.window_query.transpose(0, 1)
             position = torch.arange(num_tokens - len(seen), num_tokens, device=self._device)
-            self.recent.write(index, slot, position, seen)
+            self.recent.write(index, self.recent.rows(slot, position), seen)
 
     def release(self, slot: int) -> None:
         """Forgets what was decided for the sequence in this slot."""

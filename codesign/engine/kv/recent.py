@@ -34,9 +34,13 @@ class RecentQueries:
         self.ring, self.window_tokens, self.scale = window_tokens + max_query_len, window_tokens, scale
         self.query = torch.zeros(num_layers, num_slots, self.ring, num_heads, head_dim, dtype=dtype, device=device)
 
-    def write(self, index: int, slot: Tensor | int, position: Tensor, query: Tensor) -> None:
-        """query [N, H, D] of slot and position [N] in layer `layers[index]` of the group."""
-        self.query[index, slot, position % self.ring] = query
+    def rows(self, slot: Tensor | int, position: Tensor) -> Tensor:
+        """[N] places for `write`, of slot and position [N]: the same in every layer."""
+        return slot * self.ring + position % self.ring
+
+    def write(self, index: int, rows: Tensor, query: Tensor) -> None:
+        """query [N, H, D] in layer `layers[index]` of the group."""
+        self.query[index].flatten(0, 1).index_copy_(0, rows, query)
 
     def before(self, slot: Tensor, next_position: Tensor) -> Tensor:
         """[L, B, H, W, D]: queries of the `window_tokens` positions before next_position [B], oldest first."""

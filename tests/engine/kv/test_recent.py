@@ -12,7 +12,7 @@ def test_rejected_queries_are_never_in_the_window() -> None:
 
     def write(*positions: int, value: float = 0.0) -> None:
         query = torch.tensor([[[position + value]] for position in positions])
-        recent.write(0, torch.full((len(positions),), 1), torch.tensor(positions), query)
+        recent.write(0, recent.rows(1, torch.tensor(positions)), query)
 
     write(2, 3, 4)
     write(5, 6, value=0.5)
