@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from codesign.engine.huge_pages import huge_zeros
 from codesign.engine.kernels import compiled
 from codesign.engine.kernels.compiled import Missing, pointer
 
@@ -27,7 +28,7 @@ class DenseMatmul:
         of outputs, and pairs to a multiple of 8."""
         num_out, num_in = weight.shape
         pairs = self.library.dense_pairs(num_in)
-        blocks = torch.empty(-(-num_out // OUTPUTS), pairs, OUTPUTS, dtype=torch.int32)
+        blocks = huge_zeros((-(-num_out // OUTPUTS), pairs, OUTPUTS), dtype=torch.int32)
         weight = weight.contiguous()
         self.library.dense_pack(pointer(weight), pointer(blocks), num_in, num_out)
         return blocks

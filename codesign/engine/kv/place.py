@@ -8,7 +8,7 @@ allocator; where it cannot, layers pass through two buffers on the device (`Laye
 import torch
 from torch import Tensor
 
-from codesign.engine.kv.huge_pages import huge_zeros
+from codesign.engine.huge_pages import huge_zeros
 from codesign.engine.kv.stream import Lanes
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from codesign.engine.kv.huge_pages import HUGE_PAGE_BYTES, huge_zeros
+from codesign.engine.huge_pages import HUGE_PAGE_BYTES, huge_zeros
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, HUGE_PAGE_BYTES // 256 - 1, HUGE_PAGE_BYTES // 256, 3 * 8192 + 5])
@@ -40,5 +40,5 @@ def test_memory_is_given_back_with_the_last_tensor() -> None:
 
 
 def test_more_than_there_is_is_a_memory_error() -> None:
-    with pytest.raises(MemoryError, match="KV rows"):
+    with pytest.raises(MemoryError, match="no memory"):
         huge_zeros((1 << 46, 128), dtype=torch.bfloat16)
