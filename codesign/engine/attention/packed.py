@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from codesign.engine.kernels.kv_attention import Queries
@@ -78,7 +77,7 @@ def attend(
     Args:
         run: attends to the rows of a call, given its queries and its number.
     """
-    out = torch.empty_like(query)
+    out = query.new_empty(query.shape)  # contiguous, whatever the query is
     for number, own in enumerate(calls):
         is_all = len(calls) == 1
         queries = Queries(
