@@ -207,6 +207,8 @@ def _device(name: str) -> torch.device:
         raise Unsupported("device cuda: this machine has no usable CUDA device; use device cpu")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise Unsupported(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if kind == "cuda":  # cuDNN plans attention for each shape anew, and at each step a sequence has one row more
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 
