@@ -16,6 +16,7 @@ from codesign.engine.kv.places.offload import Offload
 from codesign.engine.kv.stream import LayerStream
 from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.quantize.formats.fp8 import Fp8
+from codesign.engine.quantize.formats.w8a8 import W8A8
 from codesign.engine.quantize.linear import Workspace
 from codesign.engine.step import BLOCK_TOKENS
 from codesign.errors import Unsupported
@@ -159,12 +160,23 @@ def test_what_cannot_be_streamed_is_refused_by_name(kv: dict[str, Any]) -> None:
         build_engine(tiny_spec(head_dim=32), config(kv={**kv, "place": "offload"}, max_model_len=256), device="cuda")
 
 
-@pytest.mark.parametrize("weights", ["native", "int8", {"name": "int4", "group_size": 32}, "int3", "int2", "nf4"])
+@pytest.mark.parametrize(
+    "weights", ["native", "int8", {"name": "int4", "group_size": 32}, "int3", "int2", "nf4", "w8a8"]
+)
 def test_every_weight_format_runs(weights: Any) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     engine = build_engine(tiny_spec(**shape), config(dtype="bf16", weights=weights), device="cuda")
 
     assert len(generate(engine, request("r", 32, 8, ignore_eos=True))["r"]) == 8
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 16, 17, 300])
+def test_w8a8_multiplies_whole_numbers_exactly(num_rows: int) -> None:
+    linear = W8A8().pack(torch.randn(336, 512, device="cuda"), None, dtype=torch.float32, workspace=Workspace())
+    x = torch.randn(num_rows, 512, device="cuda")
+
+    assert "aten::_int_mm (" in linear.kernel
+    torch.testing.assert_close(linear(x), linear.rounded(x) @ linear.dequantize().t(), rtol=1e-5, atol=1e-3)
 
 
 def has_fp8() -> bool:
