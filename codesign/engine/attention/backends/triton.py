@@ -30,6 +30,7 @@ _MAX_QUERIES = 128  # of a KV head; more are a prompt chunk, and worth a kernel 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Triton(AttentionBackend):
     column_kernel: ClassVar[str] = "triton::column_sums"
+    is_indexed: ClassVar[bool] = True
 
     @property
     def kernel(self) -> str:
@@ -84,27 +85,28 @@ class Triton(AttentionBackend):
         from codesign.engine.kernels.triton.attend import attend, attend_int4
 
         name = _name(codec)
-        key, value = (tuple(part[:, :, : call.num_rows] for part in parts) for parts in group.stored(index, call.slots))
         if name in _ROW_CODECS:
+            near = group.near_key[index], group.near_value[index]
             return attend(
                 query,
-                key,
-                value,
+                *(tuple(part[:, :, : call.num_rows] for part in parts) for parts in near),
                 codec=name,
                 counts=call.counts,
+                slots=call.slot_ids,
                 num_tokens=call.num_queries,
                 scale=scale,
                 want_columns=want_columns,
             )
         assert group.encoded is not None and not want_columns, "rows in groups are never evicted, whatever their scores"
+        key, value = (parts[0][:, :, : call.num_rows] for parts in group.stored(index, call.slots))
         num_encoded = group.encoded_tokens(call.slots)
         in_groups = torch.tensor(num_encoded, dtype=torch.int32, device=query.device)
         out = attend_int4(
             query,
             [part[index, call.slots] for part in group.encoded.tensors],
             in_groups,
-            key[0],
-            value[0],
+            key,
+            value,
             call.counts - in_groups,
             group_size=codec.group_size,
             most_encoded=max(num_encoded),

@@ -26,6 +26,7 @@ def decode_kernel(
     value_scale_ptr,
     counts_ptr,
     table_ptr,
+    slots_ptr,
     mask_ptr,
     sums_ptr,
     largest_ptr,
@@ -56,6 +57,7 @@ def decode_kernel(
     CODEC: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
     TABLE_ROWS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -66,7 +68,8 @@ def decode_kernel(
     """Grid: (splits, KV heads x blocks of queries, sequences). Scales lie as their rows do, one for HEAD_DIM codes.
 
     TABLE_ROWS 0: no table. Otherwise a multiple of BLOCK_R, and its blocks take the place of sequences: `*_stride_b` is
-    theirs, of keys and values alike.
+    theirs, of keys and values alike. HAS_SLOTS: the rows of a sequence lie where `slots_ptr` says instead of at its own
+    number; queries and what is found do not.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     num_blocks = tl.cdiv(num_queries, BLOCK_M)
@@ -94,11 +97,14 @@ def decode_kernel(
     if TABLE_ROWS:
         table_ptr += batch * table_stride_b + head * table_stride_h
     else:
-        key_ptr += batch * key_stride_b
-        value_ptr += batch * value_stride_b
+        slot = batch
+        if HAS_SLOTS:
+            slot = tl.load(slots_ptr + batch).to(tl.int64)
+        key_ptr += slot * key_stride_b
+        value_ptr += slot * value_stride_b
         if CODEC != "native":
-            key_scale_ptr += batch * (key_stride_b // HEAD_DIM)
-            value_scale_ptr += batch * (value_stride_b // HEAD_DIM)
+            key_scale_ptr += slot * (key_stride_b // HEAD_DIM)
+            value_scale_ptr += slot * (value_stride_b // HEAD_DIM)
     if HAS_MASK:
         mask_ptr += batch * mask_stride_b + head * mask_stride_h
     plane = (batch * num_heads + head) * num_queries
