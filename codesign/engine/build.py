@@ -41,8 +41,8 @@ from codesign.engine.weights import build_decoder
 from codesign.errors import InputError, Unsupported
 from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, SCHEDULERS, SPECULATORS
 from codesign.spec.engine_config import EngineConfig
-from codesign.spec.model import ModelSpec
 from codesign.spec.graph_rules import unrecorded
+from codesign.spec.model import ModelSpec
 from codesign.spec.rules import senseless, undrafted
 from codesign.units import format_bytes
 
@@ -212,6 +212,8 @@ def _device(name: str) -> torch.device:
         raise Unsupported("device cuda: this machine has no usable CUDA device; use device cpu")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise Unsupported(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if kind == "cuda":  # cuDNN plans attention for each shape anew, and at each step a sequence has one row more
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 

@@ -240,8 +240,8 @@ class Engine:
         }
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start, of graphs too where steps are replayed, and, where the cache is paged, its blocks as
-        they are now."""
+        """Counters since the start, of graphs too where steps are replayed; where the cache is paged, its blocks as they
+        are now."""
         graphs = self.parts.runner.graphs
         return self.parts.scheduler.stats() | ({} if graphs is None else graphs.stats())
 

@@ -29,8 +29,8 @@ from codesign.engine.quantize.linear import Workspace
 from codesign.engine.step import StepPlan
 
 MAX_GRAPHS = 64
-"""Of one runner. Intermediate results of all of them share memory, which the CUDA allocator counts; the nodes of a graph
-are the driver's, which it does not."""
+"""Of one runner. Intermediate results of all of them share memory, which the CUDA allocator counts; what the driver
+keeps of a graph's kernels, it does not."""
 IDLE_STEPS = 1024
 """A graph that was not replayed in so many steps makes room for another one. With more keys than room, which turn would
 come sooner than that, the others run as they are: recording costs more than such a step."""
@@ -148,7 +148,7 @@ class Graphs:
         return True
 
     def _room(self, token_ids: Tensor, vocab_size: int) -> Tensor:
-        """[N, vocab_size] fp32, the same memory for all recordings; those that were made with too little keep theirs."""
+        """[N, vocab_size] fp32, the same memory for all recordings; where it became too small, earlier ones keep it."""
         num_rows = len(token_ids)
         if self._logits is None or len(self._logits) < num_rows:
             self._logits = torch.empty(1 << (num_rows - 1).bit_length(), vocab_size, device=token_ids.device)

@@ -1,14 +1,16 @@
-"""The part `attention` of gpu_campaign.py: decode attention over native and int8 rows, beside SDPA and a device copy.
+"""The part `attention` of gpu_campaign.py: decode attention over native, int8 and fp8 rows, beside SDPA and a copy.
 
 One query token for each of B sequences, Llama-3.1-8B's heads (8 KV heads, groups of 4, 128 channels) over rows in bf16,
-or int8 with a scale a row, one after the other or (`paged`) in shuffled blocks found through a table. Each way is
+or in codes with a scale a row, one after the other or (`paged`) in shuffled blocks found through a table. Each way is
 compared with float64 attention over the rows that it holds before it is timed, as `gpu_weights.py` times: CUDA events,
 L2 overwritten in between, median of 25. The copy moves as many bytes (half of them read, half written) as attention
 reads. `bar` is what has to hold: 70 % of the copy's bandwidth at 4096 rows of 32 sequences in bf16, in both layouts. In
-the time that is left other blocks and splits are tried there; `tried` is for changing the rule.
+the time that is left other blocks and splits are tried there, for each codec and layout; `tried` is for changing the
+rule.
 """
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +25,13 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from codesign.engine.kernels.triton import available
 from codesign.engine.kernels.triton.attend import attend
 from codesign.engine.kernels.triton.splits import MAX_SPLITS, DecodeConfig, config_for
+from codesign.registry import KV_CODECS
 
+CODECS = ("native", "int8", "fp8")
 NUM_KV_HEADS, NUM_GROUPS, HEAD_DIM = 8, 4, 128
 CONTEXTS, BATCHES = (1024, 4096, 16384), (1, 8, 32)
 BAR = {"rows": 4096, "batch": 32, "least_share_of_copy": 0.7}
+LAYOUTS = ("", " paged")
 BAR_WAYS = ("triton native", "triton native paged")
 SCALE = HEAD_DIM**-0.5
 BLOCK_ROWS = 32  # as the paged store has them
@@ -48,7 +53,8 @@ class Rows:
         return sum(part.numel() * part.itemsize for part in (*self.key, *self.value))
 
     def decoded(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        return parts[0].to(dtype) if len(parts) == 1 else parts[0].to(dtype) * parts[1].to(dtype)
+        decoded: Tensor = KV_CODECS.create(self.codec).decode(parts, dtype)
+        return decoded.to(dtype)  # native rows are handed on as they are
 
     def expected(self, query: Tensor) -> Tensor:
         """In float64, one sequence at a time."""
@@ -80,25 +86,14 @@ def draw(batch: int, num_rows: int, device: str) -> Iterator[Rows]:
     generator = torch.Generator(device).manual_seed(0)
     shape = (2, batch, NUM_KV_HEADS, num_rows, HEAD_DIM)
     key, value = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-    yield Rows("native", (key,), (value,))
-    yield Rows("int8", int8(key), int8(value))
-
-
-def int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """As `kv/codecs/int8.py` stores them."""
-    scale = rows.abs().amax(dim=-1, keepdim=True) / 127
-    return (rows / scale).round().clamp(-127, 127).to(torch.int8), scale
+    for name in CODECS:
+        codec = KV_CODECS.create(name)
+        yield Rows(name, codec.encode(key), codec.encode(value))
 
 
 def ways(rows: Rows) -> Iterator[tuple[str, Attend]]:
-    yield f"triton {rows.codec}", lambda query: attend(query, rows.key, rows.value, codec=rows.codec, scale=SCALE)[0]
-    (key, table), (value, _) = in_blocks(rows.key), in_blocks(rows.value)
-    num_batch, _, num_rows, _ = rows.key[0].shape
-    counts = torch.full((num_batch,), num_rows, dtype=torch.int32, device=table.device)
-    yield (
-        f"triton {rows.codec} paged",
-        lambda query: attend(query, key, value, codec=rows.codec, counts=counts, table=table, scale=SCALE)[0],
-    )
+    for layout in LAYOUTS:
+        yield f"triton {rows.codec}{layout}", configured(rows, layout)
 
     def sdpa(query: Tensor) -> Tensor:
         key, value = (rows.decoded(parts, query.dtype) for parts in (rows.key, rows.value))
@@ -136,11 +131,12 @@ def attention(
             for name, way in ways(rows):
                 timed.append({**where, "way": name, **measure(way, query, expected, rows.num_bytes, copied, timer)})
             if where.items() <= bar.items():
-                for config in candidates(config_for(query, num_rows)):
+                for config, layout in itertools.product(candidates(config_for(query, num_rows)), LAYOUTS):
                     if time.monotonic() > deadline_s - seconds / 2:
                         break
-                    figures = measure(configured(rows, config), query, expected, rows.num_bytes, copied, timer)
-                    tried.append({"codec": rows.codec, "config": str(config), **figures})
+                    way = configured(rows, layout, config)
+                    figures = measure(way, query, expected, rows.num_bytes, copied, timer)
+                    tried.append({"way": f"triton {rows.codec}{layout}", "config": str(config), **figures})
     reached = {
         row["way"]: row.get("share_of_copy", 0.0)
         for row in timed
@@ -187,8 +183,15 @@ def measure(
     }
 
 
-def configured(rows: Rows, config: DecodeConfig) -> Attend:
-    return lambda query: attend(query, rows.key, rows.value, codec=rows.codec, scale=SCALE, config=config)[0]
+def configured(rows: Rows, layout: str, config: DecodeConfig | None = None) -> Attend:
+    """Our kernel; `config` instead of the rule's."""
+    how: dict[str, Any] = {"codec": rows.codec, "scale": SCALE, "config": config}
+    if not layout:
+        return lambda query: attend(query, rows.key, rows.value, **how)[0]
+    (key, table), (value, _) = in_blocks(rows.key), in_blocks(rows.value)
+    num_batch, _, num_rows, _ = rows.key[0].shape
+    counts = torch.full((num_batch,), num_rows, dtype=torch.int32, device=table.device)
+    return lambda query: attend(query, key, value, counts=counts, table=table, **how)[0]
 
 
 def candidates(first: DecodeConfig) -> list[DecodeConfig]:
@@ -202,7 +205,7 @@ def candidates(first: DecodeConfig) -> list[DecodeConfig]:
     whole = first.rows_per_split * first.num_splits
     found.append(dataclasses.replace(first, rows_per_split=whole, num_splits=1))
     changes: list[dict[str, int]] = [{"num_stages": 2}, {"num_stages": 4}, {"num_warps": 2}, {"num_warps": 8}]
-    changes += [{"block_r": 128, "num_stages": 2}, {"block_r": 32, "num_stages": 3}, {"block_r": 32, "num_stages": 5}]
+    changes += [{"block_r": 128, "num_stages": 2}, {"block_r": 128}, {"block_r": 32}, {"block_r": 32, "num_stages": 5}]
     for change in changes:
         block_r = change.get("block_r", first.block_r)
         rows_per_split = -(-first.rows_per_split // block_r) * block_r

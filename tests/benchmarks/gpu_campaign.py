@@ -1,22 +1,25 @@
 """The one script for a machine with a GPU: everything that only such a machine can show, in under ten minutes.
 
-    python tests/benchmarks/gpu_campaign.py [--out reports/benchmarks/gpu] [--minutes 9]
+    python tests/benchmarks/gpu_campaign.py [--parts tests attention ...] [--out reports/benchmarks/gpu] [--minutes 9]
 
 Parts, in order, correctness before speed. Each writes its JSON with provenance as soon as it is done, so that a cut
 loses one part at most:
 
-    tests      pytest -m gpu
+    tests      tests/engine/test_cuda.py, in eight processes where pytest-xdist is there
     ceilings   read bandwidth and matrix products, as `codesign probe` measures them
     weights    every way to multiply with packed weights (gpu_weights.py), and the fastest configs of the Triton kernels
-    attention  decode attention over native and int8 rows, paged as well, beside SDPA and a device copy
+    attention  decode attention over native rows and codes, paged as well, beside SDPA and a device copy
                (gpu_attention.py)
-    search     `codesign search` on a random-weights model of the shape of Llama-3.1-8B
+    engine     decode and prefill of whole engines of the shape of Llama-3.1-8B, beside transformers (gpu_engine.py)
+    search     `codesign search` on a random-weights model of the shape of Llama-3.2-1B
 
 A new part is a function and a row of PARTS.
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_attention import attention  # beside this script, as is the next
+from gpu_attention import attention  # beside this script, as are the next
+from gpu_engine import engine
 from gpu_weights import weights
 
 from codesign.measure.monitor import gpus
@@ -48,8 +52,16 @@ LLAMA_8B = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
 }
+LLAMA_1B = {
+    **LLAMA_8B,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
 SPACE = {
-    "max_batch_size": [1, 8, 32],
+    "max_batch_size": [8, 32],
     "kv": {
         "policy": {
             "full": {},
@@ -62,14 +74,29 @@ SPACE = {
 
 
 def tests(seconds: float) -> dict[str, Any]:
+    """Other plugins of pytest that the environment may have stay out."""
+    side_by_side = ["-p", "xdist.plugin", "-n", "8"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-p", "pytest_timeout", *side_by_side, "-q", "-rA"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rA"],
+        [*command, "tests/engine/test_cuda.py"],
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         timeout=seconds,
         check=False,
     )
-    return {"exit_status": done.returncode, "output": done.stdout.splitlines()[-60:]}
+    lines = done.stdout.splitlines()
+    passed = [line for line in lines if line.startswith("PASSED ")]
+    return {
+        "exit_status": done.returncode,
+        "summary": lines[-1:],
+        "passed": sorted(passed),
+        "rest": [line for line in lines if line not in passed][-200:],
+    }
+
+
+def engines(seconds: float) -> dict[str, Any]:
+    return engine(seconds, architecture=LLAMA_8B)
 
 
 def ceilings(seconds: float) -> dict[str, Any]:
@@ -82,14 +109,14 @@ def search(seconds: float) -> dict[str, Any]:
         folder = Path(temporary)
         profile = {
             "hardware": probe(say),
-            "model": {**LLAMA_8B, "weights": "random"},
+            "model": {**LLAMA_1B, "weights": "random"},
             "workload": {"scenario": "offline", "prompt_tokens": 512, "output_tokens": 64, "num_requests": 32},
             "objectives": ["throughput_tokens_per_s", "tpot_ms", "kv_bytes", "energy_per_token_j"],
             "search_space": "space.yaml",
         }
         (folder / "space.yaml").write_text(dump_yaml(SPACE))
-        (folder / "llama_8b.yaml").write_text(dump_yaml(profile))
-        command = ["search", str(folder / "llama_8b.yaml"), "--name", "gpu", "--out", str(folder), "--trials", "12"]
+        (folder / "llama_1b.yaml").write_text(dump_yaml(profile))
+        command = ["search", str(folder / "llama_1b.yaml"), "--name", "gpu", "--out", str(folder), "--trials", "12"]
         done = subprocess.run(
             [sys.executable, "-m", "codesign", *command, "--budget", f"{seconds * 0.9:.0f}s"],
             capture_output=True,
@@ -111,6 +138,7 @@ PARTS: dict[str, tuple[Callable[[float], dict[str, Any]], float]] = {
     "ceilings": (ceilings, 60.0),
     "weights": (weights, 150.0),
     "attention": (attention, 90.0),
+    "engine": (engines, 90.0),
     "search": (search, 270.0),
 }
 
@@ -122,6 +150,7 @@ def say(text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("reports/benchmarks/gpu"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=9.0, help="of wall time for all parts")
     arguments = parser.parse_args()
     if not gpus():
@@ -130,8 +159,11 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     deadline_s = time.monotonic() + arguments.minutes * 60
     where = provenance(ModelSpec(name="llama-3.1-8b shape", architecture=LLAMA_8B), "cuda")
+    where["command"] = " ".join(["python tests/benchmarks/gpu_campaign.py", *sys.argv[1:]])
     failed = False
     for name, (part, longest_s) in PARTS.items():
+        if name not in arguments.parts:
+            continue
         seconds = min(longest_s, deadline_s - time.monotonic())
         if seconds < 20:
             say(f"{name}: no time left")

@@ -62,8 +62,7 @@ def rule(
 
 
 def decode_case(dtype: str, codec: str, num_queries: int, head_dim: int, *, extras: str) -> Case:
-    most_at_once = BLOCK_TOKENS if "table" in extras else 64
-    block, options, words = rule(dtype, num_queries, head_dim, most_at_once)
+    block, options, words = rule(dtype, num_queries, head_dim)
     rows, of_row = STORED.get(codec, f"*{dtype}"), "*bf16" if codec in STORED else f"*{dtype}"
     pointers = {
         **FOUND,
@@ -83,6 +82,7 @@ def decode_case(dtype: str, codec: str, num_queries: int, head_dim: int, *, extr
         "HAS_SCORES": "columns" in extras,
         "HEAD_DIM": head_dim,
         "BLOCK_D": head_dim,
+        "HAS_ASM": True,
         "mask_stride_r": 1,
     }
     return Case(f"decode_{codec} {dtype} D{head_dim} {extras}: {words}", decode_kernel, pointers, constants, options)

@@ -141,12 +141,14 @@ def test_layers_are_copied_while_others_compute() -> None:
         torch.cuda.synchronize()
         return begin.elapsed_time(end)
 
-    pass_ms(with_rows=True, num_products=1)
+    for with_rows in (True, False):
+        pass_ms(with_rows=with_rows, num_products=8)
     copies = pass_ms(with_rows=True, num_products=0)
     num_products = max(1, round(copies / (pass_ms(with_rows=False, num_products=8) / 8)))
     products = pass_ms(with_rows=False, num_products=num_products)
 
-    assert pass_ms(with_rows=True, num_products=num_products) < 0.75 * (copies + products)
+    # At least half of what takes less is hidden.
+    assert pass_ms(with_rows=True, num_products=num_products) < copies + products - 0.5 * min(copies, products)
 
 
 @pytest.mark.parametrize(
@@ -314,9 +316,10 @@ def test_triton_attention_generates_what_eager_does(policy: str, codec: str) -> 
     assert found["triton"] == found["eager"]
 
 
-# Outputs are rounded once to their dtype, and so are the softmax weights.
+# Outputs are rounded once to their dtype, and so are the softmax weights. In fp32 a score of up to 16 (base 2) carries
+# an error of some 1e-6, and so does the weight of a value of up to 5.
 ATTENTION_RTOL = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-ATTENTION_ATOL = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+ATTENTION_ATOL = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 COUNTS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 4096, 4097]
 
 
@@ -359,6 +362,22 @@ def test_triton_attention_equals_float64(
     torch.testing.assert_close(columns.double(), mean, rtol=0, atol=2e-6)
     for again, first in zip(run(), (out, columns), strict=True):
         assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("dtype", list(ATTENTION_ATOL), ids=str)
+@pytest.mark.parametrize("codec", ["int8", "fp8"])
+def test_triton_attention_reads_every_code_exactly(codec: str, dtype: torch.dtype) -> None:
+    """As the low and as the high half of a word: here PTX turns them into numbers, which no interpreter runs."""
+    from codesign.engine.kernels.triton.attend import attend
+
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda")
+    codes = codes.view(torch.int8) if codec == "int8" else codes[(codes & 127) != 127]
+    both = torch.cat([codes, codes.roll(1)]).view(1, 1, 1, -1)
+    scale = torch.ones(1, 1, 1, 1, device="cuda").bfloat16()
+
+    out, _ = attend(torch.ones_like(both, dtype=dtype), (both, scale), (both, scale), codec=codec, scale=1.0)
+
+    assert torch.equal(out.float(), KV_CODECS.create(codec).decode((both, scale), torch.float32))
 
 
 @pytest.mark.parametrize("dtype", list(ATTENTION_ATOL), ids=str)

@@ -175,9 +175,7 @@ class DenseStore:
         """Prompt tokens, committed as they come."""
         self.num_tokens[slot] += num_tokens
 
-    def reserve(
-        self, pending: Sequence[tuple[int, int]], first_positions: Sequence[int], positions: Tensor
-    ) -> Tensor:
+    def reserve(self, pending: Sequence[tuple[int, int]], first_positions: Sequence[int], positions: Tensor) -> Tensor:
         """Where the pending rows of each (slot, number of rows) go.
 
         Args:

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from codesign.engine.kernels.triton.available import is_interpreted
 from codesign.engine.kernels.triton.combine import columns_kernel, combine_kernel
 from codesign.engine.kernels.triton.decode import decode_kernel
 from codesign.engine.kernels.triton.decode_int4 import decode_int4_kernel
@@ -39,17 +40,18 @@ def attend(
         counts: [B] int32, rows of each sequence: its last token sees them all, the one before it one less, and so on.
             None: every query sees R rows. Beyond a count nothing is read.
         table: [B, H_kv, n] int32, side by side: rows lie in blocks, key and value are parts [num_blocks, H_kv, 32, X],
-            and row r of a sequence's KV head h is row r % 32 of h in block table[b, h, r // 32]; R = 32 n.
+            and row r of a sequence's KV head h is row r % 32 of h in block table[b, h, r // 32]; R = 32 n. Any power of
+            two will do for 32.
         slots: [B] int32, any order: the rows of each sequence are those of `key[slots[b]]`, of views [S, H_kv, R, X].
         mask: additive, broadcasts to [B, H_kv, M, R].
         want_columns: also [B, H_kv, num_tokens, R] fp32, the weight each row received, averaged over the query group.
-        config: instead of the rule's; with a table rows that are read at once lie in one block.
+        config: instead of the rule's.
     Raises:
         ValueError: strides that the kernel cannot follow.
     """
     num_batch, num_heads, num_queries, _ = query.shape
     num_rows = key[0].shape[2] * (1 if table is None else table.shape[2])
-    config = config or config_for(query, num_rows, most_at_once=64 if table is None else key[0].shape[2])
+    config = config or config_for(query, num_rows)
     scores: Tensor | None = None
     if want_columns:
         scores = query.new_empty(num_batch, num_heads, num_queries, num_rows, dtype=torch.float32)
@@ -199,6 +201,8 @@ def _decode(
         for own in scales:
             if any(code.stride(dim) != head_dim * own.stride(dim) for dim in range(3) if code.shape[dim] > 1):
                 raise ValueError(f"scales must lie as their codes do: {own.stride()} beside {code.stride()}")
+            if head_dim % 2 or code.data_ptr() % 2:
+                raise ValueError("codes are read two at a time, so that they must begin at an even address and be even")
     absent = query  # a tensor that the kernel does not touch
     table_strides: tuple[int, ...] = (0, 0)
     if table is not None:
@@ -206,8 +210,8 @@ def _decode(
         is_side_by_side = table.shape[2] < 2 or table.stride(2) == 1
         if not is_side_by_side or not key[0].is_contiguous() or not value[0].is_contiguous():
             raise ValueError("blocks must be contiguous, and so must each table")
-        if block_rows % config.block_r:
-            raise ValueError(f"blocks of {block_rows} rows, {config.block_r} of which would be read at once")
+        if block_rows != power_of_two(block_rows) or key[0].shape != value[0].shape:
+            raise ValueError(f"blocks of {block_rows} rows, keys {key[0].shape[1:]}, values {value[0].shape[1:]}")
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         mask_strides = mask.expand(num_batch, num_heads, num_queries, num_rows).stride()
@@ -244,8 +248,9 @@ def _decode(
         HAS_MASK=mask is not None,
         HAS_SCORES=scores is not None,
         HEAD_DIM=head_dim,
-        BLOCK_D=max(16, power_of_two(head_dim)),
+        BLOCK_D=max(16 if codec == "native" else 32, power_of_two(head_dim)),
         BLOCK_M=config.block_m,
         BLOCK_R=config.block_r,
+        HAS_ASM=not is_interpreted(),
         **config.options(),
     )

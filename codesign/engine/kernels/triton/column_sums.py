@@ -41,9 +41,8 @@ def scores(
     """[BLOCK_M, BLOCK_R] base 2, of one query head; -inf where a query does not see a row or neither is there."""
     LOG2E: tl.constexpr = 1.4426950408889634
     is_query, is_row = m < num_queries, r < num_rows
-    dtype: tl.constexpr = query_ptr.dtype.element_ty
-    q = load_rows(query_ptr, query_stride_m, m, is_query, dtype, "native", HEAD_DIM, BLOCK_D)
-    k = load_rows(key_ptr, key_stride_r, r, is_row, dtype, "native", HEAD_DIM, BLOCK_D)
+    q = load_rows(query_ptr, query_stride_m, m, is_query, HEAD_DIM, BLOCK_D)
+    k = load_rows(key_ptr, key_stride_r, r, is_row, HEAD_DIM, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
     is_seen = is_query[:, None] & is_row[None, :]
     if HAS_MASK:

@@ -14,7 +14,7 @@ Flash-decoding (Dao et al., 2023), https://crfm.stanford.edu/2023/10/12/flashdec
 import triton
 import triton.language as tl
 
-from codesign.engine.kernels.triton.kv_rows import load_rows, load_scales
+from codesign.engine.kernels.triton.kv_rows import channel_pairs, load_rows, load_scales, power_of_two_below
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_tokens", "num_rows", "rows_per_split", "first_split", "num_splits"])
@@ -64,18 +64,20 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HAS_ASM: tl.constexpr,
 ):
     """Grid: (splits, KV heads x blocks of queries, sequences). Scales lie as their rows do, one for HEAD_DIM codes.
 
-    TABLE_ROWS 0: no table. Otherwise a multiple of BLOCK_R, and its blocks take the place of sequences: `*_stride_b` is
-    theirs, of keys and values alike. HAS_SLOTS: the rows of a sequence lie where `slots_ptr` says instead of at its own
-    number; queries and what is found do not.
+    TABLE_ROWS 0: no table. Otherwise a power of two, and its blocks take the place of sequences: `key_stride_b` is
+    theirs, and the strides of keys are those of values too. HAS_ASM: codes become numbers by PTX, as fast as can be.
+    HAS_SLOTS: the rows of a sequence lie where `slots_ptr` says, instead of at its own number as queries do.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     num_blocks = tl.cdiv(num_queries, BLOCK_M)
     num_heads = tl.num_programs(1) // num_blocks
     split, head, batch = tl.program_id(0), (tl.program_id(1) // num_blocks).to(tl.int64), tl.program_id(2).to(tl.int64)
     m = (tl.program_id(1) % num_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    IS_CODED: tl.constexpr = CODEC != "native"
     d = tl.arange(0, BLOCK_D)
     is_query = m < num_queries
     visible = tl.full([BLOCK_M], num_rows, tl.int32)
@@ -87,14 +89,30 @@ def decode_kernel(
     stop = tl.minimum(first + rows_per_split, count)
 
     query_ptr += batch * query_stride_b + head * query_stride_h
-    is_there = is_query[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(query_ptr + m[:, None] * query_stride_m + d[None, :], mask=is_there, other=0.0)
+    query_ptr += m[:, None] * query_stride_m
+    if IS_CODED:  # a word of two codes: channels 2 w and 2 w + 1 apart from each other, in all that follows
+        w = tl.arange(0, BLOCK_D // 2)
+        is_there = is_query[:, None] & (2 * w < HEAD_DIM)[None, :]
+        q_low = tl.load(query_ptr + 2 * w[None, :], mask=is_there, other=0.0)
+        q_high = tl.load(query_ptr + 2 * w[None, :] + 1, mask=is_there, other=0.0)
+        q_unit = tl.full([BLOCK_M], 1.0, tl.float32)
+        if q_low.dtype != tl.float32:  # products in fp16, in which codes are made: queries beside 1, by a power of two
+            q_unit = tl.maximum(power_of_two_below(q_low), power_of_two_below(q_high))
+            q_low = (q_low.to(tl.float32) / q_unit[:, None]).to(tl.float16)
+            q_high = (q_high.to(tl.float32) / q_unit[:, None]).to(tl.float16)
+        sums_low = tl.zeros([BLOCK_M, BLOCK_D // 2], tl.float32)
+        sums_high = tl.zeros([BLOCK_M, BLOCK_D // 2], tl.float32)
+    else:
+        is_there = is_query[:, None] & (d < HEAD_DIM)[None, :]
+        q = tl.load(query_ptr + d[None, :], mask=is_there, other=0.0)
+        sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     key_ptr += head * key_stride_h
     value_ptr += head * value_stride_h
-    if CODEC != "native":
+    if IS_CODED:
         key_scale_ptr += head * (key_stride_h // HEAD_DIM)
         value_scale_ptr += head * (value_stride_h // HEAD_DIM)
     if TABLE_ROWS:
+        value_stride_r = key_stride_r
         table_ptr += batch * table_stride_b + head * table_stride_h
     else:
         slot = batch
@@ -102,7 +120,7 @@ def decode_kernel(
             slot = tl.load(slots_ptr + batch).to(tl.int64)
         key_ptr += slot * key_stride_b
         value_ptr += slot * value_stride_b
-        if CODEC != "native":
+        if IS_CODED:
             key_scale_ptr += slot * (key_stride_b // HEAD_DIM)
             value_scale_ptr += slot * (value_stride_b // HEAD_DIM)
     if HAS_MASK:
@@ -111,18 +129,26 @@ def decode_kernel(
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if TABLE_ROWS:  # blocks are known one turn ahead, so that rows are fetched as early as without a table
+        ahead = first + tl.arange(0, BLOCK_R)
+        block = tl.load(table_ptr + ahead.to(tl.uint32) // TABLE_ROWS, mask=ahead < stop, other=0)
     for start in range(first, stop, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         seen = r < stop
         rows = r
-        if TABLE_ROWS:  # rows that are read at once lie in one block
-            block = tl.load(table_ptr + start // TABLE_ROWS).to(tl.int64)
-            rows = block * (key_stride_b // key_stride_r) + r % TABLE_ROWS
-        k = load_rows(key_ptr, key_stride_r, rows, seen, q.dtype, CODEC, HEAD_DIM, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-        if CODEC != "native":
+        if TABLE_ROWS:
+            rows = block.to(tl.int64) * (key_stride_b // key_stride_r) + r.to(tl.uint32) % TABLE_ROWS
+            ahead = r + BLOCK_R
+            block = tl.load(table_ptr + ahead.to(tl.uint32) // TABLE_ROWS, mask=ahead < stop, other=0)
+        if IS_CODED:
+            k_low, k_high = channel_pairs(key_ptr, key_stride_r, rows, seen, CODEC, HEAD_DIM, BLOCK_D, HAS_ASM)
+            s = tl.dot(q_low, tl.trans(k_low.to(q_low.dtype)), input_precision="ieee")
+            s = tl.dot(q_high, tl.trans(k_high.to(q_low.dtype)), s, input_precision="ieee")
+            s *= (scale * LOG2E * q_unit)[:, None]
             s *= load_scales(key_scale_ptr, key_stride_r // HEAD_DIM, rows, seen, CODEC)[None, :]
+        else:
+            k = load_rows(key_ptr, key_stride_r, rows, seen, HEAD_DIM, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
         if HAS_MASK:
             mask = mask_ptr + m[:, None] * mask_stride_m + r[None, :] * mask_stride_r
             s += tl.load(mask, mask=is_query[:, None] & seen[None, :], other=0.0).to(tl.float32) * LOG2E
@@ -136,17 +162,26 @@ def decode_kernel(
         shrink = tl.exp2(largest - base)
         weight = tl.exp2(s - base[:, None])
         total = total * shrink + tl.sum(weight, axis=1)
-        v = load_rows(value_ptr, value_stride_r, rows, seen, q.dtype, CODEC, HEAD_DIM, BLOCK_D)
-        if CODEC == "native":
-            sums = tl.dot(weight.to(q.dtype), v, sums * shrink[:, None], input_precision="ieee")
-        else:  # scales beside the largest of the block, so that their products with weights stay normal in fp16
+        if IS_CODED:  # scales beside the largest of the block, so that their products with weights stay normal in fp16
+            v_low, v_high = channel_pairs(value_ptr, value_stride_r, rows, seen, CODEC, HEAD_DIM, BLOCK_D, HAS_ASM)
             worth = load_scales(value_scale_ptr, value_stride_r // HEAD_DIM, rows, seen, CODEC)
             unit = tl.maximum(tl.max(worth, axis=0), 1e-30)
-            mixed = tl.dot((weight * (worth / unit)[None, :]).to(q.dtype), v, input_precision="ieee")
-            sums = sums * shrink[:, None] + mixed * unit
+            weight = (weight * (worth / unit)[None, :]).to(q_low.dtype)
+            mixed_low = tl.dot(weight, v_low.to(weight.dtype), input_precision="ieee")
+            mixed_high = tl.dot(weight, v_high.to(weight.dtype), input_precision="ieee")
+            sums_low = sums_low * shrink[:, None] + mixed_low * unit
+            sums_high = sums_high * shrink[:, None] + mixed_high * unit
+        else:
+            v = load_rows(value_ptr, value_stride_r, rows, seen, HEAD_DIM, BLOCK_D)
+            sums = tl.dot(weight.to(q.dtype), v, sums * shrink[:, None], input_precision="ieee")
         largest = larger
 
     found = (plane * num_splits) + (first_split + split) * num_queries + m  # [B, H_kv, splits, M]
     tl.store(largest_ptr + found, largest, mask=is_query)
     tl.store(total_ptr + found, total, mask=is_query)
-    tl.store(sums_ptr + found[:, None] * HEAD_DIM + d[None, :], sums, mask=is_there)
+    sums_ptr += found[:, None] * HEAD_DIM
+    if IS_CODED:
+        tl.store(sums_ptr + 2 * w[None, :], sums_low, mask=is_there)
+        tl.store(sums_ptr + 2 * w[None, :] + 1, sums_high, mask=is_there)
+    else:
+        tl.store(sums_ptr + d[None, :], sums, mask=is_there)

@@ -4,6 +4,8 @@ D 64 and 128 (and one that is no power of two), query groups of 1, 4 and 8, one 
 edges of a block and of a split.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -120,14 +122,35 @@ def test_rows_of_codes_with_a_scale_each(codec: str, dtype: torch.dtype, size: f
     torch.testing.assert_close(columns.double(), wanted_columns, rtol=0, atol=1e-6)
 
 
-def test_every_fp8_code_is_read_exactly() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("codec", ["int8", "fp8"])
+def test_every_code_is_read_exactly(codec: str, dtype: torch.dtype) -> None:
+    """As the low and as the high half of a word."""
     codes = torch.arange(256, dtype=torch.uint8)
-    codes = codes[(codes & 127) != 127].view(1, 1, 1, -1)[..., :224]
+    codes = codes.view(torch.int8) if codec == "int8" else codes[(codes & 127) != 127]
+    both = torch.cat([codes, codes.roll(1)]).view(1, 1, 1, -1)
     scale = torch.ones(1, 1, 1, 1).bfloat16()
 
-    out, _ = attend(torch.ones(1, 1, 1, 224), (codes, scale), (codes, scale), codec="fp8", scale=1.0)
+    out, _ = attend(torch.ones_like(both, dtype=dtype), (both, scale), (both, scale), codec=codec, scale=1.0)
 
-    assert torch.equal(out.double(), decoded((codes, scale)))
+    assert torch.equal(out.double(), decoded((both, scale)))
+
+
+def test_large_and_tiny_queries_meet_codes_as_small_ones_do() -> None:
+    """Products of codes are in fp16, far outside of whose range these queries lie; bf16 has the range of fp32."""
+    rows = torch.randn(2, 1, 1, 40, 64)
+    key, value = (int8(part) for part in rows)
+    query = torch.randn(1, 1, 4, 64).bfloat16()
+    found = [attend(query * size, key, value, codec="int8", scale=0.2 / size)[0] for size in (1.0, 2.0**30, 2.0**-30)]
+
+    assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+
+
+def test_codes_at_odd_addresses_are_refused() -> None:
+    codes, scale = torch.zeros(257, dtype=torch.int8)[1:].view(1, 1, 4, 64), torch.ones(1, 1, 4, 1).bfloat16()
+
+    with pytest.raises(ValueError, match="even address"):
+        attend(torch.ones(1, 1, 4, 64), (codes, scale), (codes, scale), codec="int8", scale=1.0)
 
 
 def int4(rows: Tensor, group_size: int, channels: int, dim: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
@@ -276,16 +299,18 @@ def test_the_rule_covers_every_row_with_whole_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("codec", "dtype", "is_shared"),
+    ("codec", "dtype", "is_shared", "block_r"),
     [
-        ("native", torch.float32, True),
-        ("native", torch.bfloat16, False),
-        ("int8", torch.bfloat16, True),
-        ("fp8", torch.float16, True),
+        ("native", torch.float32, True, 16),
+        ("native", torch.bfloat16, False, 32),
+        ("native", torch.bfloat16, True, 64),
+        ("int8", torch.bfloat16, True, 64),
+        ("fp8", torch.float16, True, 32),
     ],
 )
-def test_rows_in_blocks(codec: str, dtype: torch.dtype, is_shared: bool) -> None:
-    """One table for both heads (stride 0) or one each; beyond a count, and in all other blocks, rows are no numbers."""
+def test_rows_in_blocks(codec: str, dtype: torch.dtype, is_shared: bool, block_r: int) -> None:
+    """One table for both heads (stride 0) or one each; beyond a count, and in all other blocks, rows are no numbers.
+    Half a block of 32 rows is read at once, one, or two."""
     counts, head_dim, num_tokens = torch.tensor(COUNTS, dtype=torch.int32), 64, 2
     rows = torch.randn(2, len(COUNTS), 2, NUM_ROWS, head_dim)
     encode = {"int8": int8, "fp8": fp8}.get(codec, lambda part: (part.to(dtype),))
@@ -302,7 +327,14 @@ def test_rows_in_blocks(codec: str, dtype: torch.dtype, is_shared: bool) -> None
     visible = visible_rows(counts, query.shape[2], num_tokens, NUM_ROWS)
 
     out, _ = attend(
-        query, *parts, codec=codec, counts=counts, table=table, num_tokens=num_tokens, scale=0.2, config=CONFIG
+        query,
+        *parts,
+        codec=codec,
+        counts=counts,
+        table=table,
+        num_tokens=num_tokens,
+        scale=0.2,
+        config=dataclasses.replace(CONFIG, block_r=block_r),
     )
 
     meant = [encode(part)[0].double() if codec == "native" else decoded(encode(part)) for part in rows]
@@ -327,13 +359,8 @@ def test_tables_that_the_kernel_cannot_follow_are_refused() -> None:
         attend(query, (blocks,), (blocks,), counts=count, table=table[..., ::2], scale=1.0)
     with pytest.raises(ValueError, match="blocks must be contiguous"):
         attend(query, (blocks[::2],), (blocks,), counts=count, table=table, scale=1.0)
-    with pytest.raises(ValueError, match="blocks of 16 rows, 32 of which"):
-        attend(
-            query,
-            (blocks[:, :, :16].contiguous(),),
-            (blocks[:, :, :16].contiguous(),),
-            counts=count,
-            table=table,
-            scale=1.0,
-            config=CONFIG,
-        )
+    with pytest.raises(ValueError, match="blocks of 24 rows"):
+        few = blocks[:, :, :24].contiguous()
+        attend(query, (few,), (few,), counts=count, table=table, scale=1.0)
+    with pytest.raises(ValueError, match=r"keys torch.Size\(\[1, 32, 32\]\), values torch.Size\(\[1, 16, 32\]\)"):
+        attend(query, (blocks,), (blocks[:, :, :16].contiguous(),), counts=count, table=table, scale=1.0)

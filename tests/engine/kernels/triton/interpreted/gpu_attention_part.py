@@ -44,15 +44,15 @@ def test_every_way_is_checked_and_timed_at_every_size_and_the_bar_comes_first(
     monkeypatch.setattr(part, "candidates", lambda first: [first, dataclasses.replace(first, num_warps=8)])
     found = run(part, clock(1.25))
 
-    ways = ["decode + sdpa int8", "sdpa native"]
-    ways += [f"triton {codec}{layout}" for codec in ("native", "int8") for layout in ("", " paged")]
+    ours = [f"triton {codec}{layout}" for codec in ("native", "int8", "fp8") for layout in ("", " paged")]
+    ways = ["decode + sdpa fp8", "decode + sdpa int8", "sdpa native", *ours]
     where = [(row["rows"], row["batch"], row["way"]) for row in found["timed"]]
     assert sorted(where) == sorted((rows, batch, way) for rows in (17, 40) for batch in (1, 2) for way in ways)
     assert where[0] == (40, 2, "triton native")
     assert all(row["relative_error"] < 6e-3 and row["share_of_copy"] == pytest.approx(0.8) for row in found["timed"])
     shares = dict.fromkeys(("triton native", "triton native paged"), pytest.approx(0.8))
     assert found["bar"] == {**BAR, "share_of_copy": shares, "passed": True} and found["exit_status"] == 0
-    assert [row["codec"] for row in found["tried"]] == ["native", "native", "int8", "int8"]
+    assert sorted(row["way"] for row in found["tried"]) == sorted(2 * ours)
 
 
 def test_a_missed_bar_fails_the_part(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +88,9 @@ def test_a_wrong_kernel_is_never_timed_and_fails_the_part(part: Any, monkeypatch
 
     wrong = [row for row in found["timed"] if "wrong" in row]
     assert {row["way"] for row in wrong} == {
-        f"triton {own}" for own in ("native", "native paged", "int8", "int8 paged")
+        f"triton {codec}{layout}" for codec in ("native", "int8", "fp8") for layout in ("", " paged")
     }
-    assert len(wrong) == 16
+    assert len(wrong) == 24
     assert not any("median_ms" in row for row in wrong) and found["exit_status"] == 1
 
 

@@ -52,9 +52,7 @@ def engine_of(*, is_replaying: bool, **config: Any) -> Engine:
         return engine
     parts = engine.parts
     graphs = Graphs(record, parts.workspace)
-    return Engine(
-        dataclasses.replace(parts, runner=SingleRunner(parts.model, parts.attention, parts.device, graphs))
-    )
+    return Engine(dataclasses.replace(parts, runner=SingleRunner(parts.model, parts.attention, parts.device, graphs)))
 
 
 def traffic(engine: Engine) -> dict[str, list[int]]:
