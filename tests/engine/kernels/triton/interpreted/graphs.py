@@ -89,6 +89,7 @@ CASES: dict[str, dict[str, Any]] = {
     "prefix cache": {"kv": {"layout": "paged"}, "prefix_cache": True},
     "snapkv": {"kv": {"policy": {"name": "snapkv", **BOUNDED}}},
     "pyramidkv int8": {"kv": {"policy": {"name": "pyramidkv", **BOUNDED}, "codec": "int8"}},
+    "ada_kv": {"kv": {"policy": {"name": "ada_kv", **BOUNDED}}},
     "h2o": {"kv": {"policy": {"name": "h2o", "kv_budget": 24, "score_norm": "decayed", "decay": 0.9}}},
     "r_kv": {"kv": {"policy": {"name": "r_kv", "kv_budget": 24, "window_tokens": 4}}},
     "fused, int4 weights": {"kernels": {"fused": True}, "weights": {"name": "int4", "group_size": 32}},
