@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from codesign.engine.attention import calls
 from codesign.engine.build import build_engine
+from codesign.engine.engine import Engine
+from codesign.engine.graphs import Graphs, Recorder
 from codesign.engine.kernels.pieces import choose
 from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.kv.cuda_lanes import cuda_lanes
@@ -17,6 +20,7 @@ from codesign.engine.kv.stream import LayerStream
 from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.quantize.formats.fp8 import Fp8
 from codesign.engine.quantize.linear import Workspace
+from codesign.engine.runner import SingleRunner
 from codesign.engine.step import BLOCK_TOKENS
 from codesign.errors import Unsupported
 from codesign.measure.child_session import ChildSession
@@ -165,6 +169,101 @@ def test_every_weight_format_runs(weights: Any) -> None:
     engine = build_engine(tiny_spec(**shape), config(dtype="bf16", weights=weights), device="cuda")
 
     assert len(generate(engine, request("r", 32, 8, ignore_eos=True))["r"]) == 8
+
+
+class Replays:
+    """An engine whose steps of output tokens are replayed, its rows in buckets that tests cross."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any], record: Recorder | None, **chosen: Any):
+        monkeypatch.setattr(calls, "LEAST_FIXED_ROWS", 32)
+        self.engine = build_engine(tiny_spec(**shape), config(attention="triton", **chosen), device="cuda")
+        if record is not None:
+            parts = self.engine.parts
+            graphs = Graphs(record, parts.workspace)
+            runner = SingleRunner(parts.model, parts.attention, parts.device, graphs)
+            self.engine = Engine(dataclasses.replace(parts, runner=runner))
+
+    def tokens(self) -> dict[str, list[int]]:
+        """Six requests for four slots, so that there are gaps; the last two come while others run."""
+        lengths = ((40, 90), (70, 8), (9, 40), (25, 60), (100, 30), (5, 50))
+        return generate(
+            self.engine,
+            *(request(f"r{index}", *own, ignore_eos=True) for index, own in enumerate(lengths)),
+        )
+
+
+GRAPH_SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+GRAPH_KV: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "dense int8": {"codec": "int8"},
+    "dense fp8": {"codec": "fp8"},
+    "paged": {"layout": "paged"},
+    "paged int8": {"layout": "paged", "codec": "int8"},
+    "snapkv": {"policy": {"name": "snapkv", "kv_budget": 48}},
+    "pyramidkv": {"policy": {"name": "pyramidkv", "kv_budget": 48}},
+    "h2o": {"policy": {"name": "h2o", "kv_budget": 48}},
+    "r_kv": {"policy": {"name": "r_kv", "kv_budget": 48, "buffer_tokens": 4}},
+}
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("weights", ["native", {"name": "int4", "group_size": 32}], ids=["native", "int4"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kv", GRAPH_KV)
+def test_replayed_steps_give_the_tokens_of_launched_ones(
+    kv: str, dtype: str, weights: Any, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same steps, launched one kernel after the other, in any dtype. Plain engines cut attention into other
+    splits, whose sums may differ in their last bits: compared in fp32, where that decides no token."""
+    chosen: dict[str, Any] = {"kv": GRAPH_KV[kv], "dtype": dtype, "weights": weights}
+    on, off = ({"kernels": {"fused": is_fused, "graphs": value}} for value in (True, False))
+    replayed = Replays(monkeypatch, GRAPH_SHAPE, None, **chosen, **on)
+    launched = Replays(monkeypatch, GRAPH_SHAPE, lambda work: work, **chosen, **off)
+
+    found = replayed.tokens()
+
+    stats = replayed.engine.stats()
+    assert stats["graphs_captured"] >= 3 and stats["steps_replayed"] > stats["steps_not_replayed"]
+    assert found == launched.tokens()
+    assert dtype != "fp32" or found == Replays(monkeypatch, GRAPH_SHAPE, None, **chosen, **off).tokens()
+
+
+@pytest.mark.parametrize("weights", ["int8", "w8a8", "fp8", "nf4"])
+def test_steps_of_every_kind_of_weights_can_be_replayed(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if weights == "fp8" and not has_fp8():
+        pytest.skip("needs compute capability 8.9")
+    chosen: dict[str, Any] = {"dtype": "bf16", "weights": weights}
+    replayed = Replays(monkeypatch, GRAPH_SHAPE, None, **chosen, kernels={"graphs": True})
+    launched = Replays(monkeypatch, GRAPH_SHAPE, lambda work: work, **chosen)
+
+    assert replayed.tokens() == launched.tokens()
+    assert replayed.engine.stats()["steps_replayed"] > 0
+
+
+@pytest.mark.parametrize("speculate", ["draft_model", "ngram"])
+def test_replayed_drafts_and_verifications_give_the_tokens_of_plain_decoding(speculate: str) -> None:
+    spec = dataclasses.replace(tiny_spec(), draft=tiny_spec())
+    requests = [request(f"r{index}", 40 + 30 * index, 40, ignore_eos=True) for index in range(4)]
+    chosen = {"name": speculate, "adaptive": False}
+    engine = build_engine(spec, config(attention="triton", speculate=chosen, kernels={"graphs": True}), device="cuda")
+
+    assert generate(engine, *requests) == generate(
+        build_engine(spec, config(attention="triton"), device="cuda"), *requests
+    )
+    assert engine.stats()["steps_replayed"] > 0
+
+
+def test_replaying_takes_no_more_memory_however_often() -> None:
+    engine = build_engine(tiny_spec(), config(attention="triton", kernels={"graphs": True}), device="cuda")
+    engine.submit(request("r", 8, 240, ignore_eos=True))
+    seen = []
+    for num_steps in (30, 200):
+        for _ in range(num_steps):
+            engine.step()
+        seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+
+    assert seen[0] == seen[1]
+    assert engine.stats()["steps_replayed"] >= 225 and engine.stats()["graphs_captured"] == 1
 
 
 def has_fp8() -> bool:
