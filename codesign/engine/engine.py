@@ -240,7 +240,7 @@ class Engine:
         }
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start, of graphs too where steps are replayed; where the cache is paged, its blocks as they
+        """Counters since the start, also of graphs where steps are replayed; of a paged cache also its blocks as they
         are now."""
         graphs = self.parts.runner.graphs
         return self.parts.scheduler.stats() | ({} if graphs is None else graphs.stats())

@@ -47,8 +47,8 @@ class CudaRecorder:
     """Each recording is a CUDA graph; they never run at the same time, so that one pool of memory serves them all."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch does not type it
 
     def __call__(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
@@ -156,11 +156,12 @@ class Graphs:
 
     @property
     def kernel(self) -> str:
-        """For a record."""
-        return (
-            f"steps of output tokens, equally many of each sequence (at most {self._max_graphs} graphs; "
-            f"{self._num_captured} captured, {self._num_replayed} steps replayed, {self._num_eager} not)"
-        )
+        """What is replayed, for a record; and how much was, once there was any step."""
+        words = f"steps of output tokens, equally many of each sequence (at most {self._max_graphs} graphs)"
+        if self._num_replayed + self._num_eager:
+            so_far = f"{self._num_captured} captured, {self._num_replayed} steps replayed, {self._num_eager} not"
+            words += f"; so far {so_far}"
+        return words
 
     def stats(self) -> dict[str, int]:
         """Since the engine was built: graphs that were captured, steps that one was replayed for, and all others."""

@@ -11,6 +11,7 @@ loses one part at most:
     attention  decode attention over native rows and codes, paged as well, beside SDPA and a device copy
                (gpu_attention.py)
     engine     decode and prefill of whole engines of the shape of Llama-3.1-8B, beside transformers (gpu_engine.py)
+    kv         attention of decode steps under each KV policy and codec beside the full cache (gpu_kv.py)
     search     `codesign search` on a random-weights model of the shape of Llama-3.2-1B
 
 A new part is a function and a row of PARTS.
@@ -30,6 +31,7 @@ from typing import Any
 
 from gpu_attention import attention  # beside this script, as are the next
 from gpu_engine import engine
+from gpu_kv import kv
 from gpu_weights import weights
 
 from codesign.measure.monitor import gpus
@@ -99,6 +101,10 @@ def engines(seconds: float) -> dict[str, Any]:
     return engine(seconds, architecture=LLAMA_8B)
 
 
+def policies(seconds: float) -> dict[str, Any]:
+    return kv(seconds, architecture=LLAMA_8B)
+
+
 def ceilings(seconds: float) -> dict[str, Any]:
     return probe(say)
 
@@ -139,6 +145,7 @@ PARTS: dict[str, tuple[Callable[[float], dict[str, Any]], float]] = {
     "weights": (weights, 150.0),
     "attention": (attention, 90.0),
     "engine": (engines, 90.0),
+    "kv": (policies, 60.0),
     "search": (search, 270.0),
 }
 

@@ -14,13 +14,13 @@ def fill(attention: Attention, num_tokens: int, *, num_heads: int) -> None:
     num_kv_heads, head_dim = store.groups[0].key[0].shape[2], store.head_dim
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, head_dim, generator=generator).to(store.dtype)
+        return torch.randn(*shape, head_dim, generator=generator).to(store.device, store.dtype)
 
     prompt = Prompt(
         key=draw(num_kv_heads, num_tokens),
         value=draw(num_kv_heads, num_tokens),
         window_query=draw(num_heads, policy.window_tokens) if policy.evidence == "window_queries" else None,
-        column_sums=torch.rand(num_kv_heads, num_tokens, generator=generator),
+        column_sums=torch.rand(num_kv_heads, num_tokens, generator=generator).to(store.device),
         scale=head_dim**-0.5,
     )
     for group in store.groups:
@@ -39,7 +39,7 @@ def chosen(policy: KVPolicy, group: LayerGroup, prompt: Prompt) -> Tensor | None
     if num_rows == num_tokens:
         return None
     if policy.needs_keys:  # r_kv's T x T cosines are a cost of the prompt, minutes at 32k; here any rows will do
-        return torch.arange(num_tokens - num_rows, num_tokens).expand(num_heads, -1)
+        return torch.arange(num_tokens - num_rows, num_tokens, device=prompt.key.device).expand(num_heads, -1)
     return policy.select(prompt, num_rows)
 
 

@@ -63,7 +63,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def has_exact_products(device: torch.device) -> bool:
     """Whether `_int_mm` adds without saturating: on AVX2 CPUs it does not (pytorch/pytorch#136746)."""
-    extreme = torch.full((17, 64), 127, dtype=torch.int8, device=device)
+    extreme = torch.full((24, 64), 127, dtype=torch.int8, device=device)  # CUDA asks for over 16 rows, of eights
     extreme[::2] = -127
     wanted = extreme.double() @ extreme.double().t()
     return bool(torch.equal(torch._int_mm(extreme, extreme.t()).double(), wanted))

@@ -81,6 +81,7 @@ def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 BOUNDED = {"kv_budget": 24, "window_tokens": 8, "num_sink_tokens": 2}
+RECENT = {"kv_budget": 20, "window_tokens": 4, "buffer_tokens": 1, "importance_weight": 1.0, "kernel_size": 1}
 CASES: dict[str, dict[str, Any]] = {
     "dense": {},
     "dense int8": {"kv": {"codec": "int8"}},
@@ -91,7 +92,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pyramidkv int8": {"kv": {"policy": {"name": "pyramidkv", **BOUNDED}, "codec": "int8"}},
     "ada_kv": {"kv": {"policy": {"name": "ada_kv", **BOUNDED}}},
     "h2o": {"kv": {"policy": {"name": "h2o", "kv_budget": 24, "score_norm": "decayed", "decay": 0.9}}},
-    "r_kv": {"kv": {"policy": {"name": "r_kv", "kv_budget": 24, "window_tokens": 4}}},
+    "r_kv": {"kv": {"policy": {"name": "r_kv", **RECENT}}},
     "fused, int4 weights": {"kernels": {"fused": True}, "weights": {"name": "int4", "group_size": 32}},
     "w8a8": {"weights": "w8a8"},
     "drafts": {"speculate": {"name": "ngram", "num_draft_tokens": 3, "adaptive": False}},
@@ -106,4 +107,4 @@ def test_tokens_are_the_same(case: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     assert traffic(replayed) == traffic(plain)
     found = replayed.stats()
-    assert found["graphs_captured"] >= 3 and found["steps_replayed"] >= found["steps_not_replayed"]
+    assert found["graphs_captured"] >= 2 and found["steps_replayed"] >= found["steps_not_replayed"]
