@@ -14,6 +14,7 @@ from codesign.engine.attention.switched import AnyAttention, make_attention
 from codesign.engine.block_allocator import UNPAGED, Allocator, BlockAllocator
 from codesign.engine.block_pool import BlockPool
 from codesign.engine.engine import Engine, EngineParts, Scheduler
+from codesign.engine.graphs import CudaRecorder, Graphs
 from codesign.engine.kernels.pieces import Pieces, choose
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.kv.tables import num_blocks_of
@@ -40,6 +41,7 @@ from codesign.engine.weights import build_decoder
 from codesign.errors import InputError, Unsupported
 from codesign.registry import ATTENTION, KV_CODECS, KV_PLACES, KV_POLICIES, SCHEDULERS, SPECULATORS
 from codesign.spec.engine_config import EngineConfig
+from codesign.spec.graph_rules import unrecorded
 from codesign.spec.model import ModelSpec
 from codesign.spec.rules import senseless, undrafted
 from codesign.units import format_bytes
@@ -91,6 +93,8 @@ def _build(model: ModelSpec, config: EngineConfig, place: torch.device, team: Te
     dtype = DTYPES[config.dtype]
     shape, eos = describe(model)
     _check(model, shape, config)
+    if (reason := unrecorded(config, place.type)) is not None:
+        raise Unsupported(reason)
 
     workspace, clock = Workspace(), PackClock()
     started = time.perf_counter()
@@ -144,7 +148,8 @@ def _build(model: ModelSpec, config: EngineConfig, place: torch.device, team: Te
         blocks = {"num_blocks": attention.num_blocks, "block_bytes": block_bytes}
     kv: dict[str, Any] = {"kv_budget_tokens": list(attention.kv_budget_tokens), "kv_place": attention.kv_place}
     if part is None or team is None:
-        runner = SingleRunner(decoder, attention, place)
+        graphs = Graphs(CudaRecorder(place), workspace) if config.kernels.graphs else None
+        runner = SingleRunner(decoder, attention, place, graphs)
     else:
         assert isinstance(decoder, Stage), "a part of a model is a stage"
         runner = RankRunner(decoder, attention, team, num_micro_batches=config.parallel.num_micro_batches)

@@ -206,6 +206,7 @@ class Engine:
         resolved = dict(parts.resolved)
         if len(ranks) > 1:
             resolved["bytes_per_rank"] = ranks
+        graphs = parts.runner.graphs
         layer_kernels = {linear.kernel: None for layer in parts.model.layers for linear in _linears(layer)}
         return {
             "resolved": resolved,
@@ -215,6 +216,7 @@ class Engine:
                 "head": parts.model.head.kernel,
                 "attention": parts.attention.kernel,
                 "fused": describe(parts.model.pieces, has_qk_norm=parts.model.shape.has_qk_norm),
+                "graphs": "none" if graphs is None else graphs.kernel,
             },
             "phases": dict(parts.phases),
         }
@@ -238,8 +240,10 @@ class Engine:
         }
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start and, where the cache is paged, its blocks as they are now."""
-        return self.parts.scheduler.stats()
+        """Counters since the start, also of graphs where steps are replayed; of a paged cache also its blocks as they
+        are now."""
+        graphs = self.parts.runner.graphs
+        return self.parts.scheduler.stats() | ({} if graphs is None else graphs.stats())
 
     def kv_use(self) -> BlockUse | None:
         """What the blocks of a paged cache hold at this moment, on all ranks; None where it is not paged."""

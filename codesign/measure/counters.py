@@ -1,4 +1,5 @@
-"""What happened to the memory of requests during a window, from an engine's counters before and after it."""
+"""What happened to the memory of requests during a window, and how its steps were run, from an engine's counters before
+and after it."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -27,6 +28,12 @@ def memory_events(before: Mapping[str, int], after: Mapping[str, int]) -> dict[s
             Outcome(kind="protocol", detail=f"counters that cannot be: {dict(before)}, then {dict(after)}")
         )
     return found
+
+
+def replayed_steps(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    """Where steps are replayed: `graphs_captured`, `steps_replayed` and `steps_not_replayed` of the window."""
+    names = ("graphs_captured", "steps_replayed", "steps_not_replayed")
+    return {name: after[name] - before.get(name, 0) for name in names if name in after}
 
 
 def memory_metrics(found: Mapping[str, Any], *, num_requests: int, asked: Collection[str]) -> dict[str, MetricValue]:

@@ -24,7 +24,7 @@ from codesign.measure import suite as suites
 from codesign.measure.capacity import Bounds, Capacity, find_capacity
 from codesign.measure.child_session import ChildSession, Limits
 from codesign.measure.client import client_facts
-from codesign.measure.counters import memory_events
+from codesign.measure.counters import memory_events, replayed_steps
 from codesign.measure.kv_use import KVUse, kv_use
 from codesign.measure.load import Load, LoadResult, drive
 from codesign.measure.monitor import Monitor, make_probe
@@ -357,7 +357,8 @@ class _Trial:
             busy_us = session.memory().get("device_busy_us")
             if busy_us is not None:
                 reading["device_busy"] = busy_us / 1e6 / wall_s
-            counted = {**memory_events(before, session.stats()), **_spread(session.kv_use())}
+            after, use = session.stats(), session.kv_use()
+            counted = {**memory_events(before, after), **replayed_steps(before, after), **_spread(use)}
             attempts.append((blocks, reading, counted))
             if not _is_disturbed(monitor.reading):
                 break

@@ -105,7 +105,8 @@ class TrialRecord(TrialIdentity):
     kernels: part -> kernel that ran.
     trust: what the numbers can carry: num_blocks, warmup_steps, warmup_settled, disturbed windows,
         percentile_supported, percentiles with their bounds, late_ms of the client, what was cut of a trace, the probes
-        of the capacity; preemptions, prefix_hit_rate and kv_use (median and most over readings) of a paged cache.
+        of the capacity; preemptions, prefix_hit_rate and kv_use (median and most over readings) of a paged cache;
+        graphs_captured, steps_replayed and steps_not_replayed with kernels.graphs.
     provenance: machine, versions, profile, seed, model digest, prompt digest, commit.
     warnings: said aloud to the person, kept with the numbers.
     """

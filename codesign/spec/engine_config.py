@@ -7,7 +7,7 @@ The same document feeds `search`, `measure`, `serve` and `export`:
     max_model_len: 2048
     weights: {name: int4, group_size: 64}
     kv: {policy: {name: h2o, kv_budget: 0.2}, codec: native, place: device}
-    kernels: {fused: true}
+    kernels: {fused: true, graphs: false}
     parallel: {tensor_parallel_size: 2, pipeline_parallel_size: 1, num_micro_batches: 1}
 
 A family choice is a name, or a mapping with `name` and the member's knobs. Knobs left out take the member's defaults
@@ -62,11 +62,12 @@ PLAIN_FIELDS = (
     "max_step_tokens",
     "prefix_cache",
     "kernels.fused",
+    "kernels.graphs",
     "parallel.tensor_parallel_size",
     "parallel.pipeline_parallel_size",
     "parallel.num_micro_batches",
 )
-FLAGS = ("prefix_cache", "kernels.fused")
+FLAGS = ("prefix_cache", "kernels.fused", "kernels.graphs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +115,16 @@ def _check_count(key: str, value: object, most: int) -> None:
 class KernelsConfig:
     """Args:
     fused: the small operations of a layer in one pass each (`engine/kernels/pieces.py`).
+    graphs: steps of output tokens recorded on the device once and replayed (`engine/graphs.py`); for CUDA, with
+        attention triton.
     """
 
     fused: bool = False
+    graphs: bool = False
 
     def __post_init__(self) -> None:
-        _check_flag("kernels.fused", self.fused)
+        for field in dataclasses.fields(self):
+            _check_flag(f"kernels.{field.name}", getattr(self, field.name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

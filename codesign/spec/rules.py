@@ -14,6 +14,7 @@ not. The search says before its first trial what it leaves out, and why.
 from collections.abc import Iterable
 
 from codesign.spec.engine_config import EngineConfig
+from codesign.spec.graph_rules import never_replayed, unrecorded
 from codesign.spec.hardware import Hardware
 from codesign.spec.kv_budget import kv_budget_tokens
 from codesign.spec.metrics import METRICS
@@ -44,7 +45,7 @@ def senseless(config: EngineConfig) -> str | None:
             "for such a chunk, so it bounds nothing; use a smaller one, or leave it out"
         )
     blocks = _not_in_blocks(config) if config.kv.layout.name == "paged" else _only_in_blocks(config)
-    return blocks or undivided(config)
+    return blocks or undivided(config) or never_replayed(config)
 
 
 def _not_in_blocks(config: EngineConfig) -> str | None:
@@ -112,7 +113,7 @@ def lacking(config: EngineConfig, hardware: Hardware) -> str | None:
     """What a resolved configuration needs that this hardware does not have, or None; also where that is not known."""
     if _is_two_of_four(config) and hardware.device == "cpu":
         return "prune.pattern two_of_four on a CPU: no kernel there skips the zeros; use prune none"
-    if (reason := too_many_ranks(config, hardware)) is not None:
+    if (reason := too_many_ranks(config, hardware) or unrecorded(config, hardware.device)) is not None:
         return reason
     if config.weights.name == "fp8" and not (hardware.device == "cuda" and hardware.compute_capability is None):
         return fp8_refusal(hardware.compute_capability, is_emulated=config.is_emulated)

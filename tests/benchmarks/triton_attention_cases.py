@@ -26,9 +26,9 @@ def attention_cases(*, is_quick: bool) -> Iterator[Case]:
         for codec in ("native", "int8", "fp8"):
             for num_queries in QUERIES[:1] if is_quick or dtype == "fp32" else QUERIES:
                 for head_dim in (128,) if is_quick else (64, 128):
-                    yield decode_case(dtype, codec, num_queries, head_dim, extras="counts")
+                    yield decode_case(dtype, codec, num_queries, head_dim, extras="counts+slots")
                     yield decode_case(dtype, codec, num_queries, head_dim, extras="counts+table")
-        for extras in () if is_quick else ("mask", "counts+columns", "mask+columns"):
+        for extras in () if is_quick else ("mask", "counts", "counts+slots+columns", "mask+columns"):
             yield decode_case(dtype, "native", 4, 128, extras=extras)
         for head_dim in (128,) if is_quick else (64, 128):
             for num_queries in QUERIES[:1] if is_quick or dtype == "fp32" else QUERIES[:2]:
@@ -70,13 +70,14 @@ def decode_case(dtype: str, codec: str, num_queries: int, head_dim: int, *, extr
         **dict.fromkeys(("key_ptr", "value_ptr"), rows),
         **dict.fromkeys(("key_scale_ptr", "value_scale_ptr"), of_row),
         "scores_ptr": "*fp32",
-        "table_ptr": "*i32",
+        **dict.fromkeys(("table_ptr", "slots_ptr"), "*i32"),
     }
     constants: dict[str, Any] = {
         **block,
         "CODEC": codec,
         "HAS_COUNTS": "counts" in extras,
         "TABLE_ROWS": BLOCK_TOKENS if "table" in extras else 0,
+        "HAS_SLOTS": "slots" in extras,
         "HAS_MASK": "mask" in extras,
         "HAS_SCORES": "columns" in extras,
         "HEAD_DIM": head_dim,

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from codesign.engine.attention import calls
 from codesign.engine.build import build_engine
+from codesign.engine.engine import Engine
+from codesign.engine.graphs import Graphs, Recorder
 from codesign.engine.kernels.pieces import choose
 from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.kv.cuda_lanes import cuda_lanes
@@ -18,6 +21,7 @@ from codesign.engine.models.tiny import tiny_spec
 from codesign.engine.quantize.formats.fp8 import Fp8
 from codesign.engine.quantize.formats.w8a8 import W8A8
 from codesign.engine.quantize.linear import Workspace
+from codesign.engine.runner import SingleRunner
 from codesign.engine.step import BLOCK_TOKENS
 from codesign.errors import Unsupported
 from codesign.measure.child_session import ChildSession
@@ -168,6 +172,97 @@ def test_every_weight_format_runs(weights: Any) -> None:
     engine = build_engine(tiny_spec(**shape), config(dtype="bf16", weights=weights), device="cuda")
 
     assert len(generate(engine, request("r", 32, 8, ignore_eos=True))["r"]) == 8
+
+
+GRAPH_SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+
+
+def replaying(record: Recorder | None = None, **chosen: Any) -> Engine:
+    """An engine whose steps are replayed: by the device, or by what stands in for its recordings."""
+    if record is None:
+        chosen["kernels"] = {**chosen.get("kernels", {}), "graphs": True}
+    engine = build_engine(tiny_spec(**GRAPH_SHAPE), config(attention="triton", **chosen), device="cuda")
+    if record is None:
+        return engine
+    parts = engine.parts
+    runner = SingleRunner(parts.model, parts.attention, parts.device, Graphs(record, parts.workspace))
+    return Engine(dataclasses.replace(parts, runner=runner))
+
+
+def coming_and_going(engine: Engine) -> dict[str, list[int]]:
+    """Six requests for four slots: there are gaps between those in use, and some come while others run."""
+    lengths = ((40, 90), (70, 8), (9, 40), (25, 60), (100, 30), (5, 50))
+    return generate(engine, *(request(f"r{index}", *own, ignore_eos=True) for index, own in enumerate(lengths)))
+
+
+INT4 = {"name": "int4", "group_size": 32}
+FUSED = {"fused": True}
+REPLAYED: dict[str, dict[str, Any]] = {
+    "dense fp32": {},
+    "dense fp32, fused": {"kernels": FUSED},
+    "dense bf16, int4": {"dtype": "bf16", "weights": INT4},
+    "dense bf16, int4, fused": {"dtype": "bf16", "weights": INT4, "kernels": FUSED},
+    "dense fp32, int4": {"weights": INT4},
+    "dense bf16, int8 rows": {"dtype": "bf16", "kv": {"codec": "int8"}, "kernels": FUSED},
+    "dense fp32, fp8 rows": {"kv": {"codec": "fp8"}},
+    "paged fp32": {"kv": {"layout": "paged"}},
+    "paged bf16, fused": {"dtype": "bf16", "kv": {"layout": "paged"}, "kernels": FUSED},
+    "paged fp32, int8 rows": {"kv": {"layout": "paged", "codec": "int8"}},
+    "snapkv fp32": {"kv": {"policy": {"name": "snapkv", "kv_budget": 48}}},
+    "pyramidkv bf16": {"dtype": "bf16", "kv": {"policy": {"name": "pyramidkv", "kv_budget": 48}}},
+    "h2o fp32": {"kv": {"policy": {"name": "h2o", "kv_budget": 48}}},
+    "h2o bf16, fused": {"dtype": "bf16", "kv": {"policy": {"name": "h2o", "kv_budget": 48}}, "kernels": FUSED},
+    "r_kv fp32": {"kv": {"policy": {"name": "r_kv", "kv_budget": 48, "buffer_tokens": 4}}},
+    "bf16, int8": {"dtype": "bf16", "weights": "int8"},
+    "bf16, w8a8": {"dtype": "bf16", "weights": "w8a8"},
+    "bf16, fp8": {"dtype": "bf16", "weights": "fp8"},
+}
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_replayed_steps_give_the_tokens_of_launched_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same steps launched kernel by kernel, in any dtype. A plain engine cuts attention into other splits, whose
+    sums may differ in their last bits: it is compared in fp32, where they decide no token."""
+    monkeypatch.setattr(calls, "LEAST_FIXED_ROWS", 32)
+    chosen = REPLAYED[name]
+    if chosen.get("weights") == "fp8" and not has_fp8():
+        pytest.skip("needs compute capability 8.9")
+    replayed, launched = replaying(**chosen), replaying(lambda work: work, **chosen)
+
+    found = coming_and_going(replayed)
+
+    stats = replayed.stats()
+    assert stats["graphs_captured"] >= 3 and stats["steps_replayed"] > stats["steps_not_replayed"]
+    assert found == coming_and_going(launched)
+    if "dtype" not in chosen:
+        plain = build_engine(tiny_spec(**GRAPH_SHAPE), config(attention="triton", **chosen), device="cuda")
+        assert found == coming_and_going(plain)
+
+
+@pytest.mark.parametrize("speculate", ["draft_model", "ngram"])
+def test_replayed_drafts_and_verifications_give_the_tokens_of_plain_decoding(speculate: str) -> None:
+    spec = dataclasses.replace(tiny_spec(), draft=tiny_spec())
+    requests = [request(f"r{index}", 40 + 30 * index, 40, ignore_eos=True) for index in range(4)]
+    chosen = {"name": speculate, "adaptive": False}
+    engine = build_engine(spec, config(attention="triton", speculate=chosen, kernels={"graphs": True}), device="cuda")
+
+    assert generate(engine, *requests) == generate(
+        build_engine(spec, config(attention="triton"), device="cuda"), *requests
+    )
+    assert engine.stats()["steps_replayed"] > 0
+
+
+def test_replaying_takes_no_more_memory_however_often() -> None:
+    engine = build_engine(tiny_spec(), config(attention="triton", kernels={"graphs": True}), device="cuda")
+    engine.submit(request("r", 8, 240, ignore_eos=True))
+    seen = []
+    for num_steps in (30, 200):
+        for _ in range(num_steps):
+            engine.step()
+        seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+
+    assert seen[0] == seen[1]
+    assert engine.stats()["steps_replayed"] >= 225 and engine.stats()["graphs_captured"] == 1
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 16, 17, 300])

@@ -1,6 +1,6 @@
 import pytest
 
-from codesign.measure.counters import memory_events, memory_metrics
+from codesign.measure.counters import memory_events, memory_metrics, replayed_steps
 from codesign.measure.session import TrialFailed
 
 BEFORE = {"preemptions": 2, "blocks": 9, "blocks_used": 4, "prompt_tokens": 100, "prefix_hit_tokens": 64}
@@ -30,6 +30,18 @@ def test_what_cannot_happen_is_absent() -> None:
 def test_counters_that_cannot_be_are_not_believed(lie: dict[str, int]) -> None:
     with pytest.raises(TrialFailed, match="protocol: counters that cannot be"):
         memory_events(BEFORE, {**BEFORE, **lie})
+
+
+def test_steps_are_counted_where_they_are_replayed() -> None:
+    before = {**BEFORE, "graphs_captured": 2, "steps_replayed": 40, "steps_not_replayed": 9}
+    after = {**before, "graphs_captured": 3, "steps_replayed": 140, "steps_not_replayed": 12}
+
+    assert replayed_steps(before, after) == {
+        "graphs_captured": 1,
+        "steps_replayed": 100,
+        "steps_not_replayed": 3,
+    }
+    assert replayed_steps(BEFORE, BEFORE) == {}
 
 
 def test_what_happened_becomes_metrics_per_request_and_medians_with_their_count() -> None:

@@ -48,7 +48,7 @@ SPACE: dict[str, Any] = {
     "max_step_tokens": {"low": 128, "high": 512, "step": 128},
     "weights": {"native": {}, "int4": {"group_size": [32, 64]}},
     "kv": {"policy": {"full": {}, "h2o": {"kv_budget": [0.1, 0.2]}}, "codec": ["native"]},
-    "kernels": {"fused": [True, False]},
+    "kernels": {"fused": [True, False], "graphs": [False]},
     "parallel": {"tensor_parallel_size": [1, 2], "pipeline_parallel_size": [1, 2], "num_micro_batches": [1, 4]},
     "constraints": [{"when": {"weights": "int4", "dtype": "fp32"}, "reason": "an example"}],
 }
@@ -57,7 +57,7 @@ CONFIG: dict[str, Any] = {
     "max_batch_size": 4,
     "weights": {"name": "int4", "group_size": 64},
     "kv": {"policy": {"name": "h2o", "kv_budget": 0.2}, "codec": "native"},
-    "kernels": {"fused": True},
+    "kernels": {"fused": True, "graphs": False},
     "parallel": {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "num_micro_batches": 1},
 }
 
@@ -293,7 +293,9 @@ SPACE_CASES: list[tuple[str, str, str, str]] = [
     ("kv.policy.h2o.kv_budget", "[0.1, half]", "kv.policy.h2o.kv_budget", "kv_budget"),
     ("kv.policy.h2o.kv_budget", "{low: 0.1, high: 2.5}", "kv.policy.h2o.kv_budget", "kv_budget"),
     ("+kv.policy.h2o.recent_fraction", "[2.0]", "kv.policy.h2o", "recent_fraction"),
-    ("kernels", "fused", "kernels", "must be a mapping with fused"),
+    ("kernels", "fused", "kernels", "must be a mapping with fused, graphs"),
+    ("+kernels.graph", "[true]", "kernels.graph", "did you mean 'graphs'"),
+    ("kernels.graphs", "[true, 1]", "kernels.graphs", "true or false"),
     ("kernels", "[fused]", "kernels", "must be a mapping with fused"),
     ("kernels", "null", "kernels", "must be a mapping with fused"),
     ("+kernels.fuse", "true", "kernels.fuse", "did you mean 'fused'"),
@@ -363,7 +365,8 @@ CONFIG_CASES: list[tuple[str, str, str, str]] = [
     ("kv.policy.kv_budget", "0", "kv.policy", "kv_budget"),
     ("kv.policy.kv_budget", "true", "kv.policy", "kv_budget"),
     ("kv.policy.kv_budget", "2:4", "kv.policy", "kv_budget"),
-    ("kernels", "true", "kernels", "must be a mapping with fused"),
+    ("kernels", "true", "kernels", "must be a mapping with fused, graphs"),
+    ("kernels.graphs", "'true'", "kernels.graphs", "must be true or false"),
     ("kernels", "null", "kernels", "must be a mapping with fused"),
     ("+kernels.fuse", "true", "kernels.fuse", "did you mean 'fused'"),
     *[

@@ -99,6 +99,7 @@ def test_a_knob_that_is_absent_stays_out_of_the_document(
         {"kv": {"policy": "h2o"}},
         {"attention": "eager"},
         {"kernels": {"fused": True}},
+        {"kernels": {"graphs": True}},
     ],
 )
 def test_every_field_changes_the_digest(change: dict[str, Any]) -> None:
@@ -116,14 +117,15 @@ def test_flat_keeps_knobs_of_different_members_apart() -> None:
 
 def test_an_empty_group_is_its_defaults() -> None:
     assert EngineConfig.from_dict({"kernels": {}, "kv": {}}) == EngineConfig()
-    assert EngineConfig().kernels.fused is False
+    assert EngineConfig().kernels == KernelsConfig(fused=False, graphs=False)
 
 
+@pytest.mark.parametrize("name", ["fused", "graphs"])
 @pytest.mark.parametrize("value", [1, 0, "true", None, [True]])
-def test_a_flag_is_true_or_false(value: Any) -> None:
+def test_a_flag_is_true_or_false(value: Any, name: str) -> None:
     with pytest.raises(InputError, match="must be true or false") as caught:
-        EngineConfig.from_dict({"kernels": {"fused": value}}, file="record.json")
-    assert (caught.value.file, caught.value.key) == ("record.json", "kernels.fused")
+        EngineConfig.from_dict({"kernels": {name: value}}, file="record.json")
+    assert (caught.value.file, caught.value.key) == ("record.json", f"kernels.{name}")
 
 
 def test_a_written_file_loads_as_the_resolved_configuration(tmp_path: Path) -> None:

@@ -25,10 +25,12 @@ class AttentionBackend(ABC):
 
     Attributes:
         is_plain: the reference: no kernel that reads encoded rows may stand in for it.
+        is_indexed: whether `attend_stored` and `attend_blocks` find counts and slots in `call.index`.
         column_kernel: what runs beside `kernel` where column sums are asked for, for the record.
     """
 
     is_plain: ClassVar[bool] = False
+    is_indexed: ClassVar[bool] = False
     column_kernel: ClassVar[str] = "column pass"
 
     @property

@@ -26,6 +26,7 @@ class BlockAttention:
     kernel: what runs, for the record.
     packed: what reads native rows for the tokens of a whole step, prompts too, or None.
     is_ragged: whether sequences of any lengths can share a call that has no mask.
+    is_indexed: whether counts are read from `call.index`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class BlockAttention:
         self.packed: KVAttention | None = None
         self.kernel = backend.kernel
         self.is_ragged = self._is_read = backend.reads_blocks(codec)
+        self.is_indexed = self._is_read and backend.is_indexed
         if self._is_read:
             return
         found: KVAttention | Missing = Missing("plain")

@@ -5,6 +5,8 @@ a sequence much longer or shorter than its neighbour starts a new one. Each prom
 
     slots      0     1   2   3   4          rows   2048  64  64  64  64
     calls     [0]   [1 . . . . . 4]         work   2048  +  4 x 64
+
+What reads counts and slots from tensors takes all output tokens with equally many queries in one call.
 """
 
 import dataclasses
@@ -18,6 +20,9 @@ from torch import Tensor
 # Padded rows may be this share of the rows that count. Below 64 rows a call costs more than what it would save.
 _MAX_PADDING = 0.2
 _CHEAP_ROWS = 64
+# Rows of calls that one recording serves: this, then twice as many, and so on.
+LEAST_FIXED_ROWS = 256
+_ALIGNED = 4  # int32 in 16 bytes: Triton compiles a kernel anew for pointers that are less
 
 
 class Span(NamedTuple):  # a tuple because every sequence of every step makes one per layer group
@@ -48,6 +53,20 @@ class Span(NamedTuple):  # a tuple because every sequence of every step makes on
         return self.num_past + self.num_queries
 
 
+@dataclasses.dataclass(frozen=True)
+class Planes:
+    """KV heads of different lengths, each by itself.
+
+    Attributes:
+        index: [2, L, B * H_kv] int32: rows that the last token of the sequence sees, and which row of the layer is the
+            first of them.
+        num_rows: of the longest.
+    """
+
+    index: Tensor
+    num_rows: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
     """One backend call: neighbouring slots, equally many queries each, one row count.
@@ -57,6 +76,9 @@ class Call:
         num_rows: rows read of each: the largest of the spans.
         mask: additive in the compute dtype, [B, 1, 1, R] or [B, 1, G * Q, R] (output tokens), [n, R] (prompt chunk);
             None where every query sees every row, or where `is_causal` says which.
+        index: [2, B'] int32, B' >= B: counts, then slots, where `cut` was told that they are read from there.
+        planes: the KV heads, where the group is ragged and `index` is read.
+        is_fixed: `spans` say how many sequences there are and nothing else.
     """
 
     spans: tuple[Span, ...]
@@ -64,11 +86,33 @@ class Call:
     mask: Tensor | None
     is_causal: bool
     device: torch.device
+    index: Tensor | None = None
+    planes: Planes | None = None
+    is_fixed: bool = False
 
     @functools.cached_property
     def counts(self) -> Tensor:
-        """[B] int32 rows of each sequence: what its last token sees. Once a step, for kernels that need no mask."""
-        return torch.tensor([span.num_rows for span in self.spans], dtype=torch.int32, device=self.device)
+        """[B] int32 rows of each sequence: what its last token sees. For kernels that need no mask."""
+        assert self.index is not None
+        return self.index[0, : len(self.spans)]
+
+    @functools.cached_property
+    def slot_ids(self) -> Tensor:
+        """[B] int32."""
+        assert self.index is not None
+        return self.index[1, : len(self.spans)]
+
+    def fixed(self, most: int, *, most_of_plane: int = 0) -> "Call":
+        """The same with nothing in Python that other steps with as many sequences and tokens would have otherwise:
+        rows are rounded up, to at most `most` (those of a plane to `most_of_plane`); what is beyond a count is not
+        read."""
+        planes = self.planes
+        if planes is not None:
+            planes = dataclasses.replace(planes, num_rows=_rounded(planes.num_rows, most_of_plane))
+        spans = _fixed_spans(len(self.spans), self.num_queries)
+        return dataclasses.replace(
+            self, spans=spans, num_rows=_rounded(self.num_rows, most), planes=planes, is_fixed=True
+        )
 
     @property
     def is_prompt(self) -> bool:
@@ -89,6 +133,8 @@ class Call:
     @functools.cached_property
     def where(self) -> slice | Tensor:
         """Indexes the slots in their order, whether they are neighbours or not."""
+        if self.is_fixed:
+            return self.slot_ids
         slots = [span.slot for span in self.spans]
         if slots == list(range(slots[0], slots[-1] + 1)):
             return self.slots
@@ -108,12 +154,14 @@ def cut(
     device: torch.device,
     has_tables: bool = False,
     is_ragged: bool = False,
+    is_indexed: bool = False,
 ) -> tuple[Call, ...]:
     """The calls of a step, in packed order.
 
     Args:
         has_tables: any slots can share a call, since what reads them is told where the rows of each are.
         is_ragged: output tokens are read by what takes sequences of any lengths: none is padded and no mask is needed.
+        is_indexed: and by what finds counts and slots in tensors.
     """
     runs: list[list[Span]] = []
     longest = total = 0
@@ -127,7 +175,7 @@ def cut(
                 continue
         runs.append([span])
         longest = total = rows
-    return tuple(_call(run, num_groups, dtype, device, is_ragged) for run in runs)
+    return tuple(_call(run, num_groups, dtype, device, is_ragged, is_indexed) for run in runs)
 
 
 def _are_neighbours(last: Span, span: Span, has_tables: bool) -> bool:
@@ -135,7 +183,9 @@ def _are_neighbours(last: Span, span: Span, has_tables: bool) -> bool:
     return is_output and (has_tables or span.slot == last.slot + 1) and span.num_queries == last.num_queries
 
 
-def _call(run: list[Span], num_groups: int, dtype: torch.dtype, device: torch.device, is_ragged: bool) -> Call:
+def _call(
+    run: list[Span], num_groups: int, dtype: torch.dtype, device: torch.device, is_ragged: bool, is_indexed: bool
+) -> Call:
     first = run[0]
     num_rows = max(span.num_rows for span in run)
     is_causal = first.is_prompt and first.num_past == 0
@@ -149,4 +199,18 @@ def _call(run: list[Span], num_groups: int, dtype: torch.dtype, device: torch.de
         if not first.is_prompt and first.num_queries > 1:
             mask = mask.repeat(1, num_groups, 1)
         mask = mask[:, None]
-    return Call(spans=tuple(run), num_rows=num_rows, mask=mask, is_causal=is_causal, device=device)
+    index = None
+    if is_indexed and not first.is_prompt:
+        padding = [0] * (-len(run) % _ALIGNED)
+        facts = [[span.num_rows for span in run] + padding, [span.slot for span in run] + padding]
+        index = torch.tensor(facts, dtype=torch.int32, device=device)
+    return Call(spans=tuple(run), num_rows=num_rows, mask=mask, is_causal=is_causal, device=device, index=index)
+
+
+def _rounded(num_rows: int, most: int) -> int:
+    return min(max(LEAST_FIXED_ROWS, 1 << (num_rows - 1).bit_length()), most)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fixed_spans(num_sequences: int, num_queries: int) -> tuple[Span, ...]:
+    return tuple(Span(-1, index * num_queries, num_queries, 0, False, False) for index in range(num_sequences))

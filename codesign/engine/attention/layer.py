@@ -8,6 +8,7 @@ The model never rotates and never sees a cache.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from codesign.engine.attention import packed
 from codesign.engine.attention.backend import AttentionBackend
-from codesign.engine.attention.calls import Call, Span, cut
+from codesign.engine.attention.calls import Call, Planes, Span, cut
+from codesign.engine.attention.fixed import FixedStep
 from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.prompt import PromptAttention
 from codesign.engine.attention.ragged import attend_ragged
@@ -69,16 +71,21 @@ class _Packed:
 class _Step:
     """Attributes:
     output_tokens: which packed tokens are output tokens; None means all of them.
-    rows: layer -> where those go.
+    rows: [L, n * H_kv] where those go, layers in the store's order; None without any.
     recent_rows: where the queries of those go, for a policy that looks at recent ones.
     """
 
     cos: Tensor
     signed_sin: Tensor
     output_tokens: Tensor | None
-    rows: dict[int, Tensor]
+    rows: Tensor | None
     recent_rows: Tensor | None
     groups: tuple[_GroupStep, ...]
+
+    @functools.cached_property
+    def layer_rows(self) -> tuple[Tensor, ...]:
+        """Layer after layer."""
+        return () if self.rows is None else self.rows.unbind(0)
 
 
 class Attention:
@@ -157,6 +164,7 @@ class Attention:
         self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
         self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
         self._dtype, self._device = dtype, device
+        self._row_of = {layer: row for row, layer in enumerate(self.store.layer_order)}
         self._where = {
             layer: (number, index)
             for number, group in enumerate(self.store.groups)
@@ -208,7 +216,7 @@ class Attention:
         self.store.fetch(plan.slots, plan.is_prompt)
         recent_rows = None
         recent = next((group.recent for group in self.store.groups if group.recent is not None), None)
-        if rows and recent is not None:
+        if rows is not None and recent is not None:
             facts = zip(plan.slots, plan.query_lens, strict=True)
             token_slots = torch.tensor([own for own, length in facts for _ in range(length)], device=self._device)
             output = slice(None) if output_tokens is None else output_tokens
@@ -231,9 +239,13 @@ class Attention:
             num_groups=self._num_groups,
             dtype=self._dtype,
             device=self._device,
-            has_tables=self._attend_slots.finds_slots and not isinstance(group, RaggedGroup),
+            has_tables=self._attend_slots.finds_slots
+            and (self._attend_slots.is_indexed or not isinstance(group, RaggedGroup)),
             is_ragged=self._attend_slots.is_ragged and not self._needs_masks(group),
+            is_indexed=self._attend_slots.is_indexed,
         )
+        if isinstance(group, RaggedGroup):
+            calls = tuple(self._with_planes(call, group) for call in calls)
         if group.sinks is None:
             return _GroupStep(calls)
         tokens = [(token, span.slot, plan.positions[token]) for span in spans for token in span.tokens]
@@ -254,14 +266,22 @@ class Attention:
 
     def _needs_masks(self, group: LayerGroup) -> bool:
         """Heads of different lengths that nothing reads in one call."""
-        return isinstance(group, RaggedGroup) and isinstance(self._attend_slots.native, Missing)
+        output = self._attend_slots
+        return isinstance(group, RaggedGroup) and isinstance(output.native, Missing) and not output.is_indexed
 
-    def _reserve(self, batch: Batch, starts: tuple[int, ...]) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """Which packed tokens are output tokens (None: all), and layer -> the rows they go to."""
+    def _with_planes(self, call: Call, group: RaggedGroup) -> Call:
+        if call.index is None:
+            return call
+        slots = [span.slot for span in call.spans]
+        index, num_rows = group.planes(slots, call.index[:, : len(slots)], call.num_queries)
+        return dataclasses.replace(call, planes=Planes(index, max(num_rows, call.num_rows)))
+
+    def _reserve(self, batch: Batch, starts: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """Which packed tokens are output tokens (None: all), and the rows [L, n * H_kv] they go to."""
         plan = batch.plan
         output = [index for index, is_prompt in enumerate(plan.is_prompt) if not is_prompt]
         if not output:
-            return None, {}
+            return None, None
         tokens, positions = None, batch.positions
         if len(output) < len(plan.slots):
             ranges = [range(starts[index], starts[index + 1]) for index in output]
@@ -270,6 +290,27 @@ class Attention:
         pending = [(plan.slots[index], plan.query_lens[index]) for index in output]
         first_positions = [plan.positions[starts[index]] for index in output]
         return tokens, self.store.reserve(pending, first_positions, positions)
+
+    def fixed(self) -> FixedStep | None:
+        """The step that has begun, if it consists of output tokens, equally many of each sequence, that are read from
+        where tensors say, and nothing else is done for them."""
+        step, output = self._step, self._attend_slots
+        assert step is not None, "begin(batch) comes first"
+        is_plain = step.rows is not None and step.output_tokens is None and self.store.stream is None
+        if not (is_plain and output.is_indexed and output.finds_slots):
+            return None
+        groups = []
+        for group, own in zip(self.store.groups, step.groups, strict=True):
+            if len(own.calls) != 1 or group.sinks is not None:
+                return None
+            most = group.num_slot_rows if isinstance(group, RaggedGroup) else 0
+            groups.append(_GroupStep((own.calls[0].fixed(most=group.capacity, most_of_plane=most),)))
+        facts = dataclasses.replace(step, groups=tuple(groups))
+
+        def resume() -> None:
+            self._step = facts
+
+        return FixedStep(facts, resume)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """[N, H, D] from q [N, H, D] and k, v [N, H_kv, D], packed as in the batch, before RoPE."""
@@ -294,17 +335,18 @@ class Attention:
         if part.packed is not None:
             return self._attend_packed(part.packed, group, index, q, k, v, step)
         tokens = step.output_tokens
-        if step.rows and tokens is None and self._is_native:
+        if step.rows is not None and tokens is None and self._is_native:
             q = self._pieces.rotate_into(
                 *(q, k, v, step.cos, step.signed_sin),
                 key=self.store.key[0],
                 value=self.store.value[0],
-                rows=step.rows[layer],
+                rows=step.layer_rows[self._row_of[layer]],
             )
         else:
             q, k = self._pieces.rotate(q, k, step.cos, step.signed_sin)
-            if step.rows:
-                self.store.write(layer, step.rows[layer], *((k, v) if tokens is None else (k[tokens], v[tokens])))
+            if step.rows is not None:
+                rows = step.layer_rows[self._row_of[layer]]
+                self.store.write(layer, rows, *((k, v) if tokens is None else (k[tokens], v[tokens])))
         if group.recent is not None and step.recent_rows is not None:
             group.recent.write(index, step.recent_rows, q if tokens is None else q[tokens])
         if len(part.calls) == 1:
@@ -340,9 +382,10 @@ class Attention:
 
     def _attend_output(self, call: Call, group: LayerGroup, index: int, q: Tensor) -> Tensor:
         """Output tokens: B slots in one call, straight from the cache."""
-        if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
-            where = self._attend_slots.native, self.backend, group, index, call
-            return attend_ragged(*where, q, num_kv_heads=self._num_kv_heads, scale=self._scale)
+        if isinstance(group, RaggedGroup) and call.planes is None:
+            if any(group.is_ragged(index, span.slot) for span in call.spans):
+                where = self._attend_slots.native, self.backend, group, index, call
+                return attend_ragged(*where, q, num_kv_heads=self._num_kv_heads, scale=self._scale)
         out, mass = self._attend_slots(q, group, index, call, want_columns=group.column is not None)
         if mass is not None:
             group.note(index, call.where, mass)

@@ -35,6 +35,7 @@ class OutputAttention:
     packed: what reads native rows for the tokens of a whole step, prompts too, or None.
     is_ragged: whether sequences of any lengths can share a call that has no mask.
     finds_slots: whether those of any slots can.
+    is_indexed: whether counts and slots are read from `call.index`.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class OutputAttention:
         self.packed: KVAttention | None = None
         self.finds_slots = False
         self.is_ragged = self._is_read = backend.reads(codec, head_dim=head_dim)
+        self.is_indexed = self._is_read and backend.is_indexed
         self.kernel = backend.kernel
         self.native: KVAttention | Missing = Missing("plain")
         if self._is_read:
+            self.finds_slots = self.is_indexed and not codec.group_size  # groups are sliced out of neighbouring slots
             self.native = Missing("the backend's own kernel reads heads of one length")
             return
         if codec.is_native:
@@ -93,7 +96,7 @@ class OutputAttention:
             if self._native_name and not self._is_native_faster:
                 name = beside(self._native_name, self._prompts)
             name += f" + column pass ({reason})" if self._codec.is_native and reason else " + column pass"
-        if has_ragged:
+        if has_ragged and not self.is_indexed:
             calls = f"{self._backend.kernel}, a call per slot and KV head ({reason})"
             name += f", ragged heads {calls if reason else self._native_name}"
         return name

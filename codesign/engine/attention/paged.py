@@ -21,6 +21,7 @@ from codesign.engine.attention import packed
 from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.blocks import BlockAttention
 from codesign.engine.attention.calls import Call, Span, cut
+from codesign.engine.attention.fixed import FixedStep
 from codesign.engine.attention.prompt import PromptAttention
 from codesign.engine.attention.rope import Rope
 from codesign.engine.attention.rules import check_plan, check_runs
@@ -33,7 +34,7 @@ from codesign.engine.kv.paged import BlockUse, PagedStore
 from codesign.engine.kv.place import ON_DEVICE
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.kv.staging import StagedPrompt
-from codesign.engine.step import StepPlan
+from codesign.engine.step import BLOCK_TOKENS, StepPlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,7 @@ class PagedAttention:
                 device=self._device,
                 has_tables=True,
                 is_ragged=self._attend_blocks.is_ragged,
+                is_indexed=self._attend_blocks.is_indexed,
             )
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
         self._step = _Step(
@@ -200,6 +202,21 @@ class PagedAttention:
             calls=tuple((call, self._table(call.spans, call.num_rows)) for call in calls),
             admitted=admitted,
         )
+
+    def fixed(self) -> FixedStep | None:
+        """The step that has begun, if it consists of output tokens, equally many of each sequence, that are read from
+        where tensors say."""
+        step = self._step
+        assert step is not None, "begin(batch) comes first"
+        if step.has_prompts or len(step.calls) != 1 or not self._attend_blocks.is_indexed:
+            return None
+        call = step.calls[0][0].fixed(most=self.store.table.shape[1] * BLOCK_TOKENS)
+        facts = dataclasses.replace(step, calls=((call, self.store.table_of(call.slot_ids, call.num_rows)),))
+
+        def resume() -> None:
+            self._step = facts
+
+        return FixedStep(facts, resume)
 
     def _table(self, spans: Sequence[Span], num_rows: int) -> Tensor:
         return self.store.table_of([span.slot for span in spans], num_rows)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codesign.engine.attention.fixed import FixedStep
 from codesign.engine.attention.layer import Attention
 from codesign.engine.attention.paged import PagedAttention
 from codesign.engine.batch import Batch
@@ -79,6 +80,10 @@ class SwitchedAttention:
             part.begin(share.batch)
             self._shares.append(share)
             first = stop
+
+    def fixed(self) -> FixedStep | None:
+        """None: which tokens are whose is known in Python alone."""
+        return None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         out = None

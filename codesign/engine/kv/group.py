@@ -15,6 +15,7 @@ from codesign.engine.kv.sinks import SinkKeys
 class LayerGroup:
     """Attributes:
     layers: which layers, in the order of the first dimension.
+    capacity: C, rows of a slot's KV head, pending ones included.
     budget: rows kept per KV head; `is_bounded` when rows are overwritten in place.
     is_staged: whether a prompt waits in native precision until its end.
     key, value: what the codec stores of rows, parts [L, S, H_kv, C, X], as they lie between steps.
@@ -57,6 +58,7 @@ class LayerGroup:
         self._codec, self._dtype, self._device = codec, dtype, device
         self.encoded, self._num_tokens = encoded, num_tokens
         num_layers, num_slots, num_kv_heads, capacity = shape
+        self.capacity = capacity
         self.num_rows = num_layers * num_slots * num_kv_heads * capacity
         own = slice(start, start + self.num_rows)
         self.key, self.value = (tuple(part[own].view(*shape, -1) for part in parts) for parts in (key, value))
@@ -107,8 +109,8 @@ class LayerGroup:
 
     def first_rows(self, slots: Iterable[int]) -> list[int]:
         """[B * H_kv] where the rows of each of these slots' KV heads begin among those of a layer."""
-        num_heads, capacity = self.near_key[0][0].shape[1:3]
-        return [(slot * num_heads + head) * capacity for slot in slots for head in range(num_heads)]
+        num_heads = self.near_key[0][0].shape[1]
+        return [(slot * num_heads + head) * self.capacity for slot in slots for head in range(num_heads)]
 
     def rows(self, slots: Tensor, positions: Tensor) -> Sequence[Tensor]:
         """[N * H_kv] rows of each layer for `write`, of slots and positions [N], where every row is kept."""

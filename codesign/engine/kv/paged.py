@@ -115,9 +115,9 @@ class PagedStore:
         if is_pending:
             self.num_pending[slot] = count
 
-    def table_of(self, slots: Sequence[int], num_rows: int) -> Tensor:
+    def table_of(self, slots: Sequence[int] | Tensor, num_rows: int) -> Tensor:
         """[B, H_kv, n] int32 blocks of the first `num_rows` rows of each slot; heads share theirs."""
-        index = torch.tensor(slots, device=self.device)
+        index = slots if isinstance(slots, Tensor) else torch.tensor(slots, device=self.device)
         return self.table[index, : num_blocks_of(num_rows)][:, None].expand(-1, self._num_kv_heads, -1)
 
     def rows(self, slot: Tensor, position: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class DenseStore:
     groups: layers with equal budgets, with views of their rows.
     num_tokens: [S] committed tokens of each slot (rows of a layer: `group.rows_after(num_tokens)`).
     num_pending: [S] rows written after them and not committed yet.
+    layer_order: layers with equal budgets side by side, bounded ones first.
     stream: what brings layers to the device, or None where they lie there.
 
     Raises:
@@ -140,14 +141,13 @@ class DenseStore:
             groups.append(group)
             start += group.num_rows
         self.groups = tuple(groups)
-        # [L, S, H_kv] first row, bounded layers first
-        self._layer_order = [layer for group in self.groups for layer in group.layers]
+        self.layer_order = tuple(layer for group in self.groups for layer in group.layers)
         self._num_bounded_layers = sum(len(group.layers) for group in self.groups if group.is_bounded)
-        self._row_start = torch.cat([group.row_start for group in self.groups])
+        self._row_start = torch.cat([group.row_start for group in self.groups])  # [L, S, H_kv] first row
         own_layers = [len(group.layers) for group in self.groups]
         for group, row_start in zip(self.groups, torch.split(self._row_start, own_layers), strict=True):
             group.row_start = row_start  # a view: ragged heads move theirs
-        self._budget = torch.tensor([self.budgets[layer] for layer in self._layer_order], device=device)[:, None]
+        self._budget = torch.tensor([self.budgets[layer] for layer in self.layer_order], device=device)[:, None]
         self.num_pending = [0] * num_slots
         self.next_position = [0] * num_slots
         self._misled: set[int] = set()
@@ -175,16 +175,15 @@ class DenseStore:
         """Prompt tokens, committed as they come."""
         self.num_tokens[slot] += num_tokens
 
-    def reserve(
-        self, pending: Sequence[tuple[int, int]], first_positions: Sequence[int], positions: Tensor
-    ) -> dict[int, Tensor]:
+    def reserve(self, pending: Sequence[tuple[int, int]], first_positions: Sequence[int], positions: Tensor) -> Tensor:
         """Where the pending rows of each (slot, number of rows) go.
 
         Args:
             first_positions: of the first row of each.
             positions: [N] of all rows, slot after slot.
         Returns:
-            layer -> [N * H_kv] rows for `write`. Labels them with their positions; they have no attention mass yet.
+            [L, N * H_kv] rows for `write`, layers in `layer_order`. Labels them with their positions; they have no
+            attention mass yet.
         """
         existing = self.num_tokens
         if self.codec.group_size:
@@ -200,7 +199,7 @@ class DenseStore:
                 self.column[bounded] = 0.0
         for (own, count), first in zip(pending, first_positions, strict=True):
             self.num_pending[own], self.next_position[own] = count, first
-        return dict(zip(self._layer_order, rows.flatten(1).unbind(0), strict=True))
+        return rows.flatten(1)
 
     def fetch(self, slots: Sequence[int], is_prompt: Sequence[bool]) -> None:
         """Starts a step that reads what these slots hold; a prompt that is staged is not read from its slot."""

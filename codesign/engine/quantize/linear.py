@@ -29,6 +29,11 @@ class Workspace:
             self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return self._buffer[:num_bytes].view(dtype).view(shape)
 
+    @property
+    def buffer(self) -> Tensor | None:
+        """What `take` gives views of until it wants more."""
+        return self._buffer
+
     def release(self) -> None:
         """Lets go of the buffer; the next `take` makes one."""
         self._buffer = None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from codesign.engine.attention.switched import AnyAttention, make_attention
+from codesign.engine.graphs import CudaRecorder, Graphs
 from codesign.engine.kv.codecs.native import Native
 from codesign.engine.kv.policies.full import Full
 from codesign.engine.models.decoder import Decoder
@@ -34,7 +35,10 @@ class DraftProposer:
     def allocate(self, num_slots: int) -> None:
         attention = self._attention(num_slots)
         self._kv_bytes = attention.kv_bytes
-        self._runner = SingleRunner(self._decoder, attention, self._target.device)
+        device, graphs = self._target.device, None
+        if self._target.config.kernels.graphs:
+            graphs = Graphs(CudaRecorder(device), self._target.workspace)
+        self._runner = SingleRunner(self._decoder, attention, device, graphs)
         self._plans = DraftPlans(num_slots, self._target.config.max_step_tokens)
 
     def propose(self, wanted: Items[tuple[Sequence, int]]) -> dict[str, Draft]:

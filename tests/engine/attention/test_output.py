@@ -42,7 +42,7 @@ def filled(codec: str, lengths: list[int], *, num_queries: int, head_dim: int, d
     for slot, length in enumerate(lengths):
         for first in range(0, length + num_queries, num_queries):
             count = min(num_queries, length - first) if first < length else num_queries
-            (rows,) = store.reserve([(slot, count)], [first], torch.arange(first, first + count)).values()
+            (rows,) = store.reserve([(slot, count)], [first], torch.arange(first, first + count))
             key, value = torch.randn(2, count, NUM_KV_HEADS, head_dim, generator=generator).to(dtype)
             store.write(0, rows, key, value)
             if first < length:
@@ -76,7 +76,8 @@ def attend(
     shape = (len(lengths), NUM_KV_HEADS, num_groups * num_queries, head_dim)
     query = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out, expected, every_error = torch.empty_like(query), torch.empty_like(query), [torch.zeros(())]
-    for call in cut(spans, num_groups=num_groups, dtype=dtype, device=CPU, is_ragged=attention.is_ragged):
+    kinds = {"is_ragged": attention.is_ragged, "is_indexed": attention.is_indexed}
+    for call in cut(spans, num_groups=num_groups, dtype=dtype, device=CPU, **kinds):
         packed = unfold(query[call.slots], num_queries=num_queries)
         found, columns = attention(packed, group, 0, call, want_columns=want_columns)
         out[call.slots] = fold(found, num_queries=num_queries, num_kv_heads=NUM_KV_HEADS)

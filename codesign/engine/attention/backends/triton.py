@@ -30,6 +30,7 @@ _MAX_QUERIES = 128  # of a KV head; more are a prompt chunk, and worth a kernel 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Triton(AttentionBackend):
     column_kernel: ClassVar[str] = "triton::column_sums"
+    is_indexed: ClassVar[bool] = True
 
     @property
     def kernel(self) -> str:
@@ -84,27 +85,40 @@ class Triton(AttentionBackend):
         from codesign.engine.kernels.triton.attend import attend, attend_int4
 
         name = _name(codec)
-        key, value = (tuple(part[:, :, : call.num_rows] for part in parts) for parts in group.stored(index, call.slots))
+        near = group.near_key[index], group.near_value[index]
+        if call.planes is not None:  # each KV head is a sequence with one head, of rows from where it begins
+            counts, first = call.planes.index[:, index]
+            out, _ = attend(
+                query.flatten(0, 1)[:, None],
+                *(tuple(_from_every_row(part, call.planes.num_rows) for part in parts) for parts in near),
+                codec=name,
+                counts=counts,
+                slots=first,
+                num_tokens=call.num_queries,
+                scale=scale,
+            )
+            return out.view(query.shape), None
         if name in _ROW_CODECS:
             return attend(
                 query,
-                key,
-                value,
+                *(tuple(part[:, :, : call.num_rows] for part in parts) for parts in near),
                 codec=name,
                 counts=call.counts,
+                slots=call.slot_ids,
                 num_tokens=call.num_queries,
                 scale=scale,
                 want_columns=want_columns,
             )
         assert group.encoded is not None and not want_columns, "rows in groups are never evicted, whatever their scores"
+        key, value = (parts[0][:, :, : call.num_rows] for parts in group.stored(index, call.slots))
         num_encoded = group.encoded_tokens(call.slots)
         in_groups = torch.tensor(num_encoded, dtype=torch.int32, device=query.device)
         out = attend_int4(
             query,
             [part[index, call.slots] for part in group.encoded.tensors],
             in_groups,
-            key[0],
-            value[0],
+            key,
+            value,
             call.counts - in_groups,
             group_size=codec.group_size,
             most_encoded=max(num_encoded),
@@ -131,6 +145,13 @@ class Triton(AttentionBackend):
             num_tokens=call.num_queries,
             scale=scale,
         )[0]
+
+
+def _from_every_row(part: Tensor, num_rows: int) -> Tensor:
+    """[S, H_kv, C, X] -> [n, 1, num_rows, X]: each row as the first of `num_rows`."""
+    rows = part.flatten(0, 2)
+    width = rows.shape[1]
+    return rows.as_strided((len(rows) - num_rows + 1, 1, num_rows, width), (width, width, width, 1))
 
 
 def _name(codec: KVCodec) -> str:

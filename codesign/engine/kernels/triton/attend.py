@@ -24,6 +24,7 @@ def attend(
     codec: str = "native",
     counts: Tensor | None = None,
     table: Tensor | None = None,
+    slots: Tensor | None = None,
     num_tokens: int = 1,
     mask: Tensor | None = None,
     scale: float,
@@ -41,6 +42,7 @@ def attend(
         table: [B, H_kv, n] int32, side by side: rows lie in blocks, key and value are parts [num_blocks, H_kv, 32, X],
             and row r of a sequence's KV head h is row r % 32 of h in block table[b, h, r // 32]; R = 32 n. Any power of
             two will do for 32.
+        slots: [B] int32, any order: the rows of each sequence are those of `key[slots[b]]`, of views [S, H_kv, R, X].
         mask: additive, broadcasts to [B, H_kv, M, R].
         want_columns: also [B, H_kv, num_tokens, R] fp32, the weight each row received, averaged over the query group.
         config: instead of the rule's.
@@ -55,7 +57,7 @@ def attend(
         scores = query.new_empty(num_batch, num_heads, num_queries, num_rows, dtype=torch.float32)
     found = _Found.room(query, config.num_splits)
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]  # see launch.py
-        _decode(query, key, value, codec, counts, table, num_tokens, mask, scale, scores, config, found, 0)
+        _decode(query, key, value, codec, counts, table, slots, num_tokens, mask, scale, scores, config, found, 0)
         out, lse = found.combine(query)
         if scores is None:
             return out, None
@@ -131,7 +133,7 @@ def attend_int4(
             **over_groups.options(),
         )
         _decode(
-            query, (key,), (value,), "native", counts, None, num_tokens, None, scale, None, over_rows, found,
+            query, (key,), (value,), "native", counts, None, None, num_tokens, None, scale, None, over_rows, found,
             over_groups.num_splits,
         )  # fmt: skip
         return found.combine(query)[0]
@@ -179,6 +181,7 @@ def _decode(
     codec: str,
     counts: Tensor | None,
     table: Tensor | None,
+    slots: Tensor | None,
     num_tokens: int,
     mask: Tensor | None,
     scale: float,
@@ -220,6 +223,7 @@ def _decode(
         value[-1],
         absent if counts is None else counts,
         absent if table is None else table,
+        absent if slots is None else slots,
         absent if mask is None else mask,
         found.sums,
         found.largest,
@@ -240,6 +244,7 @@ def _decode(
         CODEC=codec,
         HAS_COUNTS=counts is not None,
         TABLE_ROWS=0 if table is None else block_rows,
+        HAS_SLOTS=slots is not None,
         HAS_MASK=mask is not None,
         HAS_SCORES=scores is not None,
         HEAD_DIM=head_dim,

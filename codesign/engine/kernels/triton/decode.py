@@ -26,6 +26,7 @@ def decode_kernel(
     value_scale_ptr,
     counts_ptr,
     table_ptr,
+    slots_ptr,
     mask_ptr,
     sums_ptr,
     largest_ptr,
@@ -56,6 +57,7 @@ def decode_kernel(
     CODEC: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
     TABLE_ROWS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -68,6 +70,7 @@ def decode_kernel(
 
     TABLE_ROWS 0: no table. Otherwise a power of two, and its blocks take the place of sequences: `key_stride_b` is
     theirs, and the strides of keys are those of values too. HAS_ASM: codes become numbers by PTX, as fast as can be.
+    HAS_SLOTS: the rows of a sequence lie where `slots_ptr` says, instead of at its own number as queries do.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     num_blocks = tl.cdiv(num_queries, BLOCK_M)
@@ -112,11 +115,14 @@ def decode_kernel(
         value_stride_r = key_stride_r
         table_ptr += batch * table_stride_b + head * table_stride_h
     else:
-        key_ptr += batch * key_stride_b
-        value_ptr += batch * value_stride_b
+        slot = batch
+        if HAS_SLOTS:
+            slot = tl.load(slots_ptr + batch).to(tl.int64)
+        key_ptr += slot * key_stride_b
+        value_ptr += slot * value_stride_b
         if IS_CODED:
-            key_scale_ptr += batch * (key_stride_b // HEAD_DIM)
-            value_scale_ptr += batch * (value_stride_b // HEAD_DIM)
+            key_scale_ptr += slot * (key_stride_b // HEAD_DIM)
+            value_scale_ptr += slot * (value_stride_b // HEAD_DIM)
     if HAS_MASK:
         mask_ptr += batch * mask_stride_b + head * mask_stride_h
     plane = (batch * num_heads + head) * num_queries

@@ -123,7 +123,7 @@ def test_each_group_is_encoded_exactly_once_and_only_when_it_is_committed(monkey
     for first in range(0, 40, 2):
         rows = store.reserve([(1, 3)], [first], torch.arange(first, first + 3))
         new = torch.arange(first, first + 3.0)[:, None, None].expand(-1, 3, 16)
-        for layer, own in rows.items():
+        for layer, own in zip(store.layer_order, rows, strict=True):
             store.write(layer, own, new, new)
         store.commit([(1, 2)])
 

@@ -282,6 +282,46 @@ def test_column_sums_of_a_prompt(dtype: torch.dtype, head_dim: int, num_groups: 
     torch.testing.assert_close(sums, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("codec", ["native", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_slots_in_any_order(codec: str, dtype: torch.dtype) -> None:
+    """Five of eight slots; what the others hold is no number."""
+    slots = torch.tensor([6, 0, 3, 7, 2], dtype=torch.int32)
+    counts, num_tokens = torch.tensor([1, 33, 96, 64, 20], dtype=torch.int32), 2
+    rows = torch.randn(2, 5, 2, NUM_ROWS, 64)
+    encode = {"int8": int8, "fp8": fp8}.get(codec, lambda part: (part.to(dtype),))
+    key, value = (tuple(in_slots(own, slots, counts) for own in encode(part)) for part in rows)
+    query = torch.randn(5, 2, 4 * num_tokens, 64).to(dtype)
+
+    out, columns = attend(
+        query,
+        key,
+        value,
+        codec=codec,
+        counts=counts,
+        slots=slots,
+        num_tokens=num_tokens,
+        scale=0.2,
+        want_columns=True,
+        config=CONFIG,
+    )
+
+    meant = [encode(part)[0].double() if codec == "native" else decoded(encode(part)) for part in rows]
+    visible = visible_rows(counts, query.shape[2], num_tokens, NUM_ROWS)
+    wanted, wanted_columns = expected(query, *meant, visible, 0.2, num_tokens)
+    assert columns is not None
+    torch.testing.assert_close(out.double(), wanted, rtol=RTOL[dtype], atol=ATOL[dtype])
+    torch.testing.assert_close(columns.double(), wanted_columns, rtol=0, atol=2e-6)
+
+
+def in_slots(rows: Tensor, slots: Tensor, counts: Tensor) -> Tensor:
+    """Rows [B, H_kv, R, X] of those slots of eight."""
+    own = stored(rows, counts, torch.nan if rows.is_floating_point() else 127)
+    cache = own.new_full((8, *own.shape[1:3], own.shape[3]), torch.nan if rows.is_floating_point() else 127)
+    cache[slots.long()] = own
+    return cache
+
+
 def test_the_rule_covers_every_row_with_whole_blocks() -> None:
     for num_rows in (0, 1, 64, 65, 1000, 4096, 16384, 131072):
         for num_planes in (1, 8, 256, 2048):

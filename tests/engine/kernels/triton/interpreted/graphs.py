@@ -1,0 +1,110 @@
+"""Whole engines whose steps are replayed give the tokens of those whose steps are run, whatever comes and goes.
+
+The device that records is a stand-in: a recording is the forward pass with the batch and the attention's step that it
+was made with, and replaying it runs that again, whatever step has begun meanwhile. So what a step has in Python is as
+old as the recording, and only what is copied into its tensors is new: as on a device, but for addresses.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
+
+from codesign.engine.attention import calls
+from codesign.engine.build import build_engine
+from codesign.engine.engine import Engine
+from codesign.engine.graphs import Graphs, Work
+from codesign.engine.models.tiny import tiny_spec
+from codesign.engine.runner import SingleRunner
+from codesign.spec.engine_config import EngineConfig
+from tests.engine.driving import finish, request
+
+aten = torch.ops.aten
+# What cannot be recorded: tensors made of Python's numbers, and Python asking what is in a tensor.
+FORBIDDEN = {aten.lift_fresh, aten.item, aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero}
+
+
+class Recordable(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in FORBIDDEN, f"{func} between begin and end of a step"
+        return func(*args, **(kwargs or {}))
+
+
+def record(work: Work) -> Work:
+    def replay() -> None:
+        with Recordable():
+            work()
+
+    return replay
+
+
+def engine_of(*, is_replaying: bool, **config: Any) -> Engine:
+    """What is compared with runs the reference attention, which is fast here; that it agrees is tested elsewhere."""
+    attention = "triton" if is_replaying else "eager"
+    plain = {"dtype": "fp32", "max_batch_size": 3, "max_model_len": 64, "attention": attention, **config}
+    shape = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32, "intermediate_size": 64}
+    engine = build_engine(tiny_spec(**shape), EngineConfig.from_dict(plain))
+    if not is_replaying:
+        return engine
+    parts = engine.parts
+    graphs = Graphs(record, parts.workspace)
+    return Engine(dataclasses.replace(parts, runner=SingleRunner(parts.model, parts.attention, parts.device, graphs)))
+
+
+def traffic(engine: Engine) -> dict[str, list[int]]:
+    """Five requests for three slots, of which the middle one is free first, and one that comes while others run."""
+    for name, num_prompt, num_tokens in (("a", 5, 32), ("b", 20, 5), ("c", 14, 14), ("d", 3, 9), ("e", 26, 12)):
+        engine.submit(request(name, num_prompt, num_tokens, ignore_eos=True))
+    early = [output for _ in range(12) for output in engine.step()]
+    engine.submit(request("late", 9, 10, ignore_eos=True))
+    found = finish(engine)
+    for output in reversed(early):
+        found.setdefault(output.request_id, []).insert(0, output.token_id)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(calls, "LEAST_FIXED_ROWS", 16)
+    run = GridExecutor.__call__
+
+    def kernel(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():  # what the interpreter does is the device's work
+            run(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", kernel)
+    yield
+
+
+BOUNDED = {"kv_budget": 24, "window_tokens": 8, "num_sink_tokens": 2}
+RECENT = {"kv_budget": 20, "window_tokens": 4, "buffer_tokens": 1, "importance_weight": 1.0, "kernel_size": 1}
+CASES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "dense int8": {"kv": {"codec": "int8"}},
+    "paged": {"kv": {"layout": "paged"}},
+    "paged fp8, chunks": {"kv": {"layout": "paged", "codec": "fp8"}, "max_step_tokens": 12},
+    "prefix cache": {"kv": {"layout": "paged"}, "prefix_cache": True},
+    "snapkv": {"kv": {"policy": {"name": "snapkv", **BOUNDED}}},
+    "pyramidkv int8": {"kv": {"policy": {"name": "pyramidkv", **BOUNDED}, "codec": "int8"}},
+    "ada_kv": {"kv": {"policy": {"name": "ada_kv", **BOUNDED}}},
+    "h2o": {"kv": {"policy": {"name": "h2o", "kv_budget": 24, "score_norm": "decayed", "decay": 0.9}}},
+    "r_kv": {"kv": {"policy": {"name": "r_kv", **RECENT}}},
+    "fused, int4 weights": {"kernels": {"fused": True}, "weights": {"name": "int4", "group_size": 32}},
+    "w8a8": {"weights": "w8a8"},
+    "drafts": {"speculate": {"name": "ngram", "num_draft_tokens": 3, "adaptive": False}},
+    "static": {"scheduler": "static"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_the_same(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plain, replayed = (engine_of(is_replaying=value, **CASES[case]) for value in (False, True))
+
+    assert traffic(replayed) == traffic(plain)
+    found = replayed.stats()
+    assert found["graphs_captured"] >= 2 and found["steps_replayed"] >= found["steps_not_replayed"]
