@@ -5,7 +5,7 @@
 Parts, in order, correctness before speed. Each writes its JSON with provenance as soon as it is done, so that a cut
 loses one part at most; at the end they become OUT.md (gpu_report.py).
 
-    tests      tests/engine/test_cuda.py, in eight processes where pytest-xdist is there
+    tests      tests/engine/test_cuda.py, in twelve processes where pytest-xdist is there
     ceilings   read bandwidth and matrix products, as `codesign probe` measures them
     weights    every way to multiply with packed weights (gpu_weights.py), and the fastest configs of the Triton kernels
     attention  decode attention over native rows and codes, paged as well, beside SDPA and a device copy
@@ -66,10 +66,11 @@ LLAMA_1B = {
 }
 SPACE = {
     "max_batch_size": [8, 32],
+    "attention": {"triton": {}},
+    "kernels": {"fused": [True], "graphs": [False, True]},
     "kv": {
         "policy": {
             "full": {},
-            "streaming_llm": {"kv_budget": [0.1, 0.25]},
             "h2o": {"kv_budget": [0.1, 0.25]},
             "pyramidkv": {"kv_budget": [0.1, 0.25]},
         }
@@ -79,7 +80,7 @@ SPACE = {
 
 def tests(seconds: float) -> dict[str, Any]:
     """Other plugins of pytest that the environment may have stay out."""
-    side_by_side = ["-p", "xdist.plugin", "-n", "8"] if importlib.util.find_spec("xdist") else []
+    side_by_side = ["-p", "xdist.plugin", "-n", "12"] if importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-p", "pytest_timeout", *side_by_side, "-q", "-rA"]
     done = subprocess.run(
         [*command, "tests/engine/test_cuda.py"],

@@ -382,10 +382,10 @@ class Attention:
 
     def _attend_output(self, call: Call, group: LayerGroup, index: int, q: Tensor) -> Tensor:
         """Output tokens: B slots in one call, straight from the cache."""
-        if isinstance(group, RaggedGroup) and call.planes is None:
-            if any(group.is_ragged(index, span.slot) for span in call.spans):
-                where = self._attend_slots.native, self.backend, group, index, call
-                return attend_ragged(*where, q, num_kv_heads=self._num_kv_heads, scale=self._scale)
+        spans = call.spans if call.planes is None else ()
+        if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in spans):
+            where = self._attend_slots.native, self.backend, group, index, call
+            return attend_ragged(*where, q, num_kv_heads=self._num_kv_heads, scale=self._scale)
         out, mass = self._attend_slots(q, group, index, call, want_columns=group.column is not None)
         if mass is not None:
             group.note(index, call.where, mass)
