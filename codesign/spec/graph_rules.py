@@ -5,7 +5,6 @@ from codesign.spec.engine_config import EngineConfig
 # Members whose output tokens need more than counts and slots in tensors; tests/spec/test_graph_rules.py asks them.
 GROUP_CODECS = ("int4", "low_rank")
 UNFIXED_POLICIES = {
-    "ada_kv": "its KV heads differ in length, which Python has to know",
     "dynamic": "which sequence is under which policy is known in Python alone",
     "streaming_llm": "in each step it turns the keys of sinks, of more sequences or fewer",
 }

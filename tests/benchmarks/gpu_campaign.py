@@ -3,9 +3,9 @@
     python tests/benchmarks/gpu_campaign.py [--parts tests attention ...] [--out reports/benchmarks/gpu] [--minutes 9]
 
 Parts, in order, correctness before speed. Each writes its JSON with provenance as soon as it is done, so that a cut
-loses one part at most:
+loses one part at most; at the end they become OUT.md (gpu_report.py).
 
-    tests      tests/engine/test_cuda.py, in eight processes where pytest-xdist is there
+    tests      tests/engine/test_cuda.py, in twelve processes where pytest-xdist is there
     ceilings   read bandwidth and matrix products, as `codesign probe` measures them
     weights    every way to multiply with packed weights (gpu_weights.py), and the fastest configs of the Triton kernels
     attention  decode attention over native rows and codes, paged as well, beside SDPA and a device copy
@@ -26,12 +26,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from gpu_attention import attention  # beside this script, as are the next
 from gpu_engine import engine
 from gpu_kv import kv
+from gpu_report import report
 from gpu_weights import weights
 
 from codesign.measure.monitor import gpus
@@ -64,10 +66,11 @@ LLAMA_1B = {
 }
 SPACE = {
     "max_batch_size": [8, 32],
+    "attention": {"triton": {}},
+    "kernels": {"fused": [True], "graphs": [False, True]},
     "kv": {
         "policy": {
             "full": {},
-            "streaming_llm": {"kv_budget": [0.1, 0.25]},
             "h2o": {"kv_budget": [0.1, 0.25]},
             "pyramidkv": {"kv_budget": [0.1, 0.25]},
         }
@@ -77,7 +80,7 @@ SPACE = {
 
 def tests(seconds: float) -> dict[str, Any]:
     """Other plugins of pytest that the environment may have stay out."""
-    side_by_side = ["-p", "xdist.plugin", "-n", "8"] if importlib.util.find_spec("xdist") else []
+    side_by_side = ["-p", "xdist.plugin", "-n", "12"] if importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-p", "pytest_timeout", *side_by_side, "-q", "-rA"]
     done = subprocess.run(
         [*command, "tests/engine/test_cuda.py"],
@@ -158,6 +161,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("reports/benchmarks/gpu"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--commit", help="of this code, where it is a copy without its history")
     parser.add_argument("--minutes", type=float, default=9.0, help="of wall time for all parts")
     arguments = parser.parse_args()
     if not gpus():
@@ -166,6 +170,8 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     deadline_s = time.monotonic() + arguments.minutes * 60
     where = provenance(ModelSpec(name="llama-3.1-8b shape", architecture=LLAMA_8B), "cuda")
+    if arguments.commit is not None:
+        where["code"] = {"commit": arguments.commit, "dirty": False}
     where["command"] = " ".join(["python tests/benchmarks/gpu_campaign.py", *sys.argv[1:]])
     failed = False
     for name, (part, longest_s) in PARTS.items():
@@ -181,10 +187,17 @@ def main() -> int:
             result: dict[str, Any] = part(seconds)
         except subprocess.TimeoutExpired as error:
             result = {"exit_status": None, "error": str(error)}
-        document = {"part": name, "seconds": time.monotonic() - start_s, "provenance": where, "result": result}
+        document = {
+            "part": name,
+            "date": datetime.now(UTC).date().isoformat(),
+            "seconds": time.monotonic() - start_s,
+            "provenance": where,
+            "result": result,
+        }
         (arguments.out / f"{name}.json").write_text(json.dumps(document, indent=1, default=str) + "\n")
         failed = failed or result.get("exit_status", 0) not in (0, 5)
         say(f"{name}: {document['seconds']:.0f} s, exit {result.get('exit_status', 0)}")
+    arguments.out.with_suffix(".md").write_text(report(arguments.out) + "\n")
     return int(failed)
 
 

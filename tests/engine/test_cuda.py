@@ -210,6 +210,11 @@ REPLAYED: dict[str, dict[str, Any]] = {
     "paged fp32, int8 rows": {"kv": {"layout": "paged", "codec": "int8"}},
     "snapkv fp32": {"kv": {"policy": {"name": "snapkv", "kv_budget": 48}}},
     "pyramidkv bf16": {"dtype": "bf16", "kv": {"policy": {"name": "pyramidkv", "kv_budget": 48}}},
+    "ada_kv fp32": {"kv": {"policy": {"name": "ada_kv", "kv_budget": 48}}},
+    "ada_kv bf16, int8 rows": {
+        "dtype": "bf16",
+        "kv": {"policy": {"name": "ada_kv", "kv_budget": 48}, "codec": "int8"},
+    },
     "h2o fp32": {"kv": {"policy": {"name": "h2o", "kv_budget": 48}}},
     "h2o bf16, fused": {"dtype": "bf16", "kv": {"policy": {"name": "h2o", "kv_budget": 48}}, "kernels": FUSED},
     "r_kv fp32": {"kv": {"policy": {"name": "r_kv", "kv_budget": 48, "buffer_tokens": 4}}},
@@ -405,9 +410,9 @@ def test_a_product_is_the_same_every_time(name: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["native", "int8", "fp8", "int4"])
-@pytest.mark.parametrize("policy", ["full", "h2o"])
+@pytest.mark.parametrize("policy", ["full", "h2o", "ada_kv"])
 def test_triton_attention_generates_what_eager_does(policy: str, codec: str) -> None:
-    if policy == "h2o" and codec == "int4":
+    if policy != "full" and codec == "int4":
         pytest.skip("rows in groups cannot be evicted")
     budget = {} if policy == "full" else {"kv_budget": 64}
     requests = [request(f"r{index}", 40 + 30 * index, 12, ignore_eos=True) for index in range(4)]

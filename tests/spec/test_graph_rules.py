@@ -29,7 +29,6 @@ def config(**changes: Any) -> EngineConfig:
         ({"parallel": {"tensor_parallel_size": 2}}, "with parallel sizes above 1: .* use one rank"),
         ({"parallel": {"pipeline_parallel_size": 2}}, "with parallel sizes above 1"),
         ({"kv": {"policy": "streaming_llm"}}, "with kv.policy streaming_llm: .*sinks.* use another kv.policy"),
-        ({"kv": {"policy": "ada_kv"}}, "with kv.policy ada_kv: its KV heads differ in length"),
         ({"kv": {"policy": "dynamic"}}, "with kv.policy dynamic"),
         ({"kv": {"codec": "int4"}}, "with kv.codec int4: .* use kv.codec native, int8 or fp8"),
         ({"kv": {"codec": "low_rank"}}, "with kv.codec low_rank"),
@@ -50,7 +49,7 @@ def test_rows_that_are_encoded_one_by_one_are_not(codec: str, layout: str) -> No
     assert senseless(config(kv={"codec": codec, "layout": layout}, speculate="ngram", weights="int4")) is None
 
 
-@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "h2o", "r_kv"])
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "ada_kv", "h2o", "r_kv"])
 def test_policies_that_decide_between_steps_are_not(name: str) -> None:
     assert senseless(config(kv={"policy": name})) is None
 
@@ -60,9 +59,7 @@ def test_members_that_need_more_are_all_named() -> None:
     codecs: dict[str, KVCodec] = {name: KV_CODECS.create(name) for name in KV_CODECS.names()}
 
     assert {
-        name
-        for name, policy in policies.items()
-        if policy.head_budgets == "ragged" or policy.key_space == "pre_rope" or len(policy.slot_policies(4)) > 1
+        name for name, policy in policies.items() if policy.key_space == "pre_rope" or len(policy.slot_policies(4)) > 1
     } == set(UNFIXED_POLICIES)
     assert {name for name, codec in codecs.items() if codec.group_size} == set(GROUP_CODECS)
 

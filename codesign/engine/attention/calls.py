@@ -53,6 +53,20 @@ class Span(NamedTuple):  # a tuple because every sequence of every step makes on
         return self.num_past + self.num_queries
 
 
+@dataclasses.dataclass(frozen=True)
+class Planes:
+    """KV heads of different lengths, each by itself.
+
+    Attributes:
+        index: [2, L, B * H_kv] int32: rows that the last token of the sequence sees, and which row of the layer is the
+            first of them.
+        num_rows: of the longest.
+    """
+
+    index: Tensor
+    num_rows: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
     """One backend call: neighbouring slots, equally many queries each, one row count.
@@ -63,6 +77,7 @@ class Call:
         mask: additive in the compute dtype, [B, 1, 1, R] or [B, 1, G * Q, R] (output tokens), [n, R] (prompt chunk);
             None where every query sees every row, or where `is_causal` says which.
         index: [2, B'] int32, B' >= B: counts, then slots, where `cut` was told that they are read from there.
+        planes: the KV heads, where the group is ragged and `index` is read.
         is_fixed: `spans` say how many sequences there are and nothing else.
     """
 
@@ -72,6 +87,7 @@ class Call:
     is_causal: bool
     device: torch.device
     index: Tensor | None = None
+    planes: Planes | None = None
     is_fixed: bool = False
 
     @functools.cached_property
@@ -86,12 +102,17 @@ class Call:
         assert self.index is not None
         return self.index[1, : len(self.spans)]
 
-    def fixed(self, most: int) -> "Call":
+    def fixed(self, most: int, *, most_of_plane: int = 0) -> "Call":
         """The same with nothing in Python that other steps with as many sequences and tokens would have otherwise:
-        rows are rounded up, to at most `most`; what is beyond a count is not read."""
-        num_rows = min(max(LEAST_FIXED_ROWS, 1 << (self.num_rows - 1).bit_length()), most)
+        rows are rounded up, to at most `most` (those of a plane to `most_of_plane`); what is beyond a count is not
+        read."""
+        planes = self.planes
+        if planes is not None:
+            planes = dataclasses.replace(planes, num_rows=_rounded(planes.num_rows, most_of_plane))
         spans = _fixed_spans(len(self.spans), self.num_queries)
-        return dataclasses.replace(self, spans=spans, num_rows=num_rows, is_fixed=True)
+        return dataclasses.replace(
+            self, spans=spans, num_rows=_rounded(self.num_rows, most), planes=planes, is_fixed=True
+        )
 
     @property
     def is_prompt(self) -> bool:
@@ -184,6 +205,10 @@ def _call(
         facts = [[span.num_rows for span in run] + padding, [span.slot for span in run] + padding]
         index = torch.tensor(facts, dtype=torch.int32, device=device)
     return Call(spans=tuple(run), num_rows=num_rows, mask=mask, is_causal=is_causal, device=device, index=index)
+
+
+def _rounded(num_rows: int, most: int) -> int:
+    return min(max(LEAST_FIXED_ROWS, 1 << (num_rows - 1).bit_length()), most)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from codesign.engine.attention import packed
 from codesign.engine.attention.backend import AttentionBackend
-from codesign.engine.attention.calls import Call, Span, cut
+from codesign.engine.attention.calls import Call, Planes, Span, cut
 from codesign.engine.attention.fixed import FixedStep
 from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.prompt import PromptAttention
@@ -239,10 +239,13 @@ class Attention:
             num_groups=self._num_groups,
             dtype=self._dtype,
             device=self._device,
-            has_tables=self._attend_slots.finds_slots and not isinstance(group, RaggedGroup),
+            has_tables=self._attend_slots.finds_slots
+            and (self._attend_slots.is_indexed or not isinstance(group, RaggedGroup)),
             is_ragged=self._attend_slots.is_ragged and not self._needs_masks(group),
             is_indexed=self._attend_slots.is_indexed,
         )
+        if isinstance(group, RaggedGroup):
+            calls = tuple(self._with_planes(call, group) for call in calls)
         if group.sinks is None:
             return _GroupStep(calls)
         tokens = [(token, span.slot, plan.positions[token]) for span in spans for token in span.tokens]
@@ -263,7 +266,15 @@ class Attention:
 
     def _needs_masks(self, group: LayerGroup) -> bool:
         """Heads of different lengths that nothing reads in one call."""
-        return isinstance(group, RaggedGroup) and isinstance(self._attend_slots.native, Missing)
+        output = self._attend_slots
+        return isinstance(group, RaggedGroup) and isinstance(output.native, Missing) and not output.is_indexed
+
+    def _with_planes(self, call: Call, group: RaggedGroup) -> Call:
+        if call.index is None:
+            return call
+        slots = [span.slot for span in call.spans]
+        index, num_rows = group.planes(slots, call.index[:, : len(slots)], call.num_queries)
+        return dataclasses.replace(call, planes=Planes(index, max(num_rows, call.num_rows)))
 
     def _reserve(self, batch: Batch, starts: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Which packed tokens are output tokens (None: all), and the rows [L, n * H_kv] they go to."""
@@ -290,9 +301,10 @@ class Attention:
             return None
         groups = []
         for group, own in zip(self.store.groups, step.groups, strict=True):
-            if len(own.calls) != 1 or group.sinks is not None or isinstance(group, RaggedGroup):
+            if len(own.calls) != 1 or group.sinks is not None:
                 return None
-            groups.append(_GroupStep((own.calls[0].fixed(most=group.capacity),)))
+            most = group.num_slot_rows if isinstance(group, RaggedGroup) else 0
+            groups.append(_GroupStep((own.calls[0].fixed(most=group.capacity, most_of_plane=most),)))
         facts = dataclasses.replace(step, groups=tuple(groups))
 
         def resume() -> None:
@@ -370,7 +382,8 @@ class Attention:
 
     def _attend_output(self, call: Call, group: LayerGroup, index: int, q: Tensor) -> Tensor:
         """Output tokens: B slots in one call, straight from the cache."""
-        if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
+        spans = call.spans if call.planes is None else ()
+        if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in spans):
             where = self._attend_slots.native, self.backend, group, index, call
             return attend_ragged(*where, q, num_kv_heads=self._num_kv_heads, scale=self._scale)
         out, mass = self._attend_slots(q, group, index, call, want_columns=group.column is not None)

@@ -96,7 +96,7 @@ class OutputAttention:
             if self._native_name and not self._is_native_faster:
                 name = beside(self._native_name, self._prompts)
             name += f" + column pass ({reason})" if self._codec.is_native and reason else " + column pass"
-        if has_ragged:
+        if has_ragged and not self.is_indexed:
             calls = f"{self._backend.kernel}, a call per slot and KV head ({reason})"
             name += f", ragged heads {calls if reason else self._native_name}"
         return name

@@ -1,7 +1,8 @@
 """Output tokens over KV heads that keep different numbers of rows; nothing is padded or masked away.
 
-Native rows are read in one call by the compiled kernel where there is one. Otherwise there is a backend call per slot
-and KV head, over a view of the cache or one head of it decoded; on a CPU such a call keeps one thread busy.
+Native rows are read in one call by the compiled kernel where there is one; a backend that finds rows through tensors
+never comes here (`Call.planes`). Otherwise there is a backend call per slot and KV head, over a view of the cache or
+one head of it decoded; on a CPU such a call keeps one thread busy.
 """
 
 import torch

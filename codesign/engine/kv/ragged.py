@@ -16,6 +16,7 @@ parallelism a rank would split the budget of its own heads among them, and total
 another algorithm than one split over all heads.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,10 +35,35 @@ class RaggedGroup(LayerGroup):
         assert self.queue is None, "ragged heads name victims among their newest rows, as each commit needs them"
         self._max_query_len, self._num_newest = max_query_len, policy.evictable(self.budget)
         self._equal_start = self.row_start.clone()
+        self._longest: dict[int, int] = {}  # slot -> rows of the longest head of any layer, where they differ
         self._num_kept: dict[tuple[int, int], list[int]] = {}  # (index, slot) -> rows of each head, where they differ
+        # The same on the device, [L, S, H_kv] int32: rows of each head, or -1 where heads are equal, and its first row
+        # among those of the layer.
+        self._kept_rows = torch.full_like(self.row_start, -1, dtype=torch.int32)
+        first_of_layer = self._equal_start[:, :1, :1]
+        self._equal_first = (self._equal_start - first_of_layer).to(torch.int32)
+        self._first_row = self._equal_first.clone()
 
     def is_ragged(self, index: int, slot: int) -> bool:
         return (index, slot) in self._num_kept
+
+    @property
+    def num_slot_rows(self) -> int:
+        """Of a layer: the most that a single head can have."""
+        return self._equal_start.shape[2] * self.capacity
+
+    def planes(self, slots: Sequence[int], call_index: Tensor, num_queries: int) -> tuple[Tensor, int]:
+        """[2, L, B * H_kv] int32 of each KV head: rows that the last of `num_queries` tokens sees, and the first of
+        them among those of the layer; and how many rows the longest of these heads has.
+
+        Args:
+            call_index: [2, B] int32: what they would be if heads were equal, and the slots.
+        """
+        counts, where = call_index
+        kept = self._kept_rows[:, where]
+        seen = torch.where(kept < 0, counts[:, None], kept + num_queries)
+        most = max((self._longest.get(slot, 0) for slot in slots), default=0)
+        return torch.stack((seen, self._first_row[:, where])).flatten(2), most + num_queries
 
     def heads(self, index: int, slot: int, num_tokens: int) -> list[tuple[int, int]]:
         if not self.is_ragged(index, slot):
@@ -64,6 +90,10 @@ class RaggedGroup(LayerGroup):
         first_pending = num_kept.cumsum(0) + self._max_query_len * torch.arange(num_heads, device=kept.device)
         self.row_start[index, slot] = self._equal_start[index, slot, 0] + first_pending - self.budget
         self._num_kept[index, slot] = num_kept.tolist()
+        self._longest[slot] = max(self._longest.get(slot, 0), *self._num_kept[index, slot])
+        first_of_slot = self._equal_first[index, slot, 0]
+        self._kept_rows[index, slot] = num_kept.to(torch.int32)
+        self._first_row[index, slot] = (first_of_slot + first_pending - num_kept).to(torch.int32)
 
     def read_arena(self, index: int, slot: int, rows: slice) -> tuple[Tensor, Tensor]:
         """key, value [1, 1, n, D] of rows of a slot's arena, as attention reads them; views where stored so."""
@@ -78,6 +108,9 @@ class RaggedGroup(LayerGroup):
         for index in range(len(self.layers)):
             self._num_kept.pop((index, slot), None)
         self.row_start[:, slot] = self._equal_start[:, slot]
+        self._longest.pop(slot, None)
+        self._kept_rows[:, slot] = -1
+        self._first_row[:, slot] = self._equal_first[:, slot]
 
     def _victims(self, policy: KVPolicy, slots: list[tuple[int, int]], num_new: int) -> Tensor:
         """Among the newest rows, which every head has: the last of its committed ones."""

@@ -85,8 +85,20 @@ class Triton(AttentionBackend):
         from codesign.engine.kernels.triton.attend import attend, attend_int4
 
         name = _name(codec)
+        near = group.near_key[index], group.near_value[index]
+        if call.planes is not None:  # each KV head is a sequence with one head, of rows from where it begins
+            counts, first = call.planes.index[:, index]
+            out, _ = attend(
+                query.flatten(0, 1)[:, None],
+                *(tuple(_from_every_row(part, call.planes.num_rows) for part in parts) for parts in near),
+                codec=name,
+                counts=counts,
+                slots=first,
+                num_tokens=call.num_queries,
+                scale=scale,
+            )
+            return out.view(query.shape), None
         if name in _ROW_CODECS:
-            near = group.near_key[index], group.near_value[index]
             return attend(
                 query,
                 *(tuple(part[:, :, : call.num_rows] for part in parts) for parts in near),
@@ -133,6 +145,13 @@ class Triton(AttentionBackend):
             num_tokens=call.num_queries,
             scale=scale,
         )[0]
+
+
+def _from_every_row(part: Tensor, num_rows: int) -> Tensor:
+    """[S, H_kv, C, X] -> [n, 1, num_rows, X]: each row as the first of `num_rows`."""
+    rows = part.flatten(0, 2)
+    width = rows.shape[1]
+    return rows.as_strided((len(rows) - num_rows + 1, 1, num_rows, width), (width, width, width, 1))
 
 
 def _name(codec: KVCodec) -> str:
