@@ -57,10 +57,10 @@ def engine_of(*, is_replaying: bool, **config: Any) -> Engine:
 
 def traffic(engine: Engine) -> dict[str, list[int]]:
     """Five requests for three slots, of which the middle one is free first, and one that comes while others run."""
-    for name, num_prompt, num_tokens in (("a", 5, 24), ("b", 20, 4), ("c", 14, 12), ("d", 3, 7), ("e", 26, 9)):
+    for name, num_prompt, num_tokens in (("a", 5, 32), ("b", 20, 5), ("c", 14, 14), ("d", 3, 9), ("e", 26, 12)):
         engine.submit(request(name, num_prompt, num_tokens, ignore_eos=True))
-    early = [output for _ in range(10) for output in engine.step()]
-    engine.submit(request("late", 9, 7, ignore_eos=True))
+    early = [output for _ in range(12) for output in engine.step()]
+    engine.submit(request("late", 9, 10, ignore_eos=True))
     found = finish(engine)
     for output in reversed(early):
         found.setdefault(output.request_id, []).insert(0, output.token_id)
@@ -84,10 +84,8 @@ BOUNDED = {"kv_budget": 24, "window_tokens": 8, "num_sink_tokens": 2}
 RECENT = {"kv_budget": 20, "window_tokens": 4, "buffer_tokens": 1, "importance_weight": 1.0, "kernel_size": 1}
 CASES: dict[str, dict[str, Any]] = {
     "dense": {},
-    "dense int8": {"kv": {"codec": "int8"}},
     "paged": {"kv": {"layout": "paged"}},
     "paged fp8, chunks": {"kv": {"layout": "paged", "codec": "fp8"}, "max_step_tokens": 12},
-    "prefix cache": {"kv": {"layout": "paged"}, "prefix_cache": True},
     "snapkv": {"kv": {"policy": {"name": "snapkv", **BOUNDED}}},
     "pyramidkv int8": {"kv": {"policy": {"name": "pyramidkv", **BOUNDED}, "codec": "int8"}},
     "ada_kv": {"kv": {"policy": {"name": "ada_kv", **BOUNDED}}},
