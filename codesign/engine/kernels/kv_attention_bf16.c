@@ -281,6 +281,13 @@ INLINE Place place_of(const Call *call, const Table *table, const int64_t *first
     return table ? in_blocks(call, table, plane) : (Place){.first = first ? first[plane] : plane * capacity};
 }
 
+/* Which plane is the n-th to be computed: the last sequence first, since prompts, the longest pieces, come last in a
+ * step, but its heads in the order in which they lie, so that memory is mostly read on and on. */
+INLINE long turn_of(const Call *call, long n) {
+    long slot = call->num_slots - 1 - n / call->num_heads;
+    return slot < 0 ? 0 : slot * call->num_heads + n % call->num_heads;
+}
+
 /* All planes. Rows from num_encoded [B] on, all where it is NULL, are as `rest` says. 1: no memory. */
 INLINE int attend(int format, const Call *call, const Table *table, const int64_t *first, const Stored *stored,
                   int64_t capacity, const int32_t *num_encoded, const Stored *rest, int64_t rest_capacity) {
@@ -298,8 +305,7 @@ INLINE int attend(int format, const Call *call, const Table *table, const int64_
 #pragma omp atomic capture
             item = begun++;
             if (item >= num_planes * num_parts) break;
-            long plane = num_planes - 1 - item / num_parts; /* prompts, the longest pieces, come last in a step */
-            long after = plane ? plane - 1 : 0;
+            long plane = turn_of(call, item / num_parts), after = turn_of(call, item / num_parts + 1);
             int part = item % num_parts, row = part * PART, end = call->past[plane] + tokens_of(call, plane), last = end;
             if (row >= last) continue;
             if (last > row + PART) last = row + PART;
