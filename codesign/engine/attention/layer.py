@@ -290,7 +290,7 @@ class Attention:
             if part.new_sinks is not None:
                 group.sinks.store(index, part.new_sinks, k)
             if part.turn is not None:
-                group.sinks.apply(index, part.turn)
+                group.sinks.apply(index, part.turn, self._pieces)
         if part.packed is not None:
             return self._attend_packed(part.packed, group, index, q, k, v, step)
         tokens = step.output_tokens

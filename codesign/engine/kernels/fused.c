@@ -204,14 +204,14 @@ INLINE void rotate_heads_into(const void *q, long q_stride, const void *k, long 
             long own = head - num_q; /* KV head */
             void *to = own < 0 ? AT(y, (token * num_q + head) * size) : AT(key, rows[token * num_k + own] * size);
             rotate_head(HEAD(q, q_stride, k, k_stride), cos + token * size, sin + token * size, to, dtype, size / 2);
-            if (own >= 0)
+            if (own >= 0 && v)
                 memcpy(AT(value, rows[token * num_k + own] * size), AT(v, token * v_stride + own * size),
                        size * (dtype == FP32 ? 4 : 2));
         }
 }
 
 /* The same, but turned keys and v [tokens, num_k, size] go into rows [tokens, num_k] of key and value [.., size], and y
- * [tokens, num_q, size] holds the queries alone. */
+ * [tokens, num_q, size] holds the queries alone. Without v keys alone are written. */
 void rotate_into(const void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
                  const float *cos, const float *sin, void *y, void *key, void *value, const int64_t *rows, int dtype,
                  long tokens, long num_q, long num_k, long size) {
