@@ -70,6 +70,11 @@ class Call:
         """[B] int32 rows of each sequence: what its last token sees. Once a step, for kernels that need no mask."""
         return torch.tensor([span.num_rows for span in self.spans], dtype=torch.int32, device=self.device)
 
+    @functools.cached_property
+    def past(self) -> tuple[int, ...]:
+        """[B] rows before the tokens of each sequence."""
+        return tuple(span.num_past for span in self.spans)
+
     @property
     def is_prompt(self) -> bool:
         return self.spans[0].is_prompt

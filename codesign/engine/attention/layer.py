@@ -343,9 +343,9 @@ class Attention:
         if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in call.spans):
             where = self._attend_slots.native, self.backend, group, index, call
             return attend_ragged(*where, q, num_kv_heads=self._num_kv_heads, scale=self._scale)
-        out, mass = self._attend_slots(q, group, index, call, want_columns=group.column is not None)
-        if mass is not None:
-            group.note(index, call.where, mass)
+        if group.column is not None:
+            return self._attend_slots.scored(q, group, index, call)
+        out, _ = self._attend_slots(q, group, index, call, want_columns=False)
         return out
 
     def _attend_prompt(

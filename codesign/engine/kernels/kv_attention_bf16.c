@@ -342,7 +342,8 @@ INLINE int attend(int format, const Call *call, const Table *table, const int64_
             if (!is_last(&rooms, plane)) continue;
             for (int tile = 0; tile < tiles_of(call, plane); tile++)
                 merge(call, room, format == INT8, plane, tile, (end + PART - 1) / PART);
-            if (call->columns) add_columns(call, room, plane);
+            if (call->columns) add_columns(call, room, plane, NULL);
+            if (call->scores) add_columns(call, room, plane, call->scores + way.place.first);
             leave(&rooms, room);
         }
         free(own);
