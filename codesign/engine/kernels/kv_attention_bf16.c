@@ -232,6 +232,8 @@ INLINE void attend_chunk(int format, const Call *call, const Room *room, Scratch
         soon[i] = found_ahead(way, row + CHUNK + i * GROUP);
         then[i] = found_ahead(way, row + 2 * CHUNK + i * GROUP);
     }
+    if (format == NATIVE && call->scores)
+        for (int i = 0; i < CHUNK; i += 16) _mm_prefetch(call->scores + first + i, _MM_HINT_T1);
     const void *key = filled_up(stored->key, first, count, rows, size, scratch->rows[0] + CHUNK * dim);
     const void *value = filled_up(stored->value, first, count, rows, size, scratch->rows[1] + CHUNK * dim);
     const char *next_key[2], *next_value[2];

@@ -159,8 +159,11 @@ static void add_columns(const Call *call, const Room *room, long plane, float *s
                 for (int i = 0; i < num_in(call, plane, tile); i++)
                     own |= ((tile * LANES + i) % call->num_tokens == token) << i;
                 share = _mm256_maskz_mov_ps(own, share);
-                for (int i = 0; i < CHUNK / 16; i++)
-                    sums[i] = _mm512_add_ps(sums[i], shared_out(room->kept + (chunk * CHUNK + i * 16) * LANES, share));
+                for (int i = 0; i < CHUNK / 16; i++) {
+                    const uint16_t *kept = room->kept + (chunk * CHUNK + i * 16) * LANES;
+                    vec added = own > 0xF ? shared_out(kept, share) : shared_out_of_four(kept, share);
+                    sums[i] = _mm512_add_ps(sums[i], added);
+                }
             }
             for (int i = 0, r = first; i < CHUNK / 16 && r < seen; i++, r += 16) {
                 float *to = columns + (long)token * num_rows + r;

@@ -146,19 +146,35 @@ INLINE __m256 soften(float *scores, int rows, __m256 base, uint16_t *kept) {
     return _mm256_add_ps(lower(sum), upper(sum));
 }
 
+/* Adds neighbouring lanes of two vectors: quarter by quarter those of `one`, then those of `two`. */
+INLINE vec add_neighbours(vec one, vec two) {
+    return _mm512_add_ps(_mm512_shuffle_ps(one, two, 0x88), _mm512_shuffle_ps(one, two, 0xDD));
+}
+
 /* Sums [16] of the products of weights [16][LANES] in fp16 with shares [LANES]. */
 INLINE vec shared_out(const uint16_t *kept, __m256 shares) {
     vec part[8], both = twice(shares);
     for (int i = 0; i < 8; i++)
         part[i] = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(kept + 16 * i))), both);
-    for (int i = 0; i < 4; i++) /* each step adds neighbouring lanes of two vectors */
-        part[i] = _mm512_add_ps(_mm512_shuffle_ps(part[2 * i], part[2 * i + 1], 0x88),
-                                _mm512_shuffle_ps(part[2 * i], part[2 * i + 1], 0xDD));
-    for (int i = 0; i < 2; i++)
-        part[i] = _mm512_add_ps(_mm512_shuffle_ps(part[2 * i], part[2 * i + 1], 0x88),
-                                _mm512_shuffle_ps(part[2 * i], part[2 * i + 1], 0xDD));
+    for (int i = 0; i < 4; i++) part[i] = add_neighbours(part[2 * i], part[2 * i + 1]);
+    for (int i = 0; i < 2; i++) part[i] = add_neighbours(part[2 * i], part[2 * i + 1]);
     vec sums = _mm512_add_ps(_mm512_shuffle_f32x4(part[0], part[1], 0x88), _mm512_shuffle_f32x4(part[0], part[1], 0xDD));
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15), sums);
+}
+
+/* The same where only the first four lanes have a share. */
+INLINE vec shared_out_of_four(const uint16_t *kept, __m256 shares) {
+    const __m512i halves = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+    vec part[4], all = _mm512_broadcast_f32x4(_mm256_castps256_ps128(shares));
+    for (int i = 0; i < 2; i++) {
+        __m512i first = _mm512_loadu_si512(kept + 64 * i), second = _mm512_loadu_si512(kept + 64 * i + 32);
+        __m512i own = _mm512_permutex2var_epi64(first, halves, second); /* [8 rows][4] */
+        part[2 * i] = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(own)), all);
+        part[2 * i + 1] = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(own, 1)), all);
+    }
+    /* a quarter of part[i] is row 4 i + quarter; of the sum, quarter q has rows q, 4 + q, 8 + q, 12 + q */
+    vec sums = add_neighbours(add_neighbours(part[0], part[1]), add_neighbours(part[2], part[3]));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
 }
 
 INLINE vec two_of(const float *one, const float *other) {
