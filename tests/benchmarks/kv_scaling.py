@@ -1,6 +1,6 @@
 """Memory and speed of decode steps against context, `full` beside every KV policy and codec, on this CPU.
 
-    python tests/benchmarks/kv_scaling.py [--contexts 1024 ... 32768] [--rounds 7] [--batch 24] [--threads 1]
+    python tests/benchmarks/kv_scaling.py [--contexts 1024 ... 32768] [--rounds 5] [--batch 24] [--threads 1]
 
 A random-weights Qwen2 with fused kernels decodes `batch` sequences that stand at the end of their context. Nothing is
 prefilled: random rows go in as a finished prompt does, chosen by the policy and stored by `LayerGroup.admit`. Then
@@ -297,7 +297,7 @@ def build(shape: dict[str, int], args: argparse.Namespace) -> Decoder:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024 << power for power in range(6)])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="of each case in a round")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--layers", type=int, default=2)
