@@ -1,11 +1,13 @@
 """Memory and speed of decode steps against context, `full` beside every KV policy and codec, on this CPU.
 
-    python tests/benchmarks/kv_scaling.py [--contexts 1024 ... 32768] [--rounds 7] [--batch 8] [--threads 1]
+    python tests/benchmarks/kv_scaling.py [--contexts 1024 ... 32768] [--rounds 5] [--batch 24] [--threads 1]
 
 A random-weights Qwen2 with fused kernels decodes `batch` sequences that stand at the end of their context. Nothing is
 prefilled: random rows go in as a finished prompt does, chosen by the policy and stored by `LayerGroup.admit`. Then
 whole steps (plan, run, commit of the step before), cases in turns within a round, several steps each; a round's figure
-is the median of its steps. Three clocks: the step, the attention calls in it, and attention's `begin` and `end`
+is the median of its steps. Three cases at most at a time, and `full` beside them in each of their rounds, so that a
+share is of the same seconds and memory holds them at a batch at which one would think of a budget (11 GiB of rows at
+24 x 32768). Three clocks: the step, the attention calls in it, and attention's `begin` and `end`
 (commit, eviction, indices). Then the codecs again with one query per KV head instead of four, since a codec saves
 bytes and not arithmetic. One thread, since what Python does between calls has only one.
 
@@ -25,7 +27,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -92,7 +94,10 @@ class Setting:
 
 
 CODECS = [Setting(codec=codec) for codec in CODEC_BITS]
-SETTINGS = [*CODECS, *(Setting(policy=policy, budget=budget) for budget in BUDGETS for policy in POLICIES)]
+BUDGETED = [Setting(policy=policy, budget=budget) for budget in BUDGETS for policy in POLICIES]
+# Alive at a time, beside full.
+CODEC_GROUPS = [CODECS[1:]]
+GROUPS = [*CODEC_GROUPS, *(BUDGETED[first : first + 3] for first in range(0, len(BUDGETED), 3))]
 
 
 class TimedAttention:
@@ -149,7 +154,7 @@ class Case:
             fill(part, num_tokens, num_heads=shape.num_heads)
         self.timed = TimedAttention(self.attention, self.now)
         self.runner = SingleRunner(model, self.timed, CPU)
-        self.position, self.commits = num_tokens, ()
+        self.position, self.commits = num_tokens, list[tuple[int, int]]()
         self.rescoring_ms = self._named_ahead()
         for _ in range(WARM_UP_STEPS):
             self.step()
@@ -167,8 +172,18 @@ class Case:
         taken = self.now() - started
         if not logits.isfinite().all():
             raise RuntimeError(f"{self.setting.name}: logits that are not finite")
-        self.position, self.commits = self.position + 1, tuple((slot, 1) for slot in slots)
+        self.position, self.commits = self.position + 1, [(slot, 1) for slot in slots]
         return taken * 1e3, self.timed.calls_s * 1e3, self.timed.around_s * 1e3
+
+    def rewind(self, num_tokens: int) -> None:
+        """Back to so many tokens, for a case that keeps every row; and warmed up again."""
+        (part,) = self.parts
+        part.store.commit(self.commits)
+        for slot in range(self.args.batch):
+            part.store.truncate(slot, num_tokens)
+        self.position, self.commits = num_tokens, []
+        for _ in range(WARM_UP_STEPS):
+            self.step()
 
     def _named_ahead(self) -> float:
         """Milliseconds to score the rows of one sequence, for a policy that does so once in `lookahead` steps, else 0.
@@ -209,30 +224,54 @@ class Case:
 
 
 def measure(
-    model: Decoder, settings: list[Setting], context: int, args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """One result per setting."""
+    model: Decoder, groups: list[list[Setting]], context: int, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One result per setting; that of full, of all rounds, comes first."""
     num_tokens = context - 1 - WARM_UP_STEPS - args.rounds * args.steps
-    cases = [Case(setting, model, args, context=context, num_tokens=num_tokens) for setting in settings]
+    full = Case(Setting(), model, args, context=context, num_tokens=num_tokens)
+    every_round, results = [], []
+    for number, group in enumerate(groups):
+        others = [Case(setting, model, args, context=context, num_tokens=num_tokens) for setting in group]
+        if number:
+            full.rewind(num_tokens)
+        rounds = _in_turns([full, *others], args)
+        every_round += rounds[0]
+        results += [
+            {**_result(case, own, context, args), "full_beside": _times(rounds[0])}
+            for case, own in zip(others, rounds[1:], strict=True)
+        ]
+        del others
+        gc.collect()
+    return [_result(full, every_round, context, args), *results]
+
+
+def _in_turns(cases: list[Case], args: argparse.Namespace) -> list[list[tuple[float, ...]]]:
+    """Of each case and round the medians over its steps."""
     taken: list[list[tuple[float, ...]]] = [[] for _ in cases]
     for number in range(args.rounds):
         order = range(len(cases)) if number % 2 == 0 else reversed(range(len(cases)))
         for index in order:
             steps = [cases[index].step() for _ in range(args.steps)]
             taken[index].append(tuple(median(own) for own in zip(*steps, strict=True)))
-    shape = model.shape
-    full_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE.itemsize * args.batch * context
-    for case, rounds in zip(cases, taken, strict=True):
-        step, calls, around = ([round(value, 4) for value in own] for own in zip(*rounds, strict=True))
-        yield {
-            "context": context,
-            **case.facts(),
-            "promised_bytes": full_bytes * case.setting.promised_share(args.batch),
-            "encoded_share": case.encoded_share(context),
-            "step_ms": step,
-            "attention_ms": calls,
-            "around_ms": around,
-        }
+    return taken
+
+
+def _times(rounds: list[tuple[float, ...]]) -> dict[str, list[float]]:
+    step, calls, around = ([round(value, 4) for value in own] for own in zip(*rounds, strict=True))
+    return {"step_ms": step, "attention_ms": calls, "around_ms": around}
+
+
+def _result(case: Case, rounds: list[tuple[float, ...]], context: int, args: argparse.Namespace) -> dict[str, Any]:
+    part = case.parts[0]
+    num_layers, num_kv_heads = len(part.kv_budget_tokens), part.store.groups[0].key[0].shape[2]
+    full_bytes = 2 * num_layers * num_kv_heads * part.store.head_dim * DTYPE.itemsize * args.batch * context
+    return {
+        "context": context,
+        **case.facts(),
+        "promised_bytes": full_bytes * case.setting.promised_share(args.batch),
+        "encoded_share": case.encoded_share(context),
+        **_times(rounds),
+    }
 
 
 def clock_us(now: Callable[[], float]) -> float:
@@ -258,9 +297,9 @@ def build(shape: dict[str, int], args: argparse.Namespace) -> Decoder:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024 << power for power in range(6)])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="of each case in a round")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: this process's time; needs --threads 1")
@@ -271,14 +310,14 @@ def main() -> int:
     started, load_before = time.perf_counter(), os.getloadavg()[0]
     long = [context for context in args.contexts if context >= LEAST_CONTEXT]
     parts = [
-        (MODEL, SETTINGS, args.contexts),
-        (MODEL | {"num_attention_heads": MODEL["num_key_value_heads"]}, CODECS, [min(args.contexts), *long]),
+        (MODEL, GROUPS, args.contexts),
+        (MODEL | {"num_attention_heads": MODEL["num_key_value_heads"]}, CODEC_GROUPS, [min(args.contexts), *long]),
     ]
     found: list[list[dict[str, Any]]] = []
-    for shape, settings, contexts in parts:
+    for shape, groups, contexts in parts:
         model, results = build(shape, args), []
         for context in dict.fromkeys(contexts):
-            results += measure(model, settings, context, args)
+            results += measure(model, groups, context, args)
             gc.collect()
             print(f"{context}: done after {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         found.append(results)

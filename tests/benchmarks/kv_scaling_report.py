@@ -32,10 +32,9 @@ def found(results: Results, case: str, context: int) -> dict[str, Any]:
     return next(own for own in results if own["case"] == case and own["context"] == context)
 
 
-def time_share(results: Results, own: dict[str, Any], part: str) -> list[float]:
-    """Its time over full's, round by round."""
-    full = found(results, "full", own["context"])
-    return [mine / whole for mine, whole in zip(own[part], full[part], strict=True)]
+def time_share(own: dict[str, Any], part: str) -> list[float]:
+    """Its time over that of the full beside it, round by round."""
+    return [mine / whole for mine, whole in zip(own[part], own.get("full_beside", own)[part], strict=True)]
 
 
 def byte_share(results: Results, own: dict[str, Any]) -> float:
@@ -86,7 +85,7 @@ def _time_checks(results: Results, what: str) -> Iterator[dict[str, Any]]:
         if own["context"] < LEAST_CONTEXT or own["case"] == "full":
             continue
         share = byte_share(results, own)
-        ratio = median(time_share(results, own, "attention_ms")) / share
+        ratio = median(time_share(own, "attention_ms")) / share
         fitted, because = line(results, own["case"]), "one context tells no fixed cost"
         if fitted is not None and base is not None:
             per_byte = fitted[1] / base[1]
@@ -116,7 +115,8 @@ def table(document: dict[str, Any], picture: str) -> str:
         "",
         f"`{facts['command']}`, {facts['date']}, commit {facts['code']['commit']}: {where['cpu']}, ATen "
         f"{facts['capability']}, {facts['num_threads']} threads, torch {facts['torch']}; {facts['num_rounds']} "
-        f"interleaved rounds of {facts['steps_per_round']} steps, clock {facts['clock']}, {facts['seconds']} s in all.",
+        f"interleaved rounds of {facts['steps_per_round']} steps, three cases at most and full beside them, clock "
+        f"{facts['clock']}, {facts['seconds']} s in all.",
         f"Random-weights Qwen2 in {facts['dtype']}: {model['num_hidden_layers']} layers, hidden "
         f"{model['hidden_size']}, {model['num_attention_heads']} heads on "
         f"{model['num_key_value_heads']} KV heads of {model['head_dim']}, "
@@ -162,7 +162,7 @@ def _rows(results: Results, context: int) -> list[str]:
 
 
 def _cells(results: Results, own: dict[str, Any]) -> list[str]:
-    shares = [f"{median(time_share(results, own, part)):.3f}" for part in ("attention_ms", "step_ms")]
+    shares = [f"{median(time_share(own, part)):.3f}" for part in ("attention_ms", "step_ms")]
     attention, step = (_spread(own[part]) for part in ("attention_ms", "step_ms"))
     memory = [f"{own['kv_bytes'] / 2**20:.2f}", f"{byte_share(results, own):.4f}"]
     return [own["case"], *memory, attention, shares[0], f"{median(own['around_ms']):.2f}", step, shares[1]]

@@ -114,6 +114,11 @@ class Call:
             self, spans=spans, num_rows=_rounded(self.num_rows, most), planes=planes, is_fixed=True
         )
 
+    @functools.cached_property
+    def past(self) -> tuple[int, ...]:
+        """[B] rows before the tokens of each sequence."""
+        return tuple(span.num_past for span in self.spans)
+
     @property
     def is_prompt(self) -> bool:
         return self.spans[0].is_prompt

@@ -331,7 +331,7 @@ class Attention:
             if part.new_sinks is not None:
                 group.sinks.store(index, part.new_sinks, k)
             if part.turn is not None:
-                group.sinks.apply(index, part.turn)
+                group.sinks.apply(index, part.turn, self._pieces)
         if part.packed is not None:
             return self._attend_packed(part.packed, group, index, q, k, v, step)
         tokens = step.output_tokens
@@ -386,9 +386,9 @@ class Attention:
         if isinstance(group, RaggedGroup) and any(group.is_ragged(index, span.slot) for span in spans):
             where = self._attend_slots.native, self.backend, group, index, call
             return attend_ragged(*where, q, num_kv_heads=self._num_kv_heads, scale=self._scale)
-        out, mass = self._attend_slots(q, group, index, call, want_columns=group.column is not None)
-        if mass is not None:
-            group.note(index, call.where, mass)
+        if group.column is not None:
+            return self._attend_slots.scored(q, group, index, call)
+        out, _ = self._attend_slots(q, group, index, call, want_columns=False)
         return out
 
     def _attend_prompt(

@@ -7,6 +7,7 @@ slice of (slot, KV head) planes at a time: there is never a decoded copy of the 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,15 @@ class OutputAttention:
             name += f", ragged heads {calls if reason else self._native_name}"
         return name
 
+    def scored(self, q: Tensor, group: LayerGroup, index: int, call: Call) -> Tensor:
+        """[n, H, D] for the packed queries of a call, as large; the group's scores get the weights of its rows."""
+        if isinstance(self.native, KVAttention) and group.is_credited_at_once:
+            return self._over_native(self.native, q, group, index, call, want_columns=False, is_scored=True).out
+        out, mass = self(q, group, index, call, want_columns=True)
+        assert mass is not None
+        group.note(index, call.where, mass)
+        return out
+
     def __call__(
         self, q: Tensor, group: LayerGroup, index: int, call: Call, *, want_columns: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -108,31 +118,44 @@ class OutputAttention:
 
         If wanted also [B, H_kv, Q, R] fp32: the weight that each row received from each token, mean of the query group.
         """
-        kernel = self._fused
         if isinstance(self.native, KVAttention) and (want_columns or self._is_native_faster):
-            kernel = self.native
+            queries = self._over_native(self.native, q, group, index, call, want_columns=want_columns)
+            return queries.out, queries.columns
+        kernel = self._fused
         if kernel is None:
             query = fold(q, num_queries=call.num_queries, num_kv_heads=self._num_kv_heads)
             out, columns = self._over_folded(query, group, index, call, want_columns)
             return unfold(out, num_queries=call.num_queries), columns
-        queries = Queries(
-            q,
-            [span.num_past for span in call.spans],
-            num_kv_heads=self._num_kv_heads,
-            num_tokens=call.num_queries,
-            num_rows=call.num_rows,
-            scale=self._scale,
-            want_columns=want_columns,
-        )
-        if not self._codec.is_native:
-            self._codec.attend(kernel, queries, group, index, call.slots)
-        elif isinstance(call.where, slice):
-            (key,), (value,) = group.stored(index, call.slots)
-            kernel.native(queries, key, value)
-        else:
-            (key,), (value,) = group.near_key[index], group.near_value[index]
-            kernel.native(queries, key, value, row_starts(group.first_rows(span.slot for span in call.spans)))
+        queries = Queries(q, call.past, **self._sizes(call), want_columns=want_columns)
+        self._codec.attend(kernel, queries, group, index, call.slots)
         return queries.out, queries.columns
+
+    def _sizes(self, call: Call) -> dict[str, Any]:
+        heads = {"num_kv_heads": self._num_kv_heads, "scale": self._scale}
+        return heads | {"num_tokens": call.num_queries, "num_rows": call.num_rows}
+
+    def _over_native(
+        self,
+        kernel: KVAttention,
+        q: Tensor,
+        group: LayerGroup,
+        index: int,
+        call: Call,
+        *,
+        want_columns: bool,
+        is_scored: bool = False,
+    ) -> Queries:
+        """Rows as they lie: those of neighbouring slots, or of a layer with where each slot's begin."""
+        (key,), (value,), first = group.near_key[index], group.near_value[index], None
+        scores = group.column[index] if is_scored and group.column is not None else None
+        if isinstance(call.where, slice):
+            key, value, scores = key[call.where], value[call.where], None if scores is None else scores[call.where]
+        else:
+            first = row_starts(group.first_rows(span.slot for span in call.spans))
+        wanted: dict[str, Any] = {"want_columns": want_columns, "scores": scores, "decay": group.column_decay}
+        queries = Queries(q, call.past, **self._sizes(call), **wanted)
+        kernel.native(queries, key, value, first)
+        return queries
 
     def _over_folded(
         self, query: Tensor, group: LayerGroup, index: int, call: Call, want_columns: bool

@@ -13,25 +13,23 @@ from codesign.engine.attention.backend import AttentionBackend
 from codesign.engine.attention.calls import Call
 from codesign.engine.attention.fold import fold, unfold
 from codesign.engine.kernels.compiled import Missing
-from codesign.engine.kernels.kv_attention import KVAttention, Queries, row_starts
+from codesign.engine.kernels.kv_attention import KVAttention, Queries
 from codesign.engine.kv.ragged import RaggedGroup
 
 
 def _at_once(kernel: KVAttention, group: RaggedGroup, index: int, call: Call, q: Tensor, scale: float) -> Tensor:
     (key,), (value,) = group.stored(index, call.slots)
-    num_slot_rows = key.shape[1] * key.shape[2]
-    places = [group.heads(index, span.slot, span.num_past) for span in call.spans]
+    places = group.places(index, tuple(span.slot for span in call.spans), call.past)
     queries = Queries(
         q,
-        [tuple(num_past for _, num_past in own) for own in places],
+        places.num_past,
         num_kv_heads=key.shape[1],
         num_tokens=call.num_queries,
-        num_rows=call.num_rows,
+        num_rows=places.longest + call.num_queries,
         scale=scale,
         want_columns=False,
     )
-    first = row_starts(slot * num_slot_rows + start for slot, own in enumerate(places) for start, _ in own)
-    kernel.native(queries, key, value, first)
+    kernel.native(queries, key, value, places.first)
     return queries.out
 
 

@@ -197,21 +197,28 @@ INLINE void rotate_heads(const void *q, long q_stride, const void *k, long k_str
 INLINE void rotate_heads_into(const void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
                               const float *cos, const float *sin, void *y, void *key, void *value, const int64_t *rows,
                               int dtype, long tokens, long num_q, long num_k, long size) {
-    long num = num_q + num_k;
+    long num = num_q + num_k, width = size_of(dtype);
 #pragma omp parallel for schedule(static) if (tokens * num * size > GRAIN)
-    for (long token = 0; token < tokens; token++)
+    for (long token = 0; token < tokens; token++) {
+        const int64_t *own_rows = rows + token * num_k;
+        /* Rows of a cache are seldom near: they are fetched while the queries are turned. */
+        for (long own = 0; own < num_k; own++)
+            for (long i = 0; i < size; i += 64 / width) {
+                __builtin_prefetch(AT(key, own_rows[own] * size + i), 1);
+                if (v) __builtin_prefetch(AT(value, own_rows[own] * size + i), 1);
+            }
         for (long head = 0; head < num; head++) {
             long own = head - num_q; /* KV head */
-            void *to = own < 0 ? AT(y, (token * num_q + head) * size) : AT(key, rows[token * num_k + own] * size);
+            void *to = own < 0 ? AT(y, (token * num_q + head) * size) : AT(key, own_rows[own] * size);
             rotate_head(HEAD(q, q_stride, k, k_stride), cos + token * size, sin + token * size, to, dtype, size / 2);
-            if (own >= 0)
-                memcpy(AT(value, rows[token * num_k + own] * size), AT(v, token * v_stride + own * size),
-                       size * (dtype == FP32 ? 4 : 2));
+            if (own >= 0 && v)
+                memcpy(AT(value, own_rows[own] * size), AT(v, token * v_stride + own * size), size * width);
         }
+    }
 }
 
 /* The same, but turned keys and v [tokens, num_k, size] go into rows [tokens, num_k] of key and value [.., size], and y
- * [tokens, num_q, size] holds the queries alone. */
+ * [tokens, num_q, size] holds the queries alone. Without v keys alone are written. */
 void rotate_into(const void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
                  const float *cos, const float *sin, void *y, void *key, void *value, const int64_t *rows, int dtype,
                  long tokens, long num_q, long num_k, long size) {

@@ -101,6 +101,13 @@ class Fused:
         self._rotate_into(*heads, *tables, y.data_ptr(), *cache, self._dtype, tokens, num_q, k.shape[1], size)
         return y
 
+    def rotate_rows(self, k: Tensor, cos: Tensor, signed_sin: Tensor, *, key: Tensor, rows: Tensor) -> None:
+        k, cos, signed_sin = _whole_heads(k), cos.contiguous(), signed_sin.contiguous()
+        tokens, num_k, size = k.shape
+        heads, tables = (None, 0, k.data_ptr(), k.stride(0), None, 0), (cos.data_ptr(), signed_sin.data_ptr())
+        cache = (key.data_ptr(), None, rows.data_ptr())
+        self._rotate_into(*heads, *tables, None, *cache, self._dtype, tokens, 0, num_k, size)
+
 
 @functools.cache
 def load(dtype: torch.dtype) -> Fused | Missing:

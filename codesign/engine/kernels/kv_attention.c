@@ -128,7 +128,7 @@ typedef struct {
     float *key, *value;                /* [BLOCK, dim] */
     float *weight;                     /* [num_queries, BLOCK] */
     float *largest, *sum;              /* [num_queries] */
-    float *scores;                     /* [num_queries, num_rows] or NULL */
+    float *scores;                     /* [num_queries, num_rows] of their own, or NULL */
     float *out;                        /* [num_queries, dim] */
     void *room;                        /* of all those above */
     float *columns;                    /* [num_tokens, call->num_rows] or NULL */
@@ -210,7 +210,7 @@ INLINE void attend_rows(Plane *plane, int dtype, const char *key, const char *va
 INLINE Plane start(const Call *call, long index) {
     int num_tokens = tokens_of(call, index), num_queries = call->num_groups * num_tokens, dim = call->dim;
     long num_rows = (call->num_rows + 7L) / 8 * 8;
-    long num_scores = call->columns ? num_queries * num_rows : 0;
+    long num_scores = call->columns || call->scores ? num_queries * num_rows : 0;
     long num_values = (long)num_queries * dim;
     float *room = malloc(sizeof(float) * (num_scores + BLOCK * (2L * dim + num_queries) + 2 * num_queries + 2 * num_values));
     float *key = room + num_scores, *largest = key + BLOCK * (2 * dim + num_queries);
@@ -228,7 +228,7 @@ INLINE Plane start(const Call *call, long index) {
         .weight = key + 2 * BLOCK * dim,
         .largest = largest,
         .sum = largest + num_queries,
-        .scores = call->columns ? room : NULL,
+        .scores = num_scores ? room : NULL,
         .out = query + num_values,
         .columns = call->columns ? call->columns + index * num_tokens * call->num_rows : NULL,
         .room = room,
@@ -242,21 +242,33 @@ INLINE Plane start(const Call *call, long index) {
     return plane;
 }
 
-INLINE void finish(const Call *call, long index, Plane *plane) {
+/* Weights of eight rows for query m, of which those of a token's queries make the mean. */
+INLINE __m256 weights_of(const Plane *plane, int m, int row) {
+    float share = plane->num_tokens / (plane->sum[m] * plane->num_queries);
+    __m256 above = _mm256_sub_ps(_mm256_loadu_ps(plane->scores + m * plane->num_rows + row), _mm256_set1_ps(plane->largest[m]));
+    return _mm256_mul_ps(exp_of(above), _mm256_set1_ps(share));
+}
+
+/* `scores` of the plane's rows, which get what the call asks for, or NULL. */
+INLINE void finish(const Call *call, long index, Plane *plane, float *scores) {
     for (int m = 0; m < plane->num_queries; m++) {
         float *out = (float *)call->out + query_at(call, index, m);
         for (int d = 0; d < plane->dim; d++) out[d] = plane->out[(long)m * plane->dim + d] / plane->sum[m];
     }
     if (plane->columns) memset(plane->columns, 0, sizeof(float) * plane->num_tokens * call->num_rows);
     for (int m = 0; plane->columns && m < plane->num_queries; m++) {
-        float *column = plane->columns + (long)(m % plane->num_tokens) * call->num_rows;
-        const float *score = plane->scores + m * plane->num_rows;
-        float share = plane->num_tokens / (plane->sum[m] * plane->num_queries), weight[8];
+        float *column = plane->columns + (long)(m % plane->num_tokens) * call->num_rows, weight[8];
         for (int row = 0; row < call->num_rows; row += 8) {
-            __m256 above = _mm256_sub_ps(_mm256_loadu_ps(score + row), _mm256_set1_ps(plane->largest[m]));
-            _mm256_storeu_ps(weight, _mm256_mul_ps(exp_of(above), _mm256_set1_ps(share)));
+            _mm256_storeu_ps(weight, weights_of(plane, m, row));
             for (int i = 0; i < 8 && row + i < call->num_rows; i++) column[row + i] += weight[i];
         }
+    }
+    for (int row = 0; scores && row <= plane->past; row += 8) {
+        __m256 sum = _mm256_setzero_ps();
+        float weight[8];
+        for (int m = 0; m < plane->num_queries; m++) sum = _mm256_add_ps(sum, weights_of(plane, m, row));
+        _mm256_storeu_ps(weight, sum);
+        for (int i = row; i < row + 8 && i <= plane->past; i++) scores[i] = scores[i] * call->decay + weight[i - row];
     }
     free(plane->room);
 }
@@ -282,7 +294,7 @@ INLINE int rows_of(int format, const Call *call, const Table *table, const uint8
             decode_rows(format, value + first * plane.dim, value_scale + first, count, plane.dim, plane.value);
             add_block(&plane, count);
         }
-        finish(call, index, &plane);
+        finish(call, index, &plane, NULL);
     }
     return lacks_memory;
 }
@@ -331,7 +343,7 @@ int attend_int4(const Call *call, const int32_t *encoded, const uint8_t *key_cod
         }
         Place place = {.first = index * num_rows - num_encoded};
         attend_rows(&plane, dtype, key, value, place, num_encoded, last);
-        finish(call, index, &plane);
+        finish(call, index, &plane, NULL);
     }
     return lacks_memory;
 }
@@ -350,7 +362,7 @@ int attend_native(const Call *call, const Table *table, const int64_t *first, co
         }
         Place place = table ? in_blocks(call, table, index) : (Place){.first = first ? first[index] : index * capacity};
         attend_rows(&plane, dtype, key, value, place, 0, plane.past + plane.num_tokens);
-        finish(call, index, &plane);
+        finish(call, index, &plane, call->scores ? call->scores + place.first : NULL);
     }
     return lacks_memory;
 }

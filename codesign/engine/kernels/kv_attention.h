@@ -15,14 +15,16 @@ enum { FP32 = 0, BF16 = 1, FP16 = 2 }; /* of native rows; the numbers are those 
  *     past [B, H_kv]: a query sees that many rows and then one more for its token and each before it
  *     columns [B, H_kv, num_tokens, num_rows] or NULL: weight that each row received, mean of a token's queries; then
  *         every sequence has num_tokens
+ *     scores or NULL: one of each native row, in its order and not in blocks; becomes decay times itself plus the weight
+ *         that the row received, mean of the queries of the one token that every sequence then has
  */
 typedef struct {
     const void *query;
     const int32_t *past, *starts;
     void *out;
-    float *columns;
+    float *columns, *scores;
     int32_t num_slots, num_heads, num_groups, num_tokens, dim, num_rows, num_threads;
-    float scale;
+    float scale, decay;
 } Call;
 
 /* Tokens of the sequence that a plane is of. */

@@ -22,10 +22,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "past", "starts", "out", "columns")),
+        *((name, ctypes.c_void_p) for name in ("query", "past", "starts", "out", "columns", "scores")),
         *((name, ctypes.c_int32) for name in ("num_slots", "num_heads", "num_groups", "num_tokens", "dim")),
         *((name, ctypes.c_int32) for name in ("num_rows", "num_threads")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "decay")),
     )
 
 
@@ -45,6 +45,8 @@ class Queries:
         scale: of the softmax.
         want_columns: whether `columns` will be asked for; then sequences have equally many tokens.
         out: where they find it; contiguous.
+        scores: fp32, one of each row that `KVAttention.native` is given, in its order, or None. A row's becomes `decay`
+            times itself plus the weight that it received, mean of the query group; of sequences with one token each.
 
     Attributes:
         out: [N, H, D] in the dtype of the query.
@@ -62,6 +64,8 @@ class Queries:
         scale: float,
         want_columns: bool,
         out: Tensor | None = None,
+        scores: Tensor | None = None,
+        decay: float = 1.0,
     ) -> None:
         _, num_heads, dim = query.shape
         num_slots = len(past)
@@ -74,10 +78,13 @@ class Queries:
         if want_columns:
             assert len(set(counts)) == 1
             self.columns = query.new_empty(num_slots, num_kv_heads, counts[0], num_rows, dtype=torch.float32)
+        assert scores is None or max(counts) == 1
+        self.scores = scores  # kept until they are written
         self.struct = _Call(
             past=ctypes.addressof(self._past),
             starts=ctypes.addressof(self._starts),
             columns=None if self.columns is None else self.columns.data_ptr(),
+            scores=None if scores is None else scores.data_ptr(),
             num_slots=num_slots,
             num_heads=num_kv_heads,
             num_groups=num_heads // num_kv_heads,
@@ -86,6 +93,7 @@ class Queries:
             num_rows=num_rows,
             num_threads=torch.get_num_threads(),
             scale=scale,
+            decay=decay,
         )
 
     def attend(self, function: Callable[..., int], *args: object, is_bf16: bool) -> None:

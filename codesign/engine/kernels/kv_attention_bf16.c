@@ -169,6 +169,9 @@ INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch 
         if (format == INT8)
             score_codes(dim, (const uint8_t *)own, scratch->row_scale[0] + first, query,
                         scratch->query_start + tile * 2 * LANES, scale, (const uint8_t *)later, scores);
+        else if (format == NATIVE && rows - first < GROUP)
+            score_last(dim, rows - first, (const uint16_t *)own, query, start, scale, later, next_value[first / GROUP],
+                       scores);
         else
             score_group(dim, (const uint16_t *)own, query, start, scale, later,
                         format == NATIVE ? next_value[first / GROUP] : own, scores);
@@ -217,68 +220,89 @@ INLINE void attend_tile(int format, const Call *call, const Room *room, Scratch 
     }
 }
 
+/* `count` rows of a plane from `row` on, CHUNK at most. */
+INLINE void attend_chunk(int format, const Call *call, const Room *room, Scratch *scratch, long plane, const Way *way,
+                         const Stored *stored, int row, int count) {
+    int dim = call->dim, size = format == NATIVE ? 2 * dim : format == INT4 ? dim / 2 : dim;
+    int whole = format == NATIVE ? 2 : GROUP, rows = (count + whole - 1) / whole * whole;
+    /* Fetched meanwhile, a group of rows for each that is computed: the values of the next chunk and the keys of the
+     * one after it. What is asked for later, or all at once, does not come in time. */
+    long first = stored_at(&way->place, row), soon[2], then[2];
+    for (int i = 0; i < 2; i++) {
+        soon[i] = found_ahead(way, row + CHUNK + i * GROUP);
+        then[i] = found_ahead(way, row + 2 * CHUNK + i * GROUP);
+    }
+    if (format == NATIVE && call->scores)
+        for (int i = 0; i < CHUNK; i += 16) _mm_prefetch(call->scores + first + i, _MM_HINT_T1);
+    const void *key = filled_up(stored->key, first, count, rows, size, scratch->rows[0] + CHUNK * dim);
+    const void *value = filled_up(stored->value, first, count, rows, size, scratch->rows[1] + CHUNK * dim);
+    const char *next_key[2], *next_value[2];
+    for (int i = 0; i < 2; i++) {
+        next_key[i] = stored->value + soon[i] * size;
+        next_value[i] = stored->key + then[i] * size;
+    }
+    if (format == INT8 || format == FP8) {
+        widen(0, stored->key_scale + first, count, rows, scratch->row_scale[0]);
+        widen(0, stored->value_scale + first, count, rows, scratch->row_scale[1]);
+        _mm_prefetch(stored->key_scale + then[0], _MM_HINT_T0);
+        _mm_prefetch(stored->value_scale + then[0], _MM_HINT_T0);
+    }
+    if (format == INT8) {
+        make_unsigned(key, rows * dim, (uint8_t *)scratch->rows[0]);
+        key = scratch->rows[0];
+    }
+    if (format == FP8 || format == INT4) {
+        const char *later[2] = {stored->key + then[0] * size, stored->value + then[0] * size};
+        const void *codes[2] = {key, value};
+        for (int i = 0; i < 2; i++) {
+            if (format == INT4 && i == 0)
+                decode_int4(codes[0], (const uint8_t *)later[0], rows, dim, scratch->rows[0]);
+            if (format == FP8) decode_fp8(codes[i], (const uint8_t *)later[i], rows * dim, scratch->rows[i]);
+        }
+        key = scratch->rows[0];
+        if (format == FP8) value = scratch->rows[1];
+        for (int i = 0; i < 2; i++) { /* what is decoded by then need not be fetched */
+            next_key[i] = key;
+            next_value[i] = format == FP8 ? value : stored->value + then[i] * size;
+        }
+    }
+    if (format == INT4) {
+        int num_ranges = dim / stored->channels;
+        long group = first / stored->group_size * dim, later = then[0] / stored->group_size * dim;
+        widen_ranges(stored->key_scale + group, stored->key_low + group, dim, stored->key_scale + later,
+                     stored->key_low + later, scratch->key_range);
+        widen_ranges(stored->value_scale + first * num_ranges, stored->value_low + first * num_ranges,
+                     rows * num_ranges, stored->value_scale + then[0] * num_ranges,
+                     stored->value_low + then[0] * num_ranges, scratch->value_range);
+    }
+    for (int tile = 0; tile < tiles_of(call, plane); tile++)
+        attend_tile(format, call, room, scratch, plane, tile, row, rows, key, value, next_key, next_value,
+                    stored->channels);
+}
+
+/* Apart from whole chunks, whose loops are compiled for as many rows as these have. */
+static __attribute__((noinline)) void attend_last(int format, const Call *call, const Room *room, Scratch *scratch,
+                                                  long plane, const Way *way, const Stored *stored, int row, int count) {
+    attend_chunk(format, call, room, scratch, plane, way, stored, row, count);
+}
+
 /* Rows row .. last - 1 of a plane, all in one part. */
 INLINE void attend_rows(int format, const Call *call, const Room *room, Scratch *scratch, long plane, const Way *way,
                         const Stored *stored, int row, int last) {
-    int dim = call->dim, size = format == NATIVE ? 2 * dim : format == INT4 ? dim / 2 : dim;
-    for (; row < last; row += CHUNK) {
-        int count = last - row < CHUNK ? last - row : CHUNK, rows = (count + GROUP - 1) / GROUP * GROUP;
-        /* Fetched meanwhile, a group of rows for each that is computed: the values of the next chunk and the keys of the
-         * one after it. What is asked for later, or all at once, does not come in time. */
-        long first = stored_at(&way->place, row), soon[2], then[2];
-        for (int i = 0; i < 2; i++) {
-            soon[i] = found_ahead(way, row + CHUNK + i * GROUP);
-            then[i] = found_ahead(way, row + 2 * CHUNK + i * GROUP);
-        }
-        const void *key = filled_up(stored->key, first, count, rows, size, scratch->rows[0] + CHUNK * dim);
-        const void *value = filled_up(stored->value, first, count, rows, size, scratch->rows[1] + CHUNK * dim);
-        const char *next_key[2], *next_value[2];
-        for (int i = 0; i < 2; i++) {
-            next_key[i] = stored->value + soon[i] * size;
-            next_value[i] = stored->key + then[i] * size;
-        }
-        if (format == INT8 || format == FP8) {
-            widen(0, stored->key_scale + first, count, rows, scratch->row_scale[0]);
-            widen(0, stored->value_scale + first, count, rows, scratch->row_scale[1]);
-            _mm_prefetch(stored->key_scale + then[0], _MM_HINT_T0);
-            _mm_prefetch(stored->value_scale + then[0], _MM_HINT_T0);
-        }
-        if (format == INT8) {
-            make_unsigned(key, rows * dim, (uint8_t *)scratch->rows[0]);
-            key = scratch->rows[0];
-        }
-        if (format == FP8 || format == INT4) {
-            const char *later[2] = {stored->key + then[0] * size, stored->value + then[0] * size};
-            const void *codes[2] = {key, value};
-            for (int i = 0; i < 2; i++) {
-                if (format == INT4 && i == 0)
-                    decode_int4(codes[0], (const uint8_t *)later[0], rows, dim, scratch->rows[0]);
-                if (format == FP8) decode_fp8(codes[i], (const uint8_t *)later[i], rows * dim, scratch->rows[i]);
-            }
-            key = scratch->rows[0];
-            if (format == FP8) value = scratch->rows[1];
-            for (int i = 0; i < 2; i++) { /* what is decoded by then need not be fetched */
-                next_key[i] = key;
-                next_value[i] = format == FP8 ? value : stored->value + then[i] * size;
-            }
-        }
-        if (format == INT4) {
-            int num_ranges = dim / stored->channels;
-            long group = first / stored->group_size * dim, later = then[0] / stored->group_size * dim;
-            widen_ranges(stored->key_scale + group, stored->key_low + group, dim, stored->key_scale + later,
-                         stored->key_low + later, scratch->key_range);
-            widen_ranges(stored->value_scale + first * num_ranges, stored->value_low + first * num_ranges,
-                         rows * num_ranges, stored->value_scale + then[0] * num_ranges,
-                         stored->value_low + then[0] * num_ranges, scratch->value_range);
-        }
-        for (int tile = 0; tile < tiles_of(call, plane); tile++)
-            attend_tile(format, call, room, scratch, plane, tile, row, rows, key, value, next_key, next_value,
-                        stored->channels);
-    }
+    for (; row + CHUNK <= last; row += CHUNK)
+        attend_chunk(format, call, room, scratch, plane, way, stored, row, CHUNK);
+    if (row < last) attend_last(format, call, room, scratch, plane, way, stored, row, last - row);
 }
 
 INLINE Place place_of(const Call *call, const Table *table, const int64_t *first, int64_t capacity, long plane) {
     return table ? in_blocks(call, table, plane) : (Place){.first = first ? first[plane] : plane * capacity};
+}
+
+/* Which plane is the n-th to be computed: the last sequence first, since prompts, the longest pieces, come last in a
+ * step, but its heads in the order in which they lie, so that memory is mostly read on and on. */
+INLINE long turn_of(const Call *call, long n) {
+    long slot = call->num_slots - 1 - n / call->num_heads;
+    return slot < 0 ? 0 : slot * call->num_heads + n % call->num_heads;
 }
 
 /* All planes. Rows from num_encoded [B] on, all where it is NULL, are as `rest` says. 1: no memory. */
@@ -298,8 +322,7 @@ INLINE int attend(int format, const Call *call, const Table *table, const int64_
 #pragma omp atomic capture
             item = begun++;
             if (item >= num_planes * num_parts) break;
-            long plane = num_planes - 1 - item / num_parts; /* prompts, the longest pieces, come last in a step */
-            long after = plane ? plane - 1 : 0;
+            long plane = turn_of(call, item / num_parts), after = turn_of(call, item / num_parts + 1);
             int part = item % num_parts, row = part * PART, end = call->past[plane] + tokens_of(call, plane), last = end;
             if (row >= last) continue;
             if (last > row + PART) last = row + PART;
@@ -321,7 +344,8 @@ INLINE int attend(int format, const Call *call, const Table *table, const int64_
             if (!is_last(&rooms, plane)) continue;
             for (int tile = 0; tile < tiles_of(call, plane); tile++)
                 merge(call, room, format == INT8, plane, tile, (end + PART - 1) / PART);
-            if (call->columns) add_columns(call, room, plane);
+            if (call->columns) add_columns(call, room, plane, NULL);
+            if (call->scores) add_columns(call, room, plane, call->scores + way.place.first);
             leave(&rooms, room);
         }
         free(own);

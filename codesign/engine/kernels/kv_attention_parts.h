@@ -9,7 +9,7 @@ typedef struct {
     float out[];
 } Found;
 
-/* Memory of one plane. Weights are kept only where columns are asked for: those of a chunk are 2^(base_of_chunk - base)
+/* Memory of one plane. Weights are kept only where they are asked for: those of a chunk are 2^(base_of_chunk - base)
  * times what is kept. */
 typedef struct {
     int num_tiles, num_parts, num_chunks; /* of the largest plane */
@@ -51,7 +51,7 @@ static int make_rooms(const Call *call, Rooms *rooms) {
                  .num_chunks = (call->num_rows + CHUNK - 1) / CHUNK,
                  .num_vectors = (call->dim + 63) / 64 * 4};
     room.found_bytes = sizeof(Found) + sizeof(float) * LANES * 16 * room.num_vectors;
-    long num_kept = call->columns ? (long)room.num_tiles * room.num_chunks * LANES : 0;
+    long num_kept = call->columns || call->scores ? (long)room.num_tiles * room.num_chunks * LANES : 0;
     size_t found = lines((long)room.num_tiles * room.num_parts * room.found_bytes), bases = lines(num_kept * sizeof(float));
     size_t kept = lines(num_kept * CHUNK * sizeof(uint16_t)), own = lines(sizeof(Room)) + found + bases + kept;
     size_t pointers = lines(num_planes * sizeof(Room *)), counts = lines(num_planes * sizeof(int));
@@ -64,7 +64,7 @@ static int make_rooms(const Call *call, Rooms *rooms) {
     for (rooms->num_free = 0; rooms->num_free < num_rooms; rooms->num_free++, next += own) {
         Room *each = rooms->free[rooms->num_free] = (Room *)next;
         *each = room, each->found = next + lines(sizeof(Room));
-        if (!call->columns) continue;
+        if (!num_kept) continue;
         each->chunk_base = (float *)(each->found + found);
         each->kept = (uint16_t *)(each->found + found + bases);
     }
@@ -142,30 +142,36 @@ static void merge(const Call *call, const Room *room, int is_int8, long plane, i
     }
 }
 
-/* Columns of the rows of a plane. */
-static void add_columns(const Call *call, const Room *room, long plane) {
-    float *column = call->columns + plane * call->num_tokens * call->num_rows;
+/* Weights of the rows of a plane, mean of each token's queries: its columns, or added to the scores of its rows. */
+static void add_columns(const Call *call, const Room *room, long plane, float *scores) {
     int seen = call->past[plane] + call->num_tokens, num_rows = call->num_rows;
-    memset(column, 0, sizeof(float) * call->num_tokens * num_rows);
-    for (int tile = 0; tile < tiles_of(call, plane); tile++) {
-        const Found *all = found_of(room, tile, 0);
-        int num = num_in(call, plane, tile);
-        for (int first = 0; first < seen; first += CHUNK) {
-            long chunk = (long)tile * room->num_chunks + first / CHUNK;
-            __m256 below = _mm256_sub_ps(_mm256_loadu_ps(room->chunk_base + chunk * LANES), _mm256_loadu_ps(all->base));
-            __m256 part = _mm256_set1_ps(1.0f / call->num_groups);
-            __m256 share = _mm256_div_ps(_mm256_mul_ps(lower(exp2_of(twice(below))), part), _mm256_loadu_ps(all->sum));
-            for (int token = 0; token < call->num_tokens; token++) {
+    float *columns = scores ? scores : call->columns + plane * call->num_tokens * num_rows;
+    for (int first = 0; first < seen; first += CHUNK)
+        for (int token = 0; token < call->num_tokens; token++) {
+            vec sums[CHUNK / 16] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+            for (int tile = 0; tile < tiles_of(call, plane); tile++) {
+                const Found *all = found_of(room, tile, 0);
+                long chunk = (long)tile * room->num_chunks + first / CHUNK;
+                __m256 base = _mm256_loadu_ps(room->chunk_base + chunk * LANES), part = _mm256_set1_ps(1.0f / call->num_groups);
+                __m256 factor = lower(exp2_of(twice(_mm256_sub_ps(base, _mm256_loadu_ps(all->base)))));
+                __m256 share = _mm256_div_ps(_mm256_mul_ps(factor, part), _mm256_loadu_ps(all->sum));
                 __mmask8 own = 0;
-                for (int i = 0; i < num; i++) own |= ((tile * LANES + i) % call->num_tokens == token) << i;
-                __m256 shares = _mm256_maskz_mov_ps(own, share);
-                for (int r = first; r < first + CHUNK && r < seen; r += 16) {
-                    float *to = column + (long)token * num_rows + r;
-                    __mmask16 is_seen = seen - r < 16 ? (1 << (seen - r)) - 1 : 0xFFFF;
-                    vec sums = shared_out(room->kept + (chunk * CHUNK + r - first) * LANES, shares);
-                    _mm512_mask_storeu_ps(to, is_seen, _mm512_add_ps(_mm512_maskz_loadu_ps(is_seen, to), sums));
+                for (int i = 0; i < num_in(call, plane, tile); i++)
+                    own |= ((tile * LANES + i) % call->num_tokens == token) << i;
+                share = _mm256_maskz_mov_ps(own, share);
+                for (int i = 0; i < CHUNK / 16; i++) {
+                    const uint16_t *kept = room->kept + (chunk * CHUNK + i * 16) * LANES;
+                    vec added = own > 0xF ? shared_out(kept, share) : shared_out_of_four(kept, share);
+                    sums[i] = _mm512_add_ps(sums[i], added);
                 }
             }
+            for (int i = 0, r = first; i < CHUNK / 16 && r < seen; i++, r += 16) {
+                float *to = columns + (long)token * num_rows + r;
+                __mmask16 is_seen = seen - r < 16 ? (1 << (seen - r)) - 1 : 0xFFFF;
+                if (scores) sums[i] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(is_seen, to), _mm512_set1_ps(call->decay), sums[i]);
+                _mm512_mask_storeu_ps(to, is_seen, sums[i]);
+            }
         }
-    }
+    for (int token = 0; token < call->num_tokens && !scores; token++)
+        memset(columns + (long)token * num_rows + seen, 0, sizeof(float) * (num_rows - seen));
 }

@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define LANES 8  /* queries of a tile */
-#define GROUP 16 /* rows scored at once; a chunk's are filled up to a multiple of it */
+#define GROUP 16 /* rows scored at once */
 #define CHUNK 32 /* rows of one step of the softmax: one block of paged storage */
 
 typedef __m512 vec;
@@ -20,29 +20,41 @@ INLINE __m256bh two_channels(const uint16_t *row) {
     return (__m256bh)_mm256_set1_epi32(two);
 }
 
-/* scores [GROUP][LANES] = scale (start + q k) of keys [GROUP, dim] and a query [dim / 2][LANES] of pairs. Meanwhile
- * `later` is fetched, as many bytes as the keys have, one of the 64-byte lines of each row after the other, and every
- * second one of `much_later`. The lines between are fetched with the values, which take less time: what is asked for
- * faster than memory answers is lost. */
-INLINE void score_any(int dim, const uint16_t *key, const uint32_t *query, __m256 start, __m256 scale,
+/* scores [rows][LANES] = scale (start + q k) of keys [rows, dim], at most GROUP, and a query [dim / 2][LANES] of pairs.
+ * Meanwhile `later` is fetched, as many bytes as GROUP keys have, one of the 64-byte lines of each row after the other,
+ * and every second one of `much_later`. The lines between are fetched with the values, which take less time: what is
+ * asked for faster than memory answers is lost. */
+INLINE void score_any(int dim, int rows, const uint16_t *key, const uint32_t *query, __m256 start, __m256 scale,
                       const char *later, const char *much_later, float *scores) {
     __m256 dot[GROUP];
-    for (int r = 0; r < GROUP; r++) dot[r] = start;
+    for (int r = 0; r < rows; r++) dot[r] = start;
     for (int i = 0; i < dim / 2; i++) {
         __m256bh part = (__m256bh)_mm256_loadu_si256((const __m256i *)(query + LANES * i));
         int line = i % GROUP * dim * 2 + i / GROUP * 64;
         _mm_prefetch(later + line, _MM_HINT_T1);
         if (i / GROUP % 2) _mm_prefetch(much_later + line, _MM_HINT_T1);
-        for (int r = 0; r < GROUP; r++) dot[r] = _mm256_dpbf16_ps(dot[r], part, two_channels(key + r * dim + 2 * i));
+        for (int r = 0; r < rows; r++) dot[r] = _mm256_dpbf16_ps(dot[r], part, two_channels(key + r * dim + 2 * i));
     }
-    for (int r = 0; r < GROUP; r++) _mm256_storeu_ps(scores + LANES * r, _mm256_mul_ps(dot[r], scale));
+    for (int r = 0; r < rows; r++) _mm256_storeu_ps(scores + LANES * r, _mm256_mul_ps(dot[r], scale));
 }
 
 static void score_group(int dim, const uint16_t *key, const uint32_t *query, __m256 start, __m256 scale,
                         const char *later, const char *much_later, float *scores) {
-    if (dim == 64) score_any(64, key, query, start, scale, later, much_later, scores);
-    else if (dim == 128) score_any(128, key, query, start, scale, later, much_later, scores);
-    else score_any(dim, key, query, start, scale, later, much_later, scores);
+    if (dim == 64) score_any(64, GROUP, key, query, start, scale, later, much_later, scores);
+    else if (dim == 128) score_any(128, GROUP, key, query, start, scale, later, much_later, scores);
+    else score_any(dim, GROUP, key, query, start, scale, later, much_later, scores);
+}
+
+#define SCORE(ROWS) \
+    case ROWS: \
+        score_any(dim, ROWS, key, query, start, scale, later, much_later, scores); \
+        break;
+
+/* The same for the last rows of a plane, an even number of them below GROUP. */
+static __attribute__((noinline)) void score_last(int dim, int rows, const uint16_t *key, const uint32_t *query,
+                                                 __m256 start, __m256 scale, const char *later,
+                                                 const char *much_later, float *scores) {
+    switch (rows) { SCORE(2) SCORE(4) SCORE(6) SCORE(8) SCORE(10) SCORE(12) SCORE(14) }
 }
 
 /* 2^x for x <= 0, relative error 1e-7; a NaN stays one. 2^x = 2^n (1 + r P(r)), P fitted on [-1/2, 1/2]. */
@@ -134,19 +146,35 @@ INLINE __m256 soften(float *scores, int rows, __m256 base, uint16_t *kept) {
     return _mm256_add_ps(lower(sum), upper(sum));
 }
 
+/* Adds neighbouring lanes of two vectors: quarter by quarter those of `one`, then those of `two`. */
+INLINE vec add_neighbours(vec one, vec two) {
+    return _mm512_add_ps(_mm512_shuffle_ps(one, two, 0x88), _mm512_shuffle_ps(one, two, 0xDD));
+}
+
 /* Sums [16] of the products of weights [16][LANES] in fp16 with shares [LANES]. */
 INLINE vec shared_out(const uint16_t *kept, __m256 shares) {
     vec part[8], both = twice(shares);
     for (int i = 0; i < 8; i++)
         part[i] = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(kept + 16 * i))), both);
-    for (int i = 0; i < 4; i++) /* each step adds neighbouring lanes of two vectors */
-        part[i] = _mm512_add_ps(_mm512_shuffle_ps(part[2 * i], part[2 * i + 1], 0x88),
-                                _mm512_shuffle_ps(part[2 * i], part[2 * i + 1], 0xDD));
-    for (int i = 0; i < 2; i++)
-        part[i] = _mm512_add_ps(_mm512_shuffle_ps(part[2 * i], part[2 * i + 1], 0x88),
-                                _mm512_shuffle_ps(part[2 * i], part[2 * i + 1], 0xDD));
+    for (int i = 0; i < 4; i++) part[i] = add_neighbours(part[2 * i], part[2 * i + 1]);
+    for (int i = 0; i < 2; i++) part[i] = add_neighbours(part[2 * i], part[2 * i + 1]);
     vec sums = _mm512_add_ps(_mm512_shuffle_f32x4(part[0], part[1], 0x88), _mm512_shuffle_f32x4(part[0], part[1], 0xDD));
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15), sums);
+}
+
+/* The same where only the first four lanes have a share. */
+INLINE vec shared_out_of_four(const uint16_t *kept, __m256 shares) {
+    const __m512i halves = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+    vec part[4], all = _mm512_broadcast_f32x4(_mm256_castps256_ps128(shares));
+    for (int i = 0; i < 2; i++) {
+        __m512i first = _mm512_loadu_si512(kept + 64 * i), second = _mm512_loadu_si512(kept + 64 * i + 32);
+        __m512i own = _mm512_permutex2var_epi64(first, halves, second); /* [8 rows][4] */
+        part[2 * i] = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(own)), all);
+        part[2 * i + 1] = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(own, 1)), all);
+    }
+    /* a quarter of part[i] is row 4 i + quarter; of the sum, quarter q has rows q, 4 + q, 8 + q, 12 + q */
+    vec sums = add_neighbours(add_neighbours(part[0], part[1]), add_neighbours(part[2], part[3]));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
 }
 
 INLINE vec two_of(const float *one, const float *other) {
@@ -168,12 +196,15 @@ INLINE void pair_up(const float *weights, int rows, const float *row_scale, uint
     }
 }
 
-/* Adds (pairs of weights) (values [rows, dim]) to out [2][LANES][16], 32 channels; in_order says what
- * lies in the vectors. `later`, a line of each row of each GROUP, is fetched meanwhile. */
+/* Adds (pairs of weights) (values [rows, dim]) to out [2][LANES][16], 32 channels; in_order says what lies in the
+ * vectors. `later`, a line of each row of each GROUP, is fetched meanwhile. Without the pragmas gcc 12 may unroll so late
+ * that the sums stay in memory. */
 INLINE void add_values(int num, int dim, const uint16_t *value, const char *const *later, int rows,
                        const uint32_t *pairs, float *out) {
     vec sum[LANES][2];
+#pragma GCC unroll 8
     for (int m = 0; m < num; m++)
+#pragma GCC unroll 2
         for (int half = 0; half < 2; half++) sum[m][half] = _mm512_loadu_ps(out + (half * LANES + m) * 16);
     const char *ahead = later[0];
     for (int r = 0; r < rows; r += 2, value += 2 * dim, pairs += LANES) {
@@ -181,14 +212,21 @@ INLINE void add_values(int num, int dim, const uint16_t *value, const char *cons
         __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), high = (__m512bh)_mm512_unpackhi_epi16(one, two);
         _mm_prefetch(ahead, _MM_HINT_T1);
         _mm_prefetch(ahead + 2 * dim, _MM_HINT_T1);
-        for (int m = 0; m < num; m++) {
+    #pragma GCC unroll 8
+    for (int m = 0; m < num; m++) {
             __m512bh weight = (__m512bh)_mm512_set1_epi32((int)pairs[m]);
             sum[m][0] = _mm512_dpbf16_ps(sum[m][0], weight, low);
             sum[m][1] = _mm512_dpbf16_ps(sum[m][1], weight, high);
         }
         ahead = r == GROUP - 2 ? later[1] : ahead + 4 * dim;
     }
+    for (int r = rows; r % GROUP; r += 2, ahead += 4 * dim) {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        _mm_prefetch(ahead + 2 * dim, _MM_HINT_T1);
+    }
+#pragma GCC unroll 8
     for (int m = 0; m < num; m++)
+#pragma GCC unroll 2
         for (int half = 0; half < 2; half++) _mm512_storeu_ps(out + (half * LANES + m) * 16, sum[m][half]);
 }
 

@@ -5,6 +5,7 @@
     silu_mul     SiLU(gate) * up:                        3
     rotate       rotary positions of q and k:            5
     rotate_into  the same, k and v written to the cache: 7
+    rotate_rows  of keys alone, written to the cache:    4
 
 At batch 1 each operation costs microseconds whatever its size, and these are most of what a layer costs beside its
 products. `plain.py` is the reference; `fused.py` (C) and `triton/fused.py` do the same in one pass each.
@@ -59,6 +60,9 @@ class Pieces(Protocol):
         rows: Tensor,
     ) -> Tensor:
         """q turned; k turned and v [N, H_kv, D] go into rows [N * H_kv] int64 of key and value [R, D]."""
+
+    def rotate_rows(self, k: Tensor, cos: Tensor, signed_sin: Tensor, *, key: Tensor, rows: Tensor) -> None:
+        """k [N, H_kv, D] turned goes into rows [N * H_kv] int64 of key [R, D]."""
 
 
 def choose(is_fused: bool, *, dtype: torch.dtype, device: torch.device) -> Pieces:

@@ -69,5 +69,8 @@ class Plain:
             cache.index_copy_(0, rows, new.reshape(-1, new.shape[-1]))
         return q
 
+    def rotate_rows(self, k: Tensor, cos: Tensor, signed_sin: Tensor, *, key: Tensor, rows: Tensor) -> None:
+        key.index_copy_(0, rows, rotate(k, cos, signed_sin).flatten(0, 1))
+
 
 PLAIN = Plain()

@@ -165,12 +165,14 @@ class LayerGroup:
             self.encoded.encode(
                 slice(index, index + 1), slot, 0, prompt.key[None, :, :first], prompt.value[None, :, :first]
             )
+        is_all = kept is None
         if kept is None:
             kept = torch.arange(first, num_tokens, device=self._device).expand(num_heads, -1)
         num_rows = kept.shape[1]
         wide = kept[:, :, None].expand(-1, -1, head_dim)
         for parts, rows in ((self.near_key[index], prompt.key), (self.near_value[index], prompt.value)):
-            for part, new in zip(parts, self._codec.encode(rows.gather(1, wide)), strict=True):
+            chosen = rows[:, first:] if is_all else rows.gather(1, wide)
+            for part, new in zip(parts, self._codec.encode(chosen), strict=True):
                 part[slot, :, :num_rows] = new
         if not self.is_bounded:
             return  # there rows stand in the order of positions

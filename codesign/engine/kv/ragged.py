@@ -16,14 +16,30 @@ parallelism a rank would split the budget of its own heads among them, and total
 another algorithm than one split over all heads.
 """
 
+import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from codesign.engine.kernels.kv_attention import row_starts
 from codesign.engine.kv.group import LayerGroup
 from codesign.engine.kv.policy import KVPolicy, Prompt, Rows
+
+
+class Places(NamedTuple):
+    """Where the rows of some slots' heads are, as a kernel takes it.
+
+    Attributes:
+        num_past: [B][H_kv] committed rows.
+        first: [B, H_kv] where they begin, from the first row of the first slot on.
+        longest: most rows of a head; more than the layer's budget where heads differ.
+    """
+
+    num_past: tuple[tuple[int, ...], ...]
+    first: ctypes.Array[ctypes.c_int64]
+    longest: int
 
 
 class RaggedGroup(LayerGroup):
@@ -43,6 +59,7 @@ class RaggedGroup(LayerGroup):
         first_of_layer = self._equal_start[:, :1, :1]
         self._equal_first = (self._equal_start - first_of_layer).to(torch.int32)
         self._first_row = self._equal_first.clone()
+        self._places: dict[int, tuple[object, Places]] = {}  # index -> what was last asked and said
 
     def is_ragged(self, index: int, slot: int) -> bool:
         return (index, slot) in self._num_kept
@@ -74,8 +91,24 @@ class RaggedGroup(LayerGroup):
             start += num_kept + self._max_query_len
         return places
 
+    def places(self, index: int, slots: tuple[int, ...], num_past: tuple[int, ...]) -> Places:
+        """Of these slots, which have so many committed rows a head or are ragged; kept, since the same is asked at each
+        step once all are."""
+        asked, last = (slots, num_past), self._places.get(index)
+        if last is not None and last[0] == asked:
+            return last[1]
+        num_slot_rows = self.position.shape[2:].numel()
+        heads = [self.heads(index, slot, count) for slot, count in zip(slots, num_past, strict=True)]
+        counts = tuple(tuple(count for _, count in own) for own in heads)
+        starts = ((slot - slots[0]) * num_slot_rows for slot in slots)
+        first = row_starts(start + row for start, own in zip(starts, heads, strict=True) for row, _ in own)
+        found = Places(counts, first, max(map(max, counts)))
+        self._places[index] = asked, found
+        return found
+
     def admit(self, index: int, slot: int, prompt: Prompt, kept: Tensor | None) -> None:
         """kept [H_kv * budget] as `KVPolicy.select` gives it for ragged heads, or None to keep all rows."""
+        self._places.pop(index, None)
         if kept is None:
             super().admit(index, slot, prompt, None)
             return
@@ -105,6 +138,7 @@ class RaggedGroup(LayerGroup):
 
     def release(self, slot: int) -> None:
         super().release(slot)
+        self._places.clear()
         for index in range(len(self.layers)):
             self._num_kept.pop((index, slot), None)
         self.row_start[:, slot] = self._equal_start[:, slot]

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from codesign.engine.attention.rope import rotate
+from codesign.engine.kernels.pieces import Pieces
 from codesign.engine.kv.codec import KVCodec, Parts
 
 
 @dataclasses.dataclass(frozen=True)
 class NewSinks:
-    """tokens [n]: packed tokens of the step that are sinks; copies [n * H_kv]: where they are kept."""
+    """tokens [n]: packed tokens of the step that are sinks; copies [n]: where they are kept."""
 
     tokens: Tensor
     copies: Tensor
@@ -26,16 +26,17 @@ class NewSinks:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """copies [m * H_kv * num_sinks] to turn; rows of the slots they go to and table rows [.., D], as many."""
+    """copies [m * num_sinks] to turn, and table rows [m * num_sinks, 1, D] for them; rows [m * num_sinks * H_kv] of the
+    slots they go to."""
 
-    copies: Tensor
+    copies: Tensor | slice
     rows: Tensor
     cos: Tensor
     signed_sin: Tensor
 
 
 class SinkKeys:
-    """key [L, S, H_kv, num_sinks, D] in native precision, beside the parts [S, H_kv, C, X] of a group's layers."""
+    """key [L, S, num_sinks, H_kv, D] in native precision, beside the parts [S, H_kv, C, X] of a group's layers."""
 
     def __init__(
         self, layers: Sequence[Parts], num_sinks: int, codec: KVCodec, *, head_dim: int, dtype: torch.dtype
@@ -43,17 +44,15 @@ class SinkKeys:
         num_layers, (num_slots, num_kv_heads, num_rows, _) = len(layers), layers[0][0].shape
         device = layers[0][0].device
         self._codec = codec
-        self.key = torch.zeros(num_layers, num_slots, num_kv_heads, num_sinks, head_dim, dtype=dtype, device=device)
-        self._flat_key = [self.key[index].view(-1, head_dim) for index in range(num_layers)]
+        self.key = torch.zeros(num_layers, num_slots, num_sinks, num_kv_heads, head_dim, dtype=dtype, device=device)
+        self._flat_key = [self.key[index].flatten(0, 1) for index in range(num_layers)]
         self._flat_slots = [[part.flatten(0, 2) for part in parts] for parts in layers]
-        plane = torch.arange(num_slots * num_kv_heads, device=device).view(num_slots, num_kv_heads)
-        self._copy_start = plane * num_sinks
-        self._row_start = plane * num_rows
+        self._row_start = num_rows * torch.arange(num_slots * num_kv_heads, device=device).view(num_slots, num_kv_heads)
         self._rank = torch.arange(num_sinks, device=device)
 
     @property
     def num_sinks(self) -> int:
-        return self.key.shape[3]
+        return self.key.shape[2]
 
     def new(self, tokens_slots_positions: Sequence[tuple[int, int, int]]) -> NewSinks | None:
         """Which of these (packed token, slot, position) are sinks."""
@@ -61,7 +60,7 @@ class SinkKeys:
         if not found:
             return None
         token, slot, position = torch.tensor(found, device=self.key.device).unbind(1)
-        return NewSinks(token, (self._copy_start[slot] + position[:, None]).flatten())
+        return NewSinks(token, slot * self.num_sinks + position)
 
     def turn(self, slots_shifts: Sequence[tuple[int, int]], cos: Tensor, signed_sin: Tensor) -> Turn | None:
         """How to turn the sinks of each (slot, shift); cos and signed_sin [P, D] are the tables."""
@@ -69,21 +68,26 @@ class SinkKeys:
         if not moved or not self.num_sinks:
             return None
         slot, shift = torch.tensor(moved, device=self.key.device).unbind(1)
-        place = (slice(None), slice(None), None)
-        position = (self._rank + shift[:, None, None]).expand(-1, self.key.shape[2], -1).flatten()
+        position = (self._rank + shift[:, None]).flatten()
+        is_every_slot = [own for own, _ in moved] == list(range(self.key.shape[1]))
         return Turn(
-            copies=(self._copy_start[slot][place] + self._rank).flatten(),
-            rows=(self._row_start[slot][place] + self._rank).flatten(),
-            cos=cos[position],
-            signed_sin=signed_sin[position],
+            copies=slice(None) if is_every_slot else (slot[:, None] * self.num_sinks + self._rank).flatten(),
+            rows=(self._row_start[slot][:, None] + self._rank[:, None]).flatten(),
+            cos=cos[position][:, None],
+            signed_sin=signed_sin[position][:, None],
         )
 
     def store(self, index: int, new: NewSinks, key: Tensor) -> None:
         """key [N, H_kv, D], unrotated, of the step's packed tokens."""
-        self._flat_key[index].index_copy_(0, new.copies, key[new.tokens].flatten(0, 1))
+        self._flat_key[index].index_copy_(0, new.copies, key[new.tokens])
 
-    def apply(self, index: int, turn: Turn) -> None:
+    def apply(self, index: int, turn: Turn, pieces: Pieces) -> None:
         """Writes the turned keys into the slots of layer `layers[index]`, always from the native copies."""
-        key = rotate(self._flat_key[index][turn.copies], turn.cos, turn.signed_sin)
-        for part, encoded in zip(self._flat_slots[index], self._codec.encode(key), strict=True):
+        key, tables = self._flat_key[index][turn.copies], (turn.cos, turn.signed_sin)
+        if self._codec.is_native:
+            (rows,) = self._flat_slots[index]
+            pieces.rotate_rows(key, *tables, key=rows, rows=turn.rows)
+            return
+        turned, _ = pieces.rotate(key, key[:, :0], *tables)
+        for part, encoded in zip(self._flat_slots[index], self._codec.encode(turned.flatten(0, 1)), strict=True):
             part.index_copy_(0, turn.rows, encoded)

@@ -169,6 +169,10 @@ def test_rotary_positions_are_those_of_torch(
     assert same(PLAIN.rotate_into(q, k, v, *(cos, signed_sin), key=expected[0], value=expected[1], rows=row), plain[0])
     turned = kernels(dtype).rotate_into(q, k, v, *(cos, signed_sin), key=cache[0], value=cache[1], rows=row)
     assert same(turned, plain[0]) and same(cache, expected)
+    keys = torch.zeros(2, *cache.shape[1:], dtype=dtype)
+    PLAIN.rotate_rows(k, cos, signed_sin, key=keys[0], rows=row)
+    kernels(dtype).rotate_rows(k, cos, signed_sin, key=keys[1], rows=row)
+    assert all(same(own, expected[0]) for own in keys)
     assert same(expected[0, row].view(plain[1].shape), plain[1]) and same(expected[1, row].view(v.shape), v)
 
 

@@ -176,6 +176,63 @@ def test_rows_of_weight_zero_add_nothing(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out_of(queries).double(), out, rtol=0, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("head_dim", "num_groups"), [(64, 4), (128, 9), (96, 1)])
+def test_what_lies_after_the_last_row_is_not_read(head_dim: int, num_groups: int, dtype: torch.dtype) -> None:
+    lengths = list(range(70))
+    shape = (2, len(lengths), NUM_KV_HEADS, 80, head_dim)
+    key, value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    query, queries = queries_of(
+        lengths, num_tokens=1, num_groups=num_groups, head_dim=head_dim, dtype=dtype, columns=False
+    )
+    out, _ = expected(query, key, value, lengths, num_tokens=1)
+    for slot, length in enumerate(lengths):
+        key[slot, :, length + 1 :] = value[slot, :, length + 1 :] = float("nan")
+    kernel().native(queries, key, value)
+
+    torch.testing.assert_close(out_of(queries).double(), out, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.75])
+@pytest.mark.parametrize("num_groups", [1, 4, 5, 9])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_scores_get_the_weights_of_their_rows(dtype: torch.dtype, num_groups: int, decay: float) -> None:
+    """Beside `columns`; first from slot to slot, then from where each head's rows begin, in another order."""
+    lengths = [0, 17, 99, 2100, 31, 1024]
+    shape = (2, len(lengths), NUM_KV_HEADS, 2102, 64)
+    key, value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    knobs = {"num_tokens": 1, "num_groups": num_groups, "head_dim": 64, "dtype": dtype}
+    query, reference = queries_of(lengths, **knobs, columns=True)
+    kernel().native(reference, key, value)
+    assert reference.columns is not None
+    before = torch.rand(shape[1:4], generator=torch.Generator().manual_seed(2))
+    expected = before.clone()
+    for slot, length in enumerate(lengths):
+        seen = expected[slot, :, : length + 1]
+        seen.mul_(decay).add_(reference.columns[slot, :, 0, : length + 1])
+    order = [3, 0, 5, 4, 1, 2]
+    first = row_starts((slot * NUM_KV_HEADS + head) * 2102 for slot in order for head in range(NUM_KV_HEADS))
+
+    for slots, starts in ((list(range(6)), None), (order, first)):
+        scores = before.clone()
+        queries = Queries(
+            unfold(query[slots], num_queries=1),
+            [lengths[slot] for slot in slots],
+            num_kv_heads=NUM_KV_HEADS,
+            num_tokens=1,
+            num_rows=2101,
+            scale=0.125,
+            want_columns=False,
+            scores=scores,
+            decay=decay,
+        )
+        kernel().native(queries, key, value, starts)
+        assert torch.equal(out_of(queries), out_of(reference)[slots])
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+        for slot, length in enumerate(lengths):
+            assert torch.equal(scores[slot, :, length + 1 :], before[slot, :, length + 1 :])
+
+
 # Largest error of the bf16 kernel beside the 256-bit one, which multiplies in fp32, of outputs up to about 1: int8 rows
 # meet 16-bit integers, others bf16.
 NEAR = {"native": 4e-3, "int8": 3e-4, "fp8": 4e-3, "int4": 1e-2}

@@ -8,13 +8,16 @@ from random_plans import random_plans
 from replay import MAX_MODEL_LEN, MAX_QUERY_LEN, NUM_KV_HEADS, NUM_SLOTS, draw, make_attention
 
 from codesign.engine.attention.layer import Attention
+from codesign.engine.attention.rope import Rope
 from codesign.engine.batch import Batch
 from codesign.engine.kernels.compiled import Missing
 from codesign.engine.kernels.kv_attention import KVAttention
 from codesign.engine.kv.policies.ada_kv import AdaKV
 from codesign.engine.kv.policies.snapkv import SnapKV
+from codesign.engine.kv.policy import Prompt
 from codesign.engine.kv.ragged import RaggedGroup
 from codesign.engine.step import StepPlan, decode_plan
+from codesign.registry import ATTENTION, KV_CODECS
 
 BUDGET = 12
 POLICY = AdaKV(kv_budget=BUDGET, window_tokens=4, num_sink_tokens=1, kernel_size=1, floor_fraction=0.0)
@@ -125,6 +128,44 @@ def test_one_call_of_the_kernel_equals_a_call_per_slot_and_head(seed: int, monke
         torch.testing.assert_close(*outs, rtol=0, atol=2e-6)
 
     assert num_calls > 10
+
+
+def test_a_head_of_more_rows_than_its_layers_budget_is_read_whole() -> None:
+    """The kernel cuts the rows of a head into pieces of 1024, and must be told of the longest head for that."""
+    num_tokens, counts, budget = 2600, (2100, 102), 1101
+    attention = Attention(
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        scale=0.125,
+        rope=Rope(inv_freq=torch.ones(32)),
+        policy=AdaKV(kv_budget=budget, window_tokens=4),
+        codec=KV_CODECS.create("native"),
+        backend=ATTENTION.create("sdpa"),
+        num_slots=2,
+        max_model_len=num_tokens + 8,
+        max_query_len=1,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    generator = torch.Generator().manual_seed(0)
+    group, native = group_of(attention), attention._attend_slots.native
+    for slot in range(2):
+        key, value = torch.randn(2, 2, num_tokens, 64, generator=generator).bfloat16()
+        prompt = Prompt(key=key, value=value, window_query=None, column_sums=None, scale=0.125)
+        kept = [head * num_tokens + num_tokens - count + torch.arange(count) for head, count in enumerate(counts)]
+        group.admit(0, slot, prompt, torch.cat(kept))
+        attention.store.append(slot, num_tokens)
+    batch = Batch.of(decode_plan([0, 1], [0, 0], [num_tokens] * 2), torch.device("cpu"))
+    q, k, v = torch.randn(2, 8, 64, generator=generator).bfloat16().split((4, 2, 2), dim=1)
+    attention.begin(batch)
+
+    outs = []
+    for attention._attend_slots.native in (native, Missing("for comparison")):
+        outs.append(attention(0, q, k, v, batch))
+
+    torch.testing.assert_close(*outs, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("seed", range(3))

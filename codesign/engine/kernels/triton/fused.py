@@ -211,6 +211,10 @@ class TritonFused:
                 )
         return y
 
+    def rotate_rows(self, k: Tensor, cos: Tensor, signed_sin: Tensor, *, key: Tensor, rows: Tensor) -> None:
+        turned, _ = self.rotate(k, k[:, :0], cos, signed_sin)
+        key.index_copy_(0, rows, turned.flatten(0, 1))
+
 
 def norm_options(size: int) -> dict[str, int]:
     """Block and warps for rows of `size`: all of a row at once, at most 32 values a thread."""
