@@ -83,7 +83,10 @@ def test_heads(num_tokens: int, num_q: int, num_k: int, size: int, dtype: torch.
     ours, plain = torch.ones(2, 2, num_tokens * num_k + 2, size, dtype=dtype)
     query = FUSED.rotate_into(q, k, v, cos, signed_sin, key=ours[0], value=ours[1], rows=row)
     plain_query = PLAIN.rotate_into(q, k, v, cos, signed_sin, key=plain[0], value=plain[1], rows=row)
-    for found, wanted in ((query, plain_query), (ours, plain)):
+    keys = torch.ones(2, *ours.shape[1:], dtype=dtype)
+    FUSED.rotate_rows(k, cos, signed_sin, key=keys[0], rows=row)
+    PLAIN.rotate_rows(k, cos, signed_sin, key=keys[1], rows=row)
+    for found, wanted in ((query, plain_query), (ours, plain), keys):
         assert torch.allclose(found.float(), wanted.float(), rtol=RTOL[dtype], atol=1e-6)
 
 
