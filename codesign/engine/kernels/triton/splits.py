@@ -60,7 +60,7 @@ def decode_config(
     most_at_once: int = 64,
 ) -> DecodeConfig:
     """A rule: enough splits to give every multiprocessor work, whole blocks each. For bf16 rows within 2 % of the best
-    that was tried on an H200 at 4096 rows of 32 sequences (reports/benchmarks/gpu.md).
+    that was tried on an H200 at 4096 rows of 32 sequences, in blocks 3 % (reports/benchmarks/gpu.md).
 
     Args:
         num_planes: sequences times KV heads.
