@@ -9,7 +9,6 @@ The model never rotates and never sees a cache.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,16 +16,16 @@ from torch import Tensor
 
 from codesign.engine.attention import packed
 from codesign.engine.attention.backend import AttentionBackend
-from codesign.engine.attention.calls import Call, Planes, Span, cut
+from codesign.engine.attention.calls import Call
 from codesign.engine.attention.fixed import FixedStep
+from codesign.engine.attention.group_steps import GroupStep, GroupSteps, Packed
 from codesign.engine.attention.output import OutputAttention
 from codesign.engine.attention.prompt import PromptAttention
 from codesign.engine.attention.ragged import attend_ragged
 from codesign.engine.attention.rope import Rope
 from codesign.engine.attention.rules import check_plan, check_runs
 from codesign.engine.batch import Batch
-from codesign.engine.kernels.compiled import Missing
-from codesign.engine.kernels.kv_attention import Queries, row_starts
+from codesign.engine.kernels.kv_attention import Queries
 from codesign.engine.kernels.pieces import Pieces
 from codesign.engine.kernels.plain import PLAIN
 from codesign.engine.kv.codec import KVCodec
@@ -35,36 +34,8 @@ from codesign.engine.kv.place import ON_DEVICE, KVPlace
 from codesign.engine.kv.policy import KVPolicy
 from codesign.engine.kv.ragged import RaggedGroup
 from codesign.engine.kv.recent import RecentQueries
-from codesign.engine.kv.sinks import NewSinks, Turn
 from codesign.engine.kv.staging import StagedPrompt
 from codesign.engine.kv.store import DenseStore
-
-
-@dataclasses.dataclass(frozen=True)
-class _GroupStep:
-    """What one layer group does in this step.
-
-    Attributes:
-    calls: of its backend; empty where the step is packed.
-    packed: the kernel's calls for the tokens of the whole step, prompts too.
-    """
-
-    calls: tuple[Call, ...] = ()
-    new_sinks: NewSinks | None = None
-    turn: Turn | None = None
-    packed: "_Packed | None" = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Packed:
-    """Attributes:
-    first: of each call, where the rows of its pieces begin.
-    rows: of each layer, where all keys and values of the step go.
-    """
-
-    calls: tuple[packed.PackedCall, ...]
-    first: tuple[Any, ...]
-    rows: Sequence[Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +51,7 @@ class _Step:
     output_tokens: Tensor | None
     rows: Tensor | None
     recent_rows: Tensor | None
-    groups: tuple[_GroupStep, ...]
+    groups: tuple[GroupStep, ...]
 
     @functools.cached_property
     def layer_rows(self) -> tuple[Tensor, ...]:
@@ -156,14 +127,20 @@ class Attention:
         heads |= {"dtype": dtype, "device": device}
         self._attend_prompts = PromptAttention(backend, **heads)
         self._attend_slots = OutputAttention(codec, backend, prompts=self._attend_prompts.kernel, **heads)
+        self._group_steps = GroupSteps(
+            self.store,
+            self._attend_slots,
+            (self._cos, self._signed_sin),
+            num_groups=num_heads // num_kv_heads,
+            dtype=dtype,
+        )
         self.kernel = self._attend_slots.named(
             has_weights=is_bounded and policy.evidence == "column_sums",
             has_ragged=is_bounded and policy.head_budgets == "ragged",
         )
         self.staged_prompts: dict[tuple[int, int], StagedPrompt] = {}  # (layer, slot)
         self._scale, self._max_model_len, self._max_query_len = scale, max_model_len, max_query_len
-        self._num_kv_heads, self._num_groups = num_kv_heads, num_heads // num_kv_heads
-        self._dtype, self._device = dtype, device
+        self._num_kv_heads, self._device = num_kv_heads, device
         self._row_of = {layer: row for row, layer in enumerate(self.store.layer_order)}
         self._where = {
             layer: (number, index)
@@ -212,7 +189,7 @@ class Attention:
             max_query_len=self._max_query_len,
         )
         output_tokens, rows = self._reserve(batch, starts)
-        groups = tuple(self._group_step(group, batch, starts) for group in self.store.groups)
+        groups = tuple(self._group_steps.of(group, batch, starts) for group in self.store.groups)
         self.store.fetch(plan.slots, plan.is_prompt)
         recent_rows = None
         recent = next((group.recent for group in self.store.groups if group.recent is not None), None)
@@ -223,58 +200,6 @@ class Attention:
             recent_rows = recent.rows(token_slots[output], batch.positions[output])
         cos, signed_sin = self._cos[batch.positions], self._signed_sin[batch.positions]
         self._step = _Step(cos[:, None], signed_sin[:, None], output_tokens, rows, recent_rows, groups)
-
-    def _group_step(self, group: LayerGroup, batch: Batch, starts: tuple[int, ...]) -> _GroupStep:
-        plan, spans = batch.plan, list[Span]()
-        for index, slot in enumerate(plan.slots):
-            is_prompt, num_tokens = plan.is_prompt[index], self.store.num_tokens[slot]
-            num_past = num_tokens if is_prompt else group.rows_after(num_tokens)
-            spans.append(
-                Span(slot, starts[index], plan.query_lens[index], num_past, is_prompt, plan.is_prompt_end[index])
-            )
-        if self._is_packed(group):
-            return _GroupStep(packed=self._packed(group, batch, spans))
-        calls = cut(
-            spans,
-            num_groups=self._num_groups,
-            dtype=self._dtype,
-            device=self._device,
-            has_tables=self._attend_slots.finds_slots
-            and (self._attend_slots.is_indexed or not isinstance(group, RaggedGroup)),
-            is_ragged=self._attend_slots.is_ragged and not self._needs_masks(group),
-            is_indexed=self._attend_slots.is_indexed,
-        )
-        if isinstance(group, RaggedGroup):
-            calls = tuple(self._with_planes(call, group) for call in calls)
-        if group.sinks is None:
-            return _GroupStep(calls)
-        tokens = [(token, span.slot, plan.positions[token]) for span in spans for token in span.tokens]
-        shifts = [(span.slot, plan.positions[span.start] - span.num_past) for span in spans if not span.is_prompt]
-        turn = group.sinks.turn(shifts, self._cos, self._signed_sin)
-        return _GroupStep(calls, group.sinks.new(tokens), turn)
-
-    def _is_packed(self, group: LayerGroup) -> bool:
-        """Whether one kernel reads its rows as they lie for every token of a step."""
-        has_kernel = self._attend_slots.packed is not None and self.store.stream is None
-        return has_kernel and not group.is_staged and group.recent is None
-
-    def _packed(self, group: LayerGroup, batch: Batch, spans: Sequence[Span]) -> _Packed:
-        calls = packed.cut([(span.num_past, span.num_queries) for span in spans])
-        slots = torch.tensor([span.slot for span in spans for _ in span.tokens], dtype=torch.int64)
-        first = [row_starts(group.first_rows(spans[index].slot for index in own.of)) for own in calls]
-        return _Packed(calls, tuple(first), group.rows(slots, batch.positions))
-
-    def _needs_masks(self, group: LayerGroup) -> bool:
-        """Heads of different lengths that nothing reads in one call."""
-        output = self._attend_slots
-        return isinstance(group, RaggedGroup) and isinstance(output.native, Missing) and not output.is_indexed
-
-    def _with_planes(self, call: Call, group: RaggedGroup) -> Call:
-        if call.index is None:
-            return call
-        slots = [span.slot for span in call.spans]
-        index, num_rows = group.planes(slots, call.index[:, : len(slots)], call.num_queries)
-        return dataclasses.replace(call, planes=Planes(index, max(num_rows, call.num_rows)))
 
     def _reserve(self, batch: Batch, starts: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Which packed tokens are output tokens (None: all), and the rows [L, n * H_kv] they go to."""
@@ -304,7 +229,7 @@ class Attention:
             if len(own.calls) != 1 or group.sinks is not None:
                 return None
             most = group.num_slot_rows if isinstance(group, RaggedGroup) else 0
-            groups.append(_GroupStep((own.calls[0].fixed(most=group.capacity, most_of_plane=most),)))
+            groups.append(GroupStep((own.calls[0].fixed(most=group.capacity, most_of_plane=most),)))
         facts = dataclasses.replace(step, groups=tuple(groups))
 
         def resume() -> None:
@@ -358,7 +283,7 @@ class Attention:
         return out
 
     def _attend_packed(
-        self, own: _Packed, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, step: _Step
+        self, own: Packed, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, step: _Step
     ) -> Tensor:
         kernel, ((key,), (value,)) = self._attend_slots.packed, (group.near_key[index], group.near_value[index])
         assert kernel is not None
