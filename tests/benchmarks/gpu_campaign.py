@@ -148,7 +148,7 @@ PARTS: dict[str, tuple[Callable[[float], dict[str, Any]], float]] = {
     "weights": (weights, 150.0),
     "attention": (attention, 90.0),
     "engine": (engines, 90.0),
-    "kv": (policies, 60.0),
+    "kv": (policies, 90.0),
     "search": (search, 270.0),
 }
 

@@ -10,6 +10,7 @@ share of the full cache's, of bytes and of time; a case that is refused or canno
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -78,6 +79,7 @@ def kv(
             if time.monotonic() > deadline_s:
                 rows.append({**where, "absent": "no time left"})
                 continue
+            started = time.monotonic()
             try:
                 own = measure(architecture, context, num_slots, case, torch.device(device), attention, clock)
             except (CodesignError, ValueError, RuntimeError) as error:
@@ -85,6 +87,7 @@ def kv(
                 continue
             finally:
                 gc.collect()
+                print(f"{context} tokens, {name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
             full = full or own
             shares = {figure: own[figure] / full[figure] for figure in ("kv_bytes", "attention_ms")}
             rows.append(
