@@ -166,13 +166,20 @@ def test_closing_takes_everything_along(light_nursery: Nursery) -> None:
     child.close()
 
 
+def _hear_interrupts() -> None:
+    """A shell that starts the tests in the background has them, and all that they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def search_process() -> Iterator[tuple[subprocess.Popen[str], int]]:
     """One that has a nursery, two children and a daemon of one of them; and the pid of its nursery."""
     path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
     command = [sys.executable, str(HERE / "parent_script.py")]
     environment = {**os.environ, "PYTHONPATH": path}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as parent:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, env=environment, text=True, preexec_fn=_hear_interrupts
+    ) as parent:
         assert parent.stdout is not None
         nursery_pid = int(parent.stdout.readline())
         assert len(family(nursery_pid)) == 4
